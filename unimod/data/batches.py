@@ -1,0 +1,92 @@
+"""From data to packed batches: picture and text -> codes and sequences -> `Packed`.
+
+    batches = Batches(data, image_tokenizer, model.layout, batch=16, seed=0)
+    packed = batches.train(step)                  # the same batch for the same (seed, step), so a run can resume
+
+A training batch holds `batch` t2i rows, `batch` mmu rows and an eighth as many lm rows, all in one forward.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tokens import Packed, Task, TokenSequence, pack
+from .sample import Dataset, Sample
+
+DROP_CAPTION = {"showo": 0.1, "emu3": 0.05}
+"""Share of t2i rows trained without their caption, for guidance (Show-o's and Emu3's own values)."""
+
+
+def cosine_mask(u_ratio: Tensor, u_slots: Tensor) -> Tensor:
+    """Show-o's masking noise. u_ratio: [B], u_slots: [B, N], both uniform on [0, 1). Returns bool [B, N].
+
+    r = cos(pi/2 * t), n = max(1, round(N * r)); slot j is masked iff argsort(u)[j] < n (the permutation's value, as in the
+    reference).
+    """
+    n = (u_slots.shape[1] * torch.cos(math.pi / 2 * u_ratio)).round().clamp(min=1)
+    return u_slots.argsort(-1) < n[:, None]
+
+
+class Batches:
+    """Makes sequences in the layout of one model from the samples of one data set."""
+
+    def __init__(self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object, batch: int = 16, seed: int = 0) -> None:
+        self.data, self.image_tokenizer, self.layout, self.batch, self.seed = data, image_tokenizer, layout, batch, seed
+
+    def samples(self, split: str, start: int, count: int, seed: int | None = None) -> list[Sample]:
+        """`count` samples from index `start` on."""
+        return [self.data.sample(split, start + i, self.seed if seed is None else seed) for i in range(count)]
+
+    def codes(self, samples: list[Sample]) -> Tensor:
+        """Picture codes: int64 [B, N] in raster order."""
+        pictures = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
+        return self.image_tokenizer.encode(pictures).flatten(1)
+
+    def train(self, step: int) -> Packed:
+        """The training batch of a step."""
+        lm = max(1, self.batch // 8)
+        samples = self.samples("train", step * (2 * self.batch + lm), 2 * self.batch + lm)
+        return self.mixed(samples, lm, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+
+    def held_out(self, split: str, count: int) -> Packed:
+        """A fixed batch of a held-out split, for losses and analyses: `count` rows of t2i and of mmu, one of lm."""
+        return self.mixed(self.samples(split, 0, 2 * count + 1, seed=0), 1, torch.Generator().manual_seed(0), drop=False)
+
+    def mixed(self, samples: list[Sample], lm: int, generator: torch.Generator, drop: bool = True) -> Packed:
+        """Pack samples as t2i (first half), mmu (second half) and `lm` text rows (the last)."""
+        codes = self.codes(samples)
+        half = (len(samples) - lm) // 2
+        rows = self.t2i([s.caption for s in samples[:half]], codes[:half], generator, drop)
+        rows += [self.mmu(s, c) for s, c in zip(samples[half:2 * half], codes[half:])]
+        rows += [self.layout.lm(s.caption) for s in samples[2 * half:]]
+        return pack(rows)
+
+    def t2i(self, captions: list[str], codes: Tensor, generator: torch.Generator, drop: bool = True) -> list[TokenSequence]:
+        """Training rows of text to image. Draws: ratios [B], slots [B, N] (masked models), then caption dropout [B]."""
+        masked = None
+        if not self.layout.causal_images:
+            masked = cosine_mask(torch.rand(len(captions), generator=generator), torch.rand(codes.shape, generator=generator))
+        dropped = torch.rand(len(captions), generator=generator) < DROP_CAPTION[self.layout.kind] * drop
+        texts = ["" if d else c for d, c in zip(dropped.tolist(), captions)]
+        if masked is None:
+            return [self.layout.t2i(t, c) for t, c in zip(texts, codes)]
+        return [self.layout.t2i(t, c, m) for t, c, m in zip(texts, codes, masked)]
+
+    def mmu(self, sample: Sample, codes: Tensor) -> TokenSequence:
+        """One understanding row: all questions about the picture, as turns of one conversation."""
+        turns = [(q.text, q.answer) for q in sample.questions] or [("describe the picture", sample.caption)]
+        return self.layout.mmu(codes, turns)
+
+    def single_task(self, task: Task, split: str, count: int, start: int = 0) -> Packed:
+        """`count` rows of one task from a split, without caption dropout."""
+        samples = self.samples(split, start, count, seed=0)
+        if task == Task.LM:
+            return pack([self.layout.lm(s.caption) for s in samples])
+        codes = self.codes(samples)
+        if task == Task.MMU:
+            return pack([self.mmu(s, c) for s, c in zip(samples, codes)])
+        return pack(self.t2i([s.caption for s in samples], codes, torch.Generator().manual_seed(start), drop=False))

@@ -1,0 +1,251 @@
+"""The default data set: one to four colored shapes, drawn on the fly and without end.
+
+    data = Scenes()                              # or Scenes(level="hard"), or open_data("scenes", level="hard")
+    sample = data.sample("train", 0)             # image, caption, six questions, category, things
+
+The picture has 2 x 2 cells; each object sits in a cell of its own. What a scene holds, its content, is the set of
+(cell, color, shape): 13**4 - 1 = 28,560 contents. A hash of the content alone decides the split, so no test content is
+ever in train, whatever the level or seed. Two levels with the same seed show the same contents; a level only changes
+what the caption leaves open: where in its quarter an object is, how large it is, and on which background.
+
+The caption settles the content. Each sample has one category, after GenEval's:
+
+    single_object      one object
+    two_objects        two objects that share a color or a shape, not both
+    attribute_binding  two objects that differ in color and in shape
+    position           two different objects, and how one lies to the other
+    counting           two to four objects, all alike
+    color              three or four objects, not all alike
+
+Contents of one object are few (48) and of four alike objects fewer (12); SALT is chosen so that every split has some of
+each: validation and test hold seven single objects each, of every color, shape and cell among them.
+"""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from unimod.data.sample import DataError, Question, Sample, Thing, check_request, split_of, split_words
+
+COLORS = {"red": (214, 40, 40), "green": (30, 150, 70), "blue": (40, 80, 210), "yellow": (250, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+CELLS = ("top left", "top right", "bottom left", "bottom right")
+NUMBERS = ("zero", "one", "two", "three", "four")
+BACKGROUNDS = {"white": (245, 245, 245), "silver": (190, 190, 190), "gray": (110, 110, 110), "black": (20, 20, 20)}
+KINDS = ("existence", "color", "shape", "count", "position")
+CATEGORIES = {  # category -> how often each number of objects is drawn; the weights sum to 100
+    "single_object": {1: 20},
+    "two_objects": {2: 10},
+    "attribute_binding": {2: 10},
+    "position": {2: 12},
+    "counting": {2: 4, 3: 6, 4: 6},
+    "color": {3: 16, 4: 16},
+}
+SALT = "scene-59"
+QUESTIONS_PER_SAMPLE = 6
+
+Content = tuple[tuple[int, str, str], ...]  # (cell, color, shape), ordered by cell
+_DRAWS = [(category, count) for category, counts in CATEGORIES.items() for count in counts]
+_WEIGHTS = [weight for counts in CATEGORIES.values() for weight in counts.values()]
+_KINDS_OF_THING = [(color, shape) for color in COLORS for shape in SHAPES]
+
+
+@dataclass(frozen=True)
+class Level:
+    """What varies beyond the content. Lengths are pixels of a 48-pixel picture and grow with it.
+
+    `jitter`: how far an object may lie from its cell's center, each way. `sizes`: side of the square an object is drawn
+    in, its 1-pixel margin included. `backgrounds`: names from BACKGROUNDS. `placement`: "cells" keeps an object inside
+    its cell; "free" only keeps its center in that quarter, and objects apart (jitter then has no further effect).
+    Raises DataError for an option outside these.
+    """
+
+    jitter: int = 0
+    sizes: tuple[int, ...] = (24,)
+    backgrounds: tuple[str, ...] = ("white",)
+    placement: str = "cells"
+
+    def __post_init__(self):
+        if not self.sizes or not all(12 <= size <= 24 for size in self.sizes):
+            raise DataError(f"sizes {self.sizes} must hold at least one side, each from 12 to 24 pixels")
+        if not 0 <= self.jitter <= (24 - max(self.sizes)) // 2:
+            raise DataError(f"jitter {self.jitter} must be from 0 to {(24 - max(self.sizes)) // 2}, or objects leave their cells")
+        if not self.backgrounds or not set(self.backgrounds) <= set(BACKGROUNDS):
+            raise DataError(f"backgrounds {self.backgrounds} must be one or more of {', '.join(BACKGROUNDS)}")
+        if self.placement not in ("cells", "free"):
+            raise DataError(f'placement {self.placement!r} must be "cells" or "free"')
+        if self.placement == "free" and max(self.sizes) > 18:
+            raise DataError(f"free placement needs sizes of at most 18 pixels, or four objects may not fit; got {self.sizes}")
+
+
+LEVELS = {
+    "default": Level(),
+    "jitter": Level(jitter=2, sizes=(20,)),
+    "sizes": Level(sizes=(14, 18, 24)),
+    "backgrounds": Level(backgrounds=tuple(BACKGROUNDS)),
+    "free": Level(sizes=(16,), placement="free"),
+    "hard": Level(sizes=(14, 16, 18), backgrounds=tuple(BACKGROUNDS), placement="free", jitter=3),
+}
+
+
+class Scenes:
+    """The data set, unlimited in every split. Raises DataError for an unknown level or a size that does not fit.
+
+    `image_size` is a multiple of 16 from 48: the two cells of a row then start on the 8-pixel token grid.
+    `level` is a name from LEVELS or a Level of one's own.
+    """
+
+    name = "scenes"
+    kinds = KINDS
+
+    def __init__(self, image_size: int = 48, level: str | Level = "default", seed: int = 0):
+        if image_size < 48 or image_size % 16:
+            raise DataError(f"image_size {image_size} does not suit scenes: use a multiple of 16 from 48, such as 48, 64 or 96")
+        if isinstance(level, str) and level not in LEVELS:
+            raise DataError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
+        self.image_size = image_size
+        self.level = LEVELS[level] if isinstance(level, str) else level
+        self.seed = seed
+
+    def words(self) -> tuple[str, ...]:
+        """Every word of the grammar, sorted."""
+        fixed = "a at the and , left of right of above below is there ? what color shape how many shapes are where yes no"
+        texts = [fixed, *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *CELLS, *NUMBERS]
+        return tuple(sorted(set(split_words(" ".join(texts)))))
+
+    def size(self, split: str) -> None:
+        """None: scenes never run out."""
+        check_request(split, 0)
+
+    def sample(self, split: str, index: int, seed: int = 0) -> Sample:
+        """Scene `index` of a split; image uint8 [S, S, 3]. `seed` picks another endless stream of the same split."""
+        check_request(split, index)
+        rng = random.Random(f"{self.seed}/{seed}/{split}/{index}")
+        category, count = rng.choices(_DRAWS, _WEIGHTS)[0]
+        content = draw_content(rng, category, count)
+        while scene_split(content) != split:
+            content = draw_content(rng, category, count)
+        caption, questions = caption_of(content, category, rng), questions_of(content, rng)
+        image, things = draw(content, self.level, self.image_size, rng)
+        return Sample(f"scenes/{split}/{self.seed}-{seed}-{index}", image, caption, questions, category, things)
+
+
+@cache
+def scene_split(content: Content) -> str:
+    """The split a content belongs to, decided by a stable hash of the content alone."""
+    return split_of(SALT + " " + "; ".join(f"{cell} {color} {shape}" for cell, color, shape in content))
+
+
+def draw_content(rng: random.Random, category: str, count: int) -> Content:
+    """A random content of `count` objects that fits the category."""
+    cells = sorted(rng.sample(range(4), count))
+    while True:
+        alike = category == "counting"
+        looks = rng.choices(_KINDS_OF_THING, k=1 if alike else count) * (count if alike else 1)
+        colors, shapes = (len(set(values)) for values in zip(*looks))
+        fits = {
+            "two_objects": colors + shapes == 3,
+            "attribute_binding": colors + shapes == 4,
+            "position": colors + shapes > 2,
+            "color": colors + shapes > 2,
+        }
+        if fits.get(category, True):
+            return tuple((cell, color, shape) for cell, (color, shape) in zip(cells, looks))
+
+
+def listed(parts: list[str]) -> str:
+    """["x", "y", "z"] -> "x, y and z"."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def caption_of(content: Content, category: str, rng: random.Random) -> str:
+    """The sentence that settles the content, at most 24 words and marks; only "position" makes a random choice."""
+    if category == "counting":
+        _, color, shape = content[0]
+        return f"{NUMBERS[len(content)]} {color} {shape}s at the {listed([CELLS[cell] for cell, _, _ in content])}"
+    if len(content) > 2:
+        return listed([f"a {color} {shape} {CELLS[cell]}" for cell, color, shape in content])
+    phrases = [f"a {color} {shape} at the {CELLS[cell]}" for cell, color, shape in content]
+    if category != "position":
+        return listed(phrases)
+    (row, column), (other_row, other_column) = divmod(content[0][0], 2), divmod(content[1][0], 2)
+    relations = []  # how the first object lies to the second, and the second to the first
+    if row != other_row:
+        relations.append(("above", "below"))
+    if column != other_column:
+        relations.append(("left of", "right of") if column < other_column else ("right of", "left of"))
+    relation, turn = rng.choice(relations), rng.randrange(2)
+    return f"{phrases[turn]}, {relation[turn]} {phrases[1 - turn]}"
+
+
+def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
+    """Six questions in random order: existence twice (one yes, one no), and the other kinds where they apply."""
+    looks = Counter((color, shape) for _, color, shape in content)
+    absent = [look for look in _KINDS_OF_THING if look not in looks]
+    near = [look for look in absent if any((look[0] == color) != (look[1] == shape) for color, shape in looks)]
+    yes, no = rng.choice(list(looks)), rng.choice(near if rng.random() < 0.8 else absent)
+    asked = [Question(f"is there a {no[0]} {no[1]}?", "no", "existence"), Question(f"is there a {yes[0]} {yes[1]}?", "yes", "existence")]
+    cell, color, _ = rng.choice(content)
+    asked.append(Question(f"what color is the shape at the {CELLS[cell]}?", color, "color"))
+    cell, _, shape = rng.choice(content)
+    asked.append(Question(f"what shape is at the {CELLS[cell]}?", shape, "shape"))
+    unique = [thing for thing in content if looks[thing[1:]] == 1]
+    if unique:
+        cell, color, shape = rng.choice(unique)
+        asked.append(Question(f"where is the {color} {shape}?", CELLS[cell], "position"))
+    counts = ["shapes", rng.choice(list(COLORS)) + " shapes", rng.choice(SHAPES) + "s", rng.choice(content)[1] + " shapes"]
+    for what in rng.sample(counts, QUESTIONS_PER_SAMPLE - len(asked)):
+        number = sum(what in ("shapes", f"{color} shapes", f"{shape}s") for _, color, shape in content)
+        asked.append(Question(f"how many {what} are there?", NUMBERS[number], "count"))
+    rng.shuffle(asked)
+    return tuple(asked)
+
+
+@cache
+def shape_mask(shape: str, height: int, width: int) -> np.ndarray:
+    """The pixels of a shape that fills its box: bool [height, width]."""
+    y, x = (np.arange(height)[:, None] + 0.5) / height, np.abs((np.arange(width) + 0.5) / width - 0.5)
+    if shape == "circle":
+        return x**2 + (y - 0.5) ** 2 <= 0.25
+    return 2 * x <= (y if shape == "triangle" else np.ones_like(y))
+
+
+def draw(content: Content, level: Level, image_size: int, rng: random.Random) -> tuple[np.ndarray, tuple[Thing, ...]]:
+    """The picture, uint8 [S, S, 3], and its objects in the order of `content`. Edges are hard: no color is mixed."""
+    image = np.full((image_size, image_size, 3), BACKGROUNDS[rng.choice(level.backgrounds)], np.uint8)
+    sides = [rng.choice(level.sizes) * image_size // 48 for _ in content]
+    corners = place([cell for cell, _, _ in content], sides, level, image_size, rng)
+    things = []
+    for (cell, color, shape), side, (x, y) in zip(content, sides, corners):
+        box = (x + 1, y + 1, x + side - 1, y + side - 1)
+        image[box[1] : box[3], box[0] : box[2]][shape_mask(shape, side - 2, side - 2)] = COLORS[color]
+        things.append(Thing(color, shape, cell, box))
+    return image, tuple(things)
+
+
+def place(cells: list[int], sides: list[int], level: Level, image_size: int, rng: random.Random) -> list[tuple[int, int]]:
+    """The top left corner (x, y) of each object's square; no two squares overlap, each center is in its cell."""
+    half = image_size // 2
+    if level.placement == "cells":
+        reach = level.jitter * image_size // 48
+        return [
+            tuple(half * part + (half - side) // 2 + rng.randint(-reach, reach) for part in (cell % 2, cell // 2))
+            for cell, side in zip(cells, sides)
+        ]
+
+    def along(second: int, side: int) -> int:  # keeps the center two pixels clear of the picture's middle line
+        return rng.randint(half + 2 - side // 2, image_size - side) if second else rng.randint(0, half - 2 - (side + 1) // 2)
+
+    while True:
+        corners = [(along(cell % 2, side), along(cell // 2, side)) for cell, side in zip(cells, sides)]
+        squares = list(zip(corners, sides))
+        apart = all(
+            x + side <= u or u + other <= x or y + side <= v or v + other <= y
+            for i, ((x, y), side) in enumerate(squares)
+            for (u, v), other in squares[:i]
+        )
+        if apart:
+            return corners

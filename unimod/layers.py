@@ -1,0 +1,96 @@
+"""Routed layers: wrap any decoder layer so that only the kept tokens go through it.
+
+    apply_mod(model, plan, RouterConfig(shared=False))    # UniMoD; shared=True is MoD
+    remove_mod(model)                                     # the stock layers again, untouched
+
+The state dict keeps the backbone's stock keys; router keys stand beside them (`layers.5.router.proj.weight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+
+from .config import ParameterError
+from .plan import CapacityPlan
+from .router import RouterConfig, Routing, TaskRouter
+from .tokens import Packed
+
+_LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
+
+
+class MoDLayer(nn.Module):
+    """A decoder layer behind a router.
+
+    The wrapped layer's children are registered under their own names and the layer itself is not, so that a wrapped layer
+    saves like an unwrapped one. With y = layer(x) on the kept tokens, the output is
+
+        x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
+
+    for kept tokens and x for all others.
+    """
+
+    def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
+        super().__init__()
+        if hasattr(layer, "router"):
+            raise ParameterError(f"{type(layer).__name__} already has a 'router'; call remove_mod before routing it again.")
+        self.__dict__["layer"] = layer
+        self._parameters, self._buffers = layer._parameters, layer._buffers
+        self._modules = {**layer._modules, "router": router}
+        self.number = number
+
+    def train(self, mode: bool = True) -> MoDLayer:
+        """Also the layer that is not registered."""
+        self.layer.training = mode
+        return super().train(mode)
+
+    def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
+        """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
+        routing = self.router(hidden_states[0], packed)
+        log = _LOG.get()
+        if log is not None:
+            log[self.number] = routing
+        i = routing.index
+        if not len(i):                                      # a threshold may turn every token away
+            return hidden_states
+        x = hidden_states[:, i]
+        cos, sin = position_embeddings
+        y = self.layer(x, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
+        return hidden_states.index_copy(1, i, y + (routing.weight - 1)[:, None] * (y - x))
+
+
+def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None) -> nn.Module:
+    """Route `model.layers` (an nn.ModuleList of decoder layers of width `model.width`) by the plan, in place; returns the model.
+
+    Layers that the plan leaves dense stay as they are. Raises `ParameterError` when the plan is for another number of layers
+    or the model is routed already.
+    """
+    if plan.layers != len(model.layers):
+        raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
+    for i in plan.routed():
+        old = model.layers[i]
+        router = TaskRouter(model.width, plan.at(i), config).to(next(old.parameters()))
+        model.layers[i] = MoDLayer(old, router, i).train(old.training)
+    return model
+
+
+def remove_mod(model: nn.Module) -> nn.Module:
+    """Put the stock layers back, in place; their weights are the ones trained meanwhile. Returns the model."""
+    for i, layer in enumerate(model.layers):
+        if isinstance(layer, MoDLayer):
+            model.layers[i] = layer.layer
+    return model
+
+
+@contextmanager
+def record_routing() -> Iterator[dict[int, Routing]]:
+    """Collect the `Routing` of every routed layer by layer number, with its gradients, for the last forward inside the block."""
+    log: dict[int, Routing] = {}
+    token = _LOG.set(log)
+    try:
+        yield log
+    finally:
+        _LOG.reset(token)

@@ -1,0 +1,305 @@
+"""Pictures to tokens and back: one interface, three members.
+
+    dictionary  PatchDictionary (patches.py)  the distinct 8x8 patches themselves: lossless where they fit, fitted in seconds
+    magvit      MagVitV2 (magvit.py)          lookup-free quantiser, the structure of Show-o's tokenizer at any width
+    emu3vq      Emu3VQ (emu3_vq.py)           learned codebook, transformers' Emu3VQVAE at any width
+
+    tokenizer = build_image_tokenizer("magvit")
+    report = tokenizer.fit(pictures, seconds=180)          # pictures: uint8 [B, 3, H, W], H and W multiples of tokenizer.downsample
+    codes = tokenizer.encode(pictures)                     # int64 [B, h, w]
+    tokenizer.save("runs/magvit"); tokenizer = load_image_tokenizer("runs/magvit")
+
+Fit and measure on pictures of your own, kept in one .npz with uint8 arrays `train` and `test` [N, H, W, 3]; prints one JSON line:
+
+    python -m unimod.models.image_tokenizer magvit pictures.npz --seconds 180 --out runs/magvit
+
+B pictures, H x W pixels, h x w tokens, D latent channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MEMBERS = {
+    "dictionary": ("unimod.models.patches", "PatchDictionary"),
+    "magvit": ("unimod.models.magvit", "MagVitV2"),
+    "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ"),
+}
+CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "tokenizer.safetensors"
+PIXELS_AT_ONCE = 1 << 19  # encode and decode walk the batch in pieces of about this many pixels: bounded memory
+MEASURED = 256  # pictures a FitReport is measured on
+
+
+@dataclass(frozen=True)
+class ReconstructionReport:
+    """What encode and decode lose."""
+
+    psnr_db: float
+    """10 log10(255^2 / mean squared error over all pictures), decibels; inf when nothing is lost."""
+    exact_fraction: float
+    """Share of the pictures that come back bit for bit."""
+    codes_used: int
+    """Distinct codes these pictures need."""
+
+
+@dataclass(frozen=True)
+class FitReport(ReconstructionReport):
+    """What a fit did, measured on the first 256 of the pictures it was fitted on."""
+
+    name: str
+    pictures: int
+    seconds: float
+    steps: int
+    """Optimiser steps; 0 for the dictionary."""
+    parameters: int
+    distinct_patches: int | None = None
+    """Distinct patches in the fitting pictures; None for the learned tokenizers."""
+    warning: str = ""
+    """Plain words when the result is not what one would hope for; empty otherwise."""
+
+
+class ImageTokenizer(nn.Module):
+    """Base of the three: checks, batching, files. A member gives `Config`, `fit`, `_codes` and `_pixels`."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    codebook_size: int
+    """Codes are 0 .. codebook_size - 1."""
+    downsample: int
+    """Pixels along one side of a token."""
+
+    def fit(self, images: Tensor, *, steps: int | None, seconds: float | None, seed: int, log: Callable[[str], None] | None) -> FitReport:
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> int64 [B, h, w] with h = H / downsample, on the device of `images`. ValueError for any other input."""
+        self.check_images(images)
+        return self._in_pieces(self._codes, images, images[0, 0].numel())
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 [B, h, w] -> uint8 [B, 3, H, W], on the device of `codes`. ValueError for codes outside 0 .. codebook_size - 1."""
+        if codes.dtype != torch.int64 or codes.dim() != 3 or not codes.numel():
+            raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}: give torch.int64 [B, h, w], none of them 0")
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= self.codebook_size:
+            raise ValueError(f"codes span {low}..{high}: '{self.name}' decodes 0..{self.codebook_size - 1}; subtract the vocabulary's offset first")
+        return self._in_pieces(self._pixels, codes, codes[0].numel() * self.downsample**2)
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """decode(encode(images)): uint8 [B, 3, H, W] -> the same."""
+        return self.decode(self.encode(images))
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json (name and config) and tokenizer.safetensors into `folder`, made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name, "config": asdict(self.config)}, indent=1) + "\n")
+        save_file({key: value.contiguous() for key, value in self.stored().state_dict().items()}, folder / WEIGHTS_FILE)
+
+    def stored(self) -> nn.Module:
+        """The module whose state dict is the file."""
+        return self
+
+    def check_images(self, images: Tensor) -> None:
+        side = self.downsample
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or not images.numel():
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}: give torch.uint8 [B, 3, H, W], none of them 0")
+        if images.shape[2] % side or images.shape[3] % side:
+            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]} pixels: both must be multiples of {side}; crop or pad them")
+
+    def _in_pieces(self, function: Callable[[Tensor], Tensor], batch: Tensor, pixels_each: int) -> Tensor:
+        device = next(iter(self.state_dict().values())).device
+        self.eval()
+        with torch.no_grad():
+            pieces = batch.split(max(1, PIXELS_AT_ONCE // pixels_each))
+            return torch.cat([function(piece.to(device)).to(batch.device) for piece in pieces])
+
+
+class LearnedTokenizer(ImageTokenizer):
+    """Encoder, quantiser, decoder, trained together. A member gives the five small functions below."""
+
+    learning_rate: ClassVar[float] = 2e-3
+    batch_size: ClassVar[int] = 16
+
+    def latents(self, x: Tensor) -> Tensor:
+        """float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation."""
+        raise NotImplementedError
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """[B, D, h, w] -> int64 [B, h, w]."""
+        raise NotImplementedError
+
+    def codewords(self, codes: Tensor) -> Tensor:
+        """int64 [B, h, w] -> [B, D, h, w]."""
+        raise NotImplementedError
+
+    def images_of(self, q: Tensor) -> Tensor:
+        """[B, D, h, w] codewords -> float [B, 3, H, W] in about [-1, 1]."""
+        raise NotImplementedError
+
+    def quantiser_loss(self, z: Tensor, codes: Tensor) -> Tensor:
+        """The scalar that keeps latents and codewords together."""
+        raise NotImplementedError
+
+    def after_step(self, z: Tensor, codes: Tensor) -> None:
+        """Called after every training step with the step's latents and codes."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """uint8 [B, 3, H, W] -> loss (scalar), reconstruction [B, 3, H, W] in about [-1, 1], latents, codes: one training forward."""
+        x = images.float() / 127.5 - 1
+        z = self.latents(x)
+        codes = self.nearest(z)
+        y = self.images_of(z + (self.codewords(codes) - z).detach())  # straight-through: d y / d z as if q were z
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + self.quantiser_loss(z, codes), y, z, codes
+
+    def _codes(self, images: Tensor) -> Tensor:
+        return self.nearest(self.latents(images.float() / 127.5 - 1))
+
+    def _pixels(self, codes: Tensor) -> Tensor:
+        return ((self.images_of(self.codewords(codes)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def fit(
+        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Callable[[str], None] | None = None
+    ) -> FitReport:
+        """Train on `images` (uint8 [N, 3, H, W]) until `steps` or `seconds` is used up, from the present weights.
+
+        AdamW, 5 % warm-up, cosine to zero over the budget. With `steps` alone the result is the same for the same seed on one machine.
+        """
+        self.check_images(images)
+        if not (steps or seconds) or (steps or 1) < 1 or (seconds or 1) <= 0:
+            raise ValueError(f"steps={steps}, seconds={seconds}: give at least one of them, positive")
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        started, step, done = time.perf_counter(), 0, 0.0
+        self.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            while done < 1:
+                lr = self.learning_rate * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
+                optimizer.param_groups[0]["lr"] = lr
+                loss, _, z, codes = self(images[torch.randint(len(images), (self.batch_size,))].to(next(self.parameters()).device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+                optimizer.step()
+                self.after_step(z.detach(), codes)
+                step += 1
+                elapsed = time.perf_counter() - started
+                done = max(step / steps if steps else 0.0, elapsed / seconds if seconds else 0.0)
+                if log and (step % 50 == 0 or done >= 1):
+                    log(f"{self.name} step {step} ({elapsed:.0f} s): loss {loss.item():.4f}, {codes.unique().numel()} codes in the batch")
+        self.eval()
+        return fit_report(self, images, started, step)
+
+
+def fit_report(tokenizer: ImageTokenizer, images: Tensor, started: float, steps: int, **more) -> FitReport:
+    """The report of a fit that began at `started` (time.perf_counter)."""
+    seconds = time.perf_counter() - started
+    measured = asdict(reconstruction_report(tokenizer, images[:MEASURED]))
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    return FitReport(**measured, name=tokenizer.name, pictures=len(images), seconds=seconds, steps=steps, parameters=parameters, **more)
+
+
+def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> ReconstructionReport:
+    """Encode and decode `images` (uint8 [B, 3, H, W]) and measure what is lost."""
+    codes = tokenizer.encode(images)
+    error = tokenizer.decode(codes).short() - images.short()
+    mse = error.double().square().mean().item()
+    psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
+    exact = (error == 0).flatten(1).all(1).double().mean().item()
+    return ReconstructionReport(psnr, exact, codes.unique().numel())
+
+
+def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokenizer:
+    """A new tokenizer: `name` is a key of MEMBERS, `options` are fields of that member's config; `seed` draws the first weights."""
+    cls = _member(name)
+    allowed = [field.name for field in fields(cls.Config)]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"unknown option {unknown[0]!r} for image tokenizer '{name}': it takes {', '.join(allowed)}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return cls(cls.Config(**options))
+
+
+def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
+    """The tokenizer that `save(folder)` wrote. FileNotFoundError or ValueError names the file and what was expected in it."""
+    config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: expected a folder written by ImageTokenizer.save, with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        config = json.loads(config_path.read_text())
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["config"].items()}
+        tokenizer = build_image_tokenizer(config["name"], **options)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'{config_path}: expected {{"name": ..., "config": {{...}}}} as ImageTokenizer.save writes it; {error}') from error
+    try:
+        found = load_file(weights_path)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_path}: expected a safetensors file, found something else or a part of one; {error}") from error
+    expected = tokenizer.stored().state_dict()
+    wrong = sorted(key for key in expected.keys() | found.keys() if _kind(expected.get(key)) != _kind(found.get(key)))
+    if wrong:
+        key, others = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{weights_path}: '{key}' is {_kind(found.get(key))}, {config_path.name} expects {_kind(expected.get(key))}{others}; "
+            "the two files are not of one save"
+        )
+    tokenizer.stored().load_state_dict(found)
+    return tokenizer.eval()
+
+
+def at_least_one(**values: int) -> None:
+    """Refuse any value that is not a whole number >= 1: the check every config shares."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _member(name: str) -> type[ImageTokenizer]:
+    if name not in MEMBERS:
+        raise ValueError(f"unknown image tokenizer {name!r}: choose one of {', '.join(MEMBERS)}")
+    module, cls = MEMBERS[name]
+    return getattr(importlib.import_module(module), cls)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Fit one image tokenizer and print what was measured as one JSON line.")
+    parser.add_argument("name", choices=list(MEMBERS))
+    parser.add_argument("pictures", help=".npz with uint8 arrays train and test, [N, H, W, 3]")
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="folder to save the tokenizer in")
+    args = parser.parse_args(argv)
+    with np.load(args.pictures) as file:
+        train, test = (torch.from_numpy(file[part]).permute(0, 3, 1, 2).contiguous() for part in ("train", "test"))
+    tokenizer = build_image_tokenizer(args.name, seed=args.seed)
+    report = tokenizer.fit(train, seconds=args.seconds, seed=args.seed, log=lambda line: print(line, flush=True))
+    if args.out:
+        tokenizer.save(args.out)
+    line = {"fit": asdict(report), "test": asdict(reconstruction_report(tokenizer, test))}
+    for part in line.values():  # JSON has no infinity: null is "lossless"
+        part["psnr_db"] = part["psnr_db"] if math.isfinite(part["psnr_db"]) else None
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    importlib.import_module("unimod.models.image_tokenizer").main()  # the imported twin, so that the members' base class is this file's once

@@ -1,0 +1,208 @@
+"""MAGVIT-v2 for pictures: a conv encoder and decoder around a lookup-free quantiser, the structure of Show-o's image tokenizer.
+
+    tokenizer = build_image_tokenizer("magvit")                  # small: 48x48 pictures -> 6x6 codes of 8 bits
+    with torch.device("meta"): MagVitV2(SHOWO)                   # the real one: 16x down, 13 bits, 95,387,004 parameters
+
+A code is the signs of the latent's channels read as a binary number, channel 0 first (the most significant bit); zero counts as 0.
+Modules are named as in the checkpoint showlab/magvitv2, so its 382 entries load as they are. Quantiser: Yu et al., arXiv 2310.05737.
+
+N latent vectors, D bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unimod.models.image_tokenizer import LearnedTokenizer, at_least_one
+
+
+@dataclass(frozen=True)
+class MagVitConfig:
+    """Tuples run from the finest level to the coarsest; the defaults are the small tokenizer."""
+
+    ch: int = 32
+    """Channels at multiplier 1."""
+    encoder_multipliers: tuple[int, ...] = (1, 1, 2, 2)
+    decoder_multipliers: tuple[int, ...] = (1, 1, 2, 2)
+    encoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
+    """Residual blocks per level."""
+    decoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
+    bits: int = 8
+    groups: int = 8
+    """Groups of every GroupNorm."""
+
+    def __post_init__(self):
+        levels = (self.encoder_multipliers, self.decoder_multipliers, self.encoder_blocks, self.decoder_blocks)
+        at_least_one(ch=self.ch, bits=self.bits, groups=self.groups, **{f"level {i}": n for row in levels for i, n in enumerate(row)})
+        if not self.encoder_blocks or len({len(row) for row in levels}) > 1:
+            raise ValueError(f"multipliers and blocks have {[len(row) for row in levels]} levels: give all four the same number, at least 1")
+        if self.bits > 18:
+            raise ValueError(f"bits is {self.bits}: give at most 18, the codebook is held as a table of 2^bits rows")
+        if self.ch % self.groups:
+            raise ValueError(f"ch is {self.ch} and groups {self.groups}: ch must be a multiple of groups")
+
+
+SHOWO = MagVitConfig(128, (1, 2, 2, 4, 4), (1, 1, 2, 2, 4), (4, 3, 4, 3, 4), (4, 4, 3, 4, 3), bits=13, groups=32)
+
+
+class ResBlock(nn.Module):
+    """norm, swish, conv, norm, swish, conv, plus the input; a 1x1 conv on the input where the channels change."""
+
+    def __init__(self, inside: int, outside: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inside, eps=1e-6)
+        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, outside, eps=1e-6)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1)
+        if inside != outside:
+            self.nin_shortcut = nn.Conv2d(inside, outside, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """One head over all places: x + proj_out(softmax(q k^T / sqrt(C)) v)."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (layer(y).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Resample(nn.Module):
+    """Half the side (zeros added right and below, conv of stride 2) or twice the side (nearest, then conv)."""
+
+    def __init__(self, channels: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if up else nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then the way to the next one where there is one ("downsample", "upsample" or None)."""
+
+    def __init__(self, inside: int, outside: int, blocks: int, groups: int, then: str | None):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(inside if i == 0 else outside, outside, groups) for i in range(blocks))
+        if then:
+            self.add_module(then, Resample(outside, up=then == "upsample"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for then in ("downsample", "upsample"):
+            x = getattr(self, then)(x) if hasattr(self, then) else x
+        return x
+
+
+class Encoder(nn.Module):
+    """[B, 3, H, W] in [-1, 1] -> [B, D, h, w]."""
+
+    def __init__(self, c: MagVitConfig):
+        super().__init__()
+        widths = [c.ch * m for m in (1, *c.encoder_multipliers)]
+        last = len(c.encoder_blocks) - 1
+        self.conv_in = nn.Conv2d(3, c.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[i], widths[i + 1], n, c.groups, "downsample" if i < last else None) for i, n in enumerate(c.encoder_blocks)
+        )
+        self.mid = Middle(widths[-1], c.groups)
+        self.norm_out = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c.bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(c.bits, c.bits, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class Decoder(nn.Module):
+    """[B, D, h, w] -> [B, 3, H, W] in about [-1, 1]. Level 0 is the finest, as in the encoder, and comes last."""
+
+    def __init__(self, c: MagVitConfig):
+        super().__init__()
+        widths = [c.ch * m for m in (*c.decoder_multipliers, c.decoder_multipliers[-1])]
+        self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
+        self.conv_in = nn.Conv2d(c.bits, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], c.groups)
+        self.up = nn.ModuleList(Level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None) for i, n in enumerate(c.decoder_blocks))
+        self.norm_out = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, q: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(self.post_quant_conv(q)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class LookupFree(nn.Module):
+    """Codes are signs. Buffers: `power_vals` int64 [D] = 2^(D-1) .. 1; `embedding` [2^D, D], row c the -1 / +1 codeword of code c."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        powers = 2 ** torch.arange(bits - 1, -1, -1)
+        codes = torch.arange(2**bits)
+        self.register_buffer("embedding", (codes[:, None] & powers).ne(0).float() * 2 - 1)
+        self.register_buffer("power_vals", powers)
+
+
+class MagVitV2(LearnedTokenizer):
+    name = "magvit"
+    Config = MagVitConfig
+    commitment, entropy = 0.1, 0.1  # weights of the two parts of the quantiser's loss
+    
+    def __init__(self, config: MagVitConfig):
+        super().__init__()
+        self.config = config
+        self.codebook_size, self.downsample = 2**config.bits, 2 ** (len(config.encoder_blocks) - 1)
+        self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), LookupFree(config.bits)
+
+    def latents(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        return ((z > 0) * self.quantize.power_vals[:, None, None]).sum(1)  # code = sum of bit_i 2^(D-1-i)
+
+    def codewords(self, codes: Tensor) -> Tensor:
+        return self.quantize.embedding[codes].permute(0, 3, 1, 2)
+
+    def images_of(self, q: Tensor) -> Tensor:
+        return self.decoder(q)
+
+    def quantiser_loss(self, z: Tensor, codes: Tensor) -> Tensor:
+        """Commitment |z - q|^2, and entropy: each latent sure of its code, all codes used.
+
+        p(code | z) = softmax(2 z . q), a product of sigmoid(4 z_i) over the bits; loss = mean H(p) - H(mean p), in nats.
+        """
+        p = (2 * z.permute(0, 2, 3, 1).reshape(-1, self.config.bits) @ self.quantize.embedding.T).softmax(-1)  # [N, 2^D]
+        sure, spread = (torch.special.entr(q).sum(-1).mean() for q in (p, p.mean(0, keepdim=True)))
+        return self.commitment * F.mse_loss(z, self.codewords(codes)) + self.entropy * (sure - spread)

@@ -1,0 +1,5 @@
+"""Selection of the tokens a routed layer processes."""
+
+from .reference import segment_topk
+
+__all__ = ["segment_topk"]

@@ -1,0 +1,62 @@
+"""The shipped tiny checkpoints: how they were made, and how to make them again.
+
+    python -m unimod train-tiny showo-tiny --out runs/showo-tiny        # about an hour on one core
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .data import open_data
+from .data.batches import Batches
+from .data.sample import Dataset
+from .evaluate.quality import evaluate
+from .models.checkpoint import build_model, save_model
+from .models.image_tokenizer import ImageTokenizer, build_image_tokenizer
+from .train import TrainConfig, train
+
+STEPS = 2400
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Words of the embedded data sets, so that one checkpoint can go on with either."""
+    return tuple(sorted({*open_data("scenes").words(), *open_data("digits").words()}))
+
+
+def fit_image_tokenizer(data: Dataset, name: str = "dictionary", count: int = 4000, seed: int = 0, **options: object) -> ImageTokenizer:
+    """A picture tokenizer of 256 codes fitted on `count` training pictures of a data set (fewer when it has fewer)."""
+    count = min(count, data.size("train") or count)
+    pictures = torch.from_numpy(np.stack([data.sample("train", i, seed).image for i in range(count)])).permute(0, 3, 1, 2)
+    tokenizer = build_image_tokenizer(name)
+    tokenizer.fit(pictures, seed=seed, **options)
+    return tokenizer
+
+
+def train_tiny(name: str, out: str | Path, steps: int = STEPS, seed: int = 0, batch: int = 16, lr: float = 1.5e-3) -> dict:
+    """Train a tiny dense model on the default scenes and save it in `out` with card.json: how it was made and how good it is."""
+    data = open_data("scenes")
+    image_tokenizer = fit_image_tokenizer(data)
+    model = build_model(name, vocabulary(), image_tokenizer.codebook_size, seed=seed)
+    batches = Batches(data, image_tokenizer, model.layout, batch=batch, seed=seed)
+    began = time.perf_counter()
+
+    def log(record: dict) -> None:
+        if record["step"] % 20 == 0 or "questions/all" in record:
+            shown = {k: round(v, 4) for k, v in record.items() if k in ("loss_t2i", "loss_mmu", "loss_lm", "seconds", "questions/all", "pictures/all")}
+            print(f"{name} step {record['step']}/{steps} {shown} {time.perf_counter() - began:.0f} s", flush=True)
+
+    train(model, batches, TrainConfig(steps=steps, lr=lr, evaluate_every=400), folder=out, log=log,
+          evaluate=lambda m: evaluate(m, image_tokenizer, data, "validation", 48).flat())
+    minutes = (time.perf_counter() - began) / 60
+    save_model(out, model, image_tokenizer)
+    quality = evaluate(model, image_tokenizer, data, "test", 400)
+    card = {"name": name, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "minutes": round(minutes, 1), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "quality": asdict(quality)}
+    (Path(out) / "card.json").write_text(json.dumps(card, indent=1))
+    return card

@@ -1,0 +1,198 @@
+"""The one shape of the whole package: packed tokens with intervals.
+
+A batch is one row of `T` real tokens, no padding. Token `i` may attend to the packed tokens `lo[i] <= j < hi[i]`, which
+expresses exactly every mask of Show-o (t2i, mmu, lm) and Emu3 (causal). Intervals are closed under a sorted gather, so a
+routed layer is the same computation on fewer tokens:
+
+    >>> packed = pack([sequence_a, sequence_b])
+    >>> smaller = packed.take(idx, segments)      # idx sorted; positions kept, intervals renumbered
+
+Letters used in the whole package: T tokens, K kept, B sequences, H heads, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Target of a token that predicts nothing (torch's own convention)."""
+
+
+class Task(IntEnum):
+    """What a sequence asks of the model."""
+
+    T2I = 0
+    MMU = 1
+    LM = 2
+
+
+class Modality(IntEnum):
+    """What a token stands for."""
+
+    TEXT = 0
+    IMAGE = 1
+    SPECIAL = 2
+
+
+RULES = ("topk", "keep", "threshold")
+"""How a routed layer chooses among the tokens of a segment.
+
+topk: the k best of the segment, k known on the host; every token of the segment must be known when the layer runs.
+keep: all of them; text that is generated one token at a time, so that decoding sees what training saw.
+threshold: each token for itself against a calibrated score; causal, for pictures that are generated token by token.
+"""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive tokens of one row that compete for the same places in a routed layer."""
+
+    row: int
+    task: Task
+    length: int
+    rule: str = "topk"
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence before packing; all tensors are int64 [n].
+
+    `position` counts the pads of the reference layout; `hi` is relative to the sequence's first token and `lo` is always
+    that token; `target[i]` is what token i must predict (already shifted for next-token tasks), or `IGNORE`.
+    `parts` cuts the sequence into (length, rule) from left to right.
+    """
+
+    task: Task
+    ids: Tensor
+    position: Tensor
+    modality: Tensor
+    hi: Tensor
+    target: Tensor
+    parts: tuple[tuple[int, str], ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        for name in ("position", "modality", "hi", "target"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {n} tokens; all fields of a sequence have one length.")
+        if n == 0:
+            raise ValueError("A sequence needs at least one token.")
+        if sum(length for length, _ in self.parts) != n:
+            raise ValueError(f"parts {self.parts} add up to {sum(length for length, _ in self.parts)} tokens, the sequence has {n}.")
+        for _, rule in self.parts:
+            if rule not in RULES:
+                raise ValueError(f"Unknown rule {rule!r} in parts; allowed: {', '.join(RULES)}.")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch: int64 tensors [T] and, on the host, the segments they are made of.
+
+    `lo`, `hi`: token i may attend to packed tokens lo[i] .. hi[i] - 1. `segments` are in packed order; their lengths add up
+    to T (an empty segment is allowed after routing).
+    """
+
+    ids: Tensor
+    row: Tensor
+    position: Tensor
+    task: Tensor
+    modality: Tensor
+    lo: Tensor
+    hi: Tensor
+    target: Tensor
+    segments: tuple[Segment, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, on the host: [B]."""
+        n = [0] * (self.segments[-1].row + 1)
+        for segment in self.segments:
+            n[segment.row] += segment.length
+        return tuple(n)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """Task of each row, on the host: [B]."""
+        return tuple({segment.row: segment.task for segment in self.segments}.values())
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """The tokens that have a target: int64 [N], ascending."""
+        return (self.target != IGNORE).nonzero()[:, 0]
+
+    @cached_property
+    def target_counts(self) -> tuple[int, ...]:
+        """Targets per task, on the host."""
+        return tuple(torch.bincount(self.task[self.labelled], minlength=len(Task)).tolist())
+
+    def take(self, idx: Tensor, segments: Seq[Segment]) -> Packed:
+        """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
+
+        Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)).
+        """
+        return Packed(
+            **{name: getattr(self, name)[idx] for name in ("ids", "row", "position", "task", "modality", "target")},
+            lo=torch.searchsorted(idx, self.lo[idx]),
+            hi=torch.searchsorted(idx, self.hi[idx]),
+            segments=tuple(segments),
+        )
+
+    def rows(self) -> list[slice]:
+        """Where each row lies in the packed order."""
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return [slice(end - n, end) for end, n in zip(ends, self.lengths)]
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
+        moved = replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "segments"})
+        moved.__dict__.update(labelled=self.labelled.to(device), target_counts=self.target_counts)
+        return moved
+
+    def __str__(self) -> str:
+        lines = ["row  task  tokens  text  image  special  targets"]
+        for b, (where, task) in enumerate(zip(self.rows(), self.tasks)):
+            count = [int((self.modality[where] == m).sum()) for m in Modality]
+            targets = int((self.target[where] != IGNORE).sum())
+            lines.append(f"{b:3d}  {task.name.lower():4s}  {self.lengths[b]:6d}  {count[0]:4d}  {count[1]:5d}  {count[2]:7d}  {targets:7d}")
+        return "\n".join(lines)
+
+
+def pack(sequences: Seq[TokenSequence]) -> Packed:
+    """Lay the sequences behind one another. Raises ValueError when there is none."""
+    if not sequences:
+        raise ValueError("pack() needs at least one sequence.")
+    lengths = torch.tensor([len(s.ids) for s in sequences])
+    start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return Packed(
+        ids=torch.cat([s.ids for s in sequences]),
+        row=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
+        position=torch.cat([s.position for s in sequences]),
+        task=torch.repeat_interleave(torch.tensor([int(s.task) for s in sequences]), lengths),
+        modality=torch.cat([s.modality for s in sequences]),
+        lo=start,
+        hi=start + torch.cat([s.hi for s in sequences]),
+        target=torch.cat([s.target for s in sequences]),
+        segments=tuple(Segment(row, s.task, n, rule) for row, s in enumerate(sequences) for n, rule in s.parts),
+    )
+
+
+def prefix_hi(prefix: int, total: int) -> Tensor:
+    """Upper ends of a sequence whose first `prefix` tokens see one another and whose rest is causal (0: all causal): int64 [n]."""
+    hi = torch.arange(1, total + 1)
+    return hi.clamp(min=prefix)
+
+
+def suffix_hi(causal: int, total: int) -> Tensor:
+    """Upper ends of a sequence whose first `causal` tokens are causal and whose rest sees everything: int64 [n]."""
+    hi = torch.arange(1, total + 1)
+    hi[causal:] = total
+    return hi
