@@ -129,7 +129,7 @@ class Run:
         done = {"notebook": self.notebook, "finished": datetime.now(UTC).isoformat(), "seconds": round(time.monotonic() - self.opened, 1),
                 "device": _device(self.params.device), **self.written, "results": len(self.written["results"])}
         write(self.dir / "done.json", json.dumps(done, indent=1) + "\n")
-        print(f"{self.notebook}: {done['results']} results, {len(done['figures'])} figures, {len(done['tables'])} tables in {self.dir}")
+        print(f"{self.notebook} is done: results {done['results']}, figures {len(done['figures'])}, tables {len(done['tables'])}; {self.dir}")
 
     def _claim(self, kind: str, name: str) -> None:
         if not NAME.fullmatch(name):

@@ -58,7 +58,7 @@ class Level:
     """What varies beyond the content. Lengths are pixels of a 48-pixel picture and grow with it.
 
     `jitter`: how far an object may lie from its cell's center, each way. `sizes`: side of the square an object is drawn
-    in, its 1-pixel margin included. `backgrounds`: names from BACKGROUNDS. `placement`: "cells" keeps an object inside
+    in, its 1-pixel margin included (from 14, below which shapes blur into one another). `backgrounds`: names from BACKGROUNDS. `placement`: "cells" keeps an object inside
     its cell; "free" only keeps its center in that quarter, and objects apart (jitter then has no further effect).
     Raises DataError for an option outside these.
     """
@@ -69,8 +69,8 @@ class Level:
     placement: str = "cells"
 
     def __post_init__(self):
-        if not self.sizes or not all(12 <= size <= 24 for size in self.sizes):
-            raise DataError(f"sizes {self.sizes} must hold at least one side, each from 12 to 24 pixels")
+        if not self.sizes or not all(14 <= size <= 24 for size in self.sizes):
+            raise DataError(f"sizes {self.sizes} must hold at least one side, each from 14 to 24 pixels")
         if not 0 <= self.jitter <= (24 - max(self.sizes)) // 2:
             raise DataError(f"jitter {self.jitter} must be from 0 to {(24 - max(self.sizes)) // 2}, or objects leave their cells")
         if not self.backgrounds or not set(self.backgrounds) <= set(BACKGROUNDS):

@@ -192,6 +192,8 @@ class LearnedTokenizer(ImageTokenizer):
                 lr = self.learning_rate * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
                 optimizer.param_groups[0]["lr"] = lr
                 loss, _, z, codes = self(images[torch.randint(len(images), (self.batch_size,))].to(next(self.parameters()).device))
+                if not loss.isfinite():
+                    raise FloatingPointError(f"{self.name}: the loss is {loss.item()} at step {step}; fit again from a fresh tokenizer, with another seed")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters(), 1.0)

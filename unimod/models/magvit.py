@@ -179,7 +179,7 @@ class MagVitV2(LearnedTokenizer):
     name = "magvit"
     Config = MagVitConfig
     commitment, entropy = 0.1, 0.1  # weights of the two parts of the quantiser's loss
-    
+
     def __init__(self, config: MagVitConfig):
         super().__init__()
         self.config = config
@@ -203,6 +203,8 @@ class MagVitV2(LearnedTokenizer):
 
         p(code | z) = softmax(2 z . q), a product of sigmoid(4 z_i) over the bits; loss = mean H(p) - H(mean p), in nats.
         """
-        p = (2 * z.permute(0, 2, 3, 1).reshape(-1, self.config.bits) @ self.quantize.embedding.T).softmax(-1)  # [N, 2^D]
-        sure, spread = (torch.special.entr(q).sum(-1).mean() for q in (p, p.mean(0, keepdim=True)))
-        return self.commitment * F.mse_loss(z, self.codewords(codes)) + self.entropy * (sure - spread)
+        log_p = (2 * z.permute(0, 2, 3, 1).reshape(-1, self.config.bits) @ self.quantize.embedding.T).log_softmax(-1)  # [N, 2^D]
+        p = log_p.exp()
+        mean_p = p.mean(0)
+        entropy = -(p * log_p).sum(-1).mean() + (mean_p * mean_p.clamp_min(1e-12).log()).sum()  # log of an underflown 0 would be a nan
+        return self.commitment * F.mse_loss(z, self.codewords(codes)) + self.entropy * entropy

@@ -1,0 +1,93 @@
+"""The command line: `python -m unimod {list,check,run,report}`; each command explains itself with --help.
+
+    python -m unimod run all -f params/default.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import report, workbook
+from .config import ParameterError
+from .request import Request, notebooks
+from .run import RUNNERS, RunError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code; what went wrong is one paragraph on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    add(commands, "list", list_notebooks, "the notebooks, what each asks and how long it takes")
+    for name, action, what in (("check", check, "resolve and print the parameters, and run nothing"),
+                               ("run", run, "run notebooks headlessly and write the report")):
+        command = add(commands, name, action, what)
+        command.add_argument("notebook", help="number (03), name, path, or all")
+        command.add_argument("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins")
+        command.add_argument("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="one parameter; wins over every file")
+        command.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
+        command.add_argument("--force", action="store_true", help="run again what is done already, from scratch")
+        if name == "run":
+            command.add_argument("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
+    command = add(commands, "report", write_report, "write the report of runs that are done")
+    command.add_argument("runs", help="folder of all runs, or of one run")
+
+    args = parser.parse_args(argv)
+    try:
+        args.action(args)
+    except (ParameterError, RunError) as error:
+        return fail(2, error)
+    except workbook.Stop as stop:
+        return fail(stop.code, stop)
+    except report.ReportError as error:
+        return fail(4, error)
+    except KeyboardInterrupt:
+        return fail(130, "Interrupted. The notebook under way counts as not done; the same command goes on from there.")
+    return 0
+
+
+def add(commands: argparse._SubParsersAction, name: str, action: Callable, what: str) -> argparse.ArgumentParser:
+    """Add a command whose `action` takes the parsed arguments."""
+    command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    command.set_defaults(action=action)
+    return command
+
+
+def fail(code: int, message: object) -> int:
+    """Say why on stderr; gives `code` back."""
+    print(f"unimod: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def list_notebooks(args: argparse.Namespace) -> None:
+    """One line per notebook."""
+    for book in notebooks():
+        print(f"{book.name:24s} {book.minutes:4g} min  {book.title}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything a run would check before its first kernel, and what it would do."""
+    for step in Request.of(args.notebook, args.file, args.param, args.runs).steps(args.force):
+        state = "waits for an earlier notebook" if step.folder is None else "done before" if step.done and not args.force else "to run"
+        print(f"{step.book.name}: {state}" + (f", {step.folder}" if step.folder else ""))
+        for name in step.book.defaults:
+            if name not in RUNNERS:
+                print(f"    {name} = {getattr(step.params, name)!r}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run and say where the report is."""
+    page = workbook.run(Request.of(args.notebook, args.file, args.param, args.runs), args.force, args.timeout)
+    print(f"report: {page}")
+
+
+def write_report(args: argparse.Namespace) -> None:
+    """Write the report and say where it is."""
+    print(f"report: {report.write_report(Path(args.runs))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""What was asked of the runner, read and checked without a kernel: notebooks, parameters, run folders.
+
+    request = Request.of("all", files=["params/smoke.yaml"], sets=["seed=1"], runs="runs")
+    for step in request.steps():
+        print(step.book.name, step.folder, step.done)
+
+A notebook's values are its own < files < -p, coerced and checked by `unimod.config.Params`. Its run folder is
+<runs>/<notebook>/<key>/; the key is a hash of the notebook, its parameters, this package and the input files.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .config import ParameterError, Params
+from .plan import MAKERS, CapacityPlan
+from .run import RUNNERS, home, latest, runs_folder
+
+WIRES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
+    "07_training": ("plan", "03_token_redundancy", lambda folder: str(folder / "plan.yaml")),
+    "08_compare_runs": ("compare", "07_training", lambda folder: [str(folder)]),
+}
+"""What flows from notebook to notebook unless the user sets it: the parameter, the notebook that makes it, and what of its folder."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """What the runner knows of a notebook without a kernel: its question, measured minutes, parameters and source."""
+
+    path: Path
+    title: str
+    minutes: float
+    defaults: Mapping[str, object]
+    source: str
+
+    @property
+    def name(self) -> str:
+        """The file's stem, such as 03_token_redundancy."""
+        return self.path.stem
+
+    @classmethod
+    def read(cls, path: Path) -> Notebook:
+        """Read a notebook. Raises `ParameterError` when its parameters cell does not hold literals with known names."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            cells = [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in content["cells"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ParameterError(f"{path} cannot be read as a notebook ({type(error).__name__}: {error}).") from None
+        prose = "\n".join(text for kind, text, _ in cells if kind == "markdown").splitlines()
+        title = next((line.lstrip("# ") for line in prose if line.startswith("#")), path.stem)
+        tagged = [text for _, text, tags in cells if "parameters" in tags]
+        if len(tagged) != 1:
+            raise ParameterError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; a notebook of the workbook has exactly one.")
+        defaults = _literals(tagged[0], path.name)
+        missing = [name for name in ("interactive", "run_dir") if name not in defaults]
+        if missing:
+            raise ParameterError(f"{path.name} has no {' and no '.join(missing)} in its parameters cell, and the runner has to set them.")
+        minutes = content["metadata"].get("unimod", {}).get("minutes", 1.0)
+        return cls(path, title, minutes, defaults, json.dumps(cells))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of a call: what it will be given, and its run folder, unknown while it waits for another notebook's result."""
+
+    book: Notebook
+    params: Params
+    folder: Path | None
+
+    @property
+    def done(self) -> bool:
+        """Whether this very run is finished already."""
+        if self.folder is None or not (self.folder / "done.json").exists() or not (self.folder / "run.json").exists():
+            return False
+        return json.loads((self.folder / "run.json").read_text())["status"] == "ok"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the runner: which notebooks, the values asked of them, and where the runs go."""
+
+    books: tuple[Notebook, ...]
+    given: Mapping[str, object]
+    runs: Path
+
+    @classmethod
+    def of(cls, which: str, files: Sequence[str] = (), sets: Sequence[str] = (), runs: str | Path = "runs") -> Request:
+        """Read and check everything that can be checked without a kernel. Raises `ParameterError`."""
+        books = find(which)
+        from_files = {name: value for file in files for name, value in _read_yaml(Path(file)).items()}
+        from_line = dict(_assignment(text) for text in sets)
+        for names, where in ((from_files, {book.name: book for book in (*notebooks(), *books)}.values()), (from_line, books)):
+            for name in names:
+                if name in RUNNERS:
+                    raise ParameterError(f"{name} is set by the runner. To choose the folder of all runs use --runs DIR.")
+                if name not in Params.names():
+                    Params.of(**{name: ""})  # raises, with the nearest name
+                if not any(name in book.defaults for book in where):
+                    asked = f"{books[0].name} does not declare" if len(books) == 1 else "No notebook declares"
+                    owners = [book.name for book in notebooks() if name in book.defaults]
+                    raise ParameterError(f"{asked} {name!r}." + (f" It belongs to {', '.join(owners)}." if owners else "")
+                                         + f" Declared: {', '.join(sorted({n for b in where for n in b.defaults} - set(RUNNERS)))}.")
+        return cls(books, from_files | from_line, runs_folder(runs))
+
+    def step(self, book: Notebook, made: Mapping[str, Path]) -> Step:
+        """A notebook with its resolved parameters; `made` holds the folders of this call's finished runs, for the wires."""
+        values = dict(book.defaults) | {name: value for name, value in self.given.items() if name in book.defaults}
+        waits = False
+        if book.name in WIRES and WIRES[book.name][0] in book.defaults and not self.given.get(WIRES[book.name][0]):
+            name, source, take = WIRES[book.name]
+            waits = source not in made and any(other.name == source for other in self.books)
+            if source in made:
+                values[name] = take(made[source])
+            elif name == "compare" and not waits:
+                values[name] = take(latest(self.runs, source))
+        try:
+            params = Params.of(**values | {"interactive": False, "runs": str(self.runs), "run_dir": ""})
+            if "plan" in book.defaults and params.plan not in MAKERS:
+                CapacityPlan.load(params.plan)
+        except ParameterError as error:
+            raise ParameterError(f"{book.name}: {error}") from None
+        if waits:
+            return Step(book, params, None)
+        folder = self.runs / book.name / _key(book, params)
+        return Step(book, dataclasses.replace(params, run_dir=str(folder)), folder)
+
+    def steps(self, force: bool = False) -> list[Step]:
+        """All notebooks as far as they are known before the first one runs. Raises `ParameterError`, also for a missing GPU."""
+        made: dict[str, Path] = {}
+        steps = []
+        for book in self.books:
+            steps.append(self.step(book, made))
+            if steps[-1].done and not force:
+                made[book.name] = steps[-1].folder
+        if any(step.params.device == "cuda" for step in steps):
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ParameterError("device='cuda', but torch sees no CUDA device here. Use device=auto or device=cpu.")
+        return steps
+
+
+def notebooks() -> tuple[Notebook, ...]:
+    """The numbered notebooks of the working folder, or of the checkout this package was installed from."""
+    places = (home() / "notebooks", Path(__file__).resolve().parents[1] / "notebooks")
+    place = next((place for place in places if place.is_dir()), places[0])
+    return tuple(Notebook.read(path) for path in sorted(place.glob("[0-9][0-9]_*.ipynb")))
+
+
+def find(which: str) -> tuple[Notebook, ...]:
+    """Notebooks by number (3 or 03), name, path, or all of them."""
+    if which.endswith(".ipynb"):
+        return (Notebook.read(Path(which)),)
+    books = notebooks()
+    prefix = f"{int(which):02d}_" if which.isdecimal() else which
+    found = [book for book in books if which in ("all", book.name) or (which.isdecimal() and book.name.startswith(prefix))]
+    if not found:
+        near = difflib.get_close_matches(which, [book.name for book in books], n=1, cutoff=0.4)
+        raise ParameterError(f"There is no notebook {which!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+                             + f" Known: all, {', '.join(book.name for book in books) or 'none, for there is no folder notebooks/ here'}.")
+    return tuple(found)
+
+
+def _literals(source: str, where: str) -> dict[str, object]:
+    """The assignments of a parameters cell."""
+    values = {}
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ParameterError(f"{where}: the parameters cell is not Python ({error}).") from None
+    for node in body:
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        try:
+            values[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError):
+            raise ParameterError(f"{where}: `{ast.unparse(node)}` in the parameters cell is not a name with a plain value. What is "
+                                 "computed there goes stale when a parameter is set; move it into the next cell.") from None
+    try:
+        Params.of(**{name: "" for name in values if name not in Params.names()})
+    except ParameterError as error:
+        raise ParameterError(f"{where}: {error}") from None
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParameterError(f"The parameter file {str(path)!r} cannot be read: {error}. The folder params/ holds examples.") from None
+    if not isinstance(values, dict | None):
+        raise ParameterError(f"The parameter file {str(path)!r} must hold lines such as 'steps: 60'.")
+    return values or {}
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ParameterError(f"-p {text!r} must have the form name=value, such as -p steps=60.")
+    return name.strip(), value
+
+
+def _key(book: Notebook, params: Params) -> str:
+    """The same for the same computation wherever it lies on the disk: inputs count by what they hold."""
+    values = {name: getattr(params, name) for name in book.defaults if name not in RUNNERS}
+    for name in ("plan", "checkpoint", "folder"):
+        if values.get(name) and Path(values[name]).exists():
+            values[name] = _fingerprint(Path(values[name]))
+    if "compare" in values:
+        values["compare"] = [_fingerprint(Path(folder) / "done.json") for folder in values["compare"]]
+    return hashlib.sha256(json.dumps([book.source, values, _package()], sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _fingerprint(path: Path) -> str:
+    """A file by its content; a folder, which may hold gigabytes, by the names, sizes and times of its files."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.rglob("*")) if p.is_file()]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+@functools.cache
+def _package() -> str:
+    """All of this package's files, the shipped checkpoints included, by content."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
