@@ -1,1 +1,23 @@
-"""unimod"""
+"""unimod: a research workbook for UniMoD, task-aware Mixture-of-Depths in unified multimodal transformers (arXiv 2502.06474).
+
+The names below are imported when they are first used, so that `import unimod` costs nothing.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "Packed": "tokens", "pack": "tokens", "Task": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "router", "Routing": "router",
+    "TaskRouter": "router", "MoDLayer": "layers", "apply_mod": "layers", "remove_mod": "layers", "load_model": "models.checkpoint",
+    "shipped": "models.checkpoint", "capture": "capture", "train": "train",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"unimod has no {name!r}; it hands out {', '.join(__all__)}.")
+    return getattr(import_module(f"unimod.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -253,16 +253,19 @@ function template(figure) {   // the figure's own template in the colours of thi
     font: { ...l.font, color: colour("--ink"), family: getComputedStyle(document.body).fontFamily },
     xaxis: { ...l.xaxis, ...axis }, yaxis: { ...l.yaxis, ...axis },
     updatemenudefaults: { ...l.updatemenudefaults, ...box },
-    sliderdefaults: { ...l.sliderdefaults, ...box, activebgcolor: colour("--soft"), tickcolor: colour("--soft") },
+    sliderdefaults: { ...l.sliderdefaults, ...box, bgcolor: colour("--soft"), activebgcolor: colour("--ink"), tickcolor: colour("--soft") },
     modebar: { ...l.modebar, bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--ink") } });
-  for (const bar of (t.data || {}).bar || []) bar.marker = { ...bar.marker, line: { width: 0 } };
+  for (const bar of (t.data || {}).bar || []) {
+    bar.marker = { ...bar.marker, line: { width: 0 } };
+    bar.error_x = bar.error_y = { color: colour("--ink") };
+  }
   return t;
 }
 async function draw() {
   let drawn = 0;
   for (const [i, plot] of plots.entries()) {
     const { data, layout, frames } = figures[i];
-    const config = { responsive: true, displaylogo: false, displayModeBar: "hover" };
+    const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
     try {
       await Plotly.newPlot(plot, { data, layout: { height: 420, ...layout, template: template(figures[i]) }, frames, config });
       plot.classList.add("drawn");

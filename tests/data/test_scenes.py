@@ -1,6 +1,7 @@
 import itertools
 import re
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ OBJECT = rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?: at the)? ({'|'.join(C
 COUNTED = rf"({'|'.join(NUMBERS)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})s at the (.+)"
 
 
+@cache
 def draw_many(level="default", split="train", count=500, seed=0):
     data = Scenes(level=level)
     return [data.sample(split, index, seed) for index in range(count)]
@@ -53,15 +55,16 @@ def test_the_same_request_gives_the_same_sample():
         one, two = Scenes(level=level).sample("test", 7), open_data("scenes", level=level).sample("test", 7)
         assert (one.key, one.caption, one.questions, one.things) == (two.key, two.caption, two.questions, two.things)
         np.testing.assert_array_equal(one.image, two.image)
-    streams = [Scenes().sample("train", 7), Scenes().sample("train", 8), Scenes().sample("train", 7, seed=1), Scenes(seed=1).sample("train", 7)]
+    data = Scenes()
+    streams = [data.sample("train", 7), data.sample("train", 8), data.sample("train", 7, seed=1), Scenes(seed=1).sample("train", 7)]
     assert len({sample.caption for sample in streams}) == len({sample.key for sample in streams}) == 4
 
 
 def test_splits_share_no_content_at_any_level_or_seed():
     seen = {split: set() for split in SPLITS}
     for level, seed, split in itertools.product(LEVELS, (0, 1), SPLITS):
-        seen[split] |= {content(sample) for sample in draw_many(level, split, 250, seed)}
-    assert min(map(len, seen.values())) > 200
+        seen[split] |= {content(sample) for sample in draw_many(level, split, 200, seed)}
+    assert min(map(len, seen.values())) > 150
     assert not any(seen[one] & seen[two] for one, two in itertools.combinations(SPLITS, 2))
 
 
@@ -88,12 +91,12 @@ def test_about_a_tenth_of_all_contents_is_held_out_in_each_split():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_categories_and_object_counts_all_occur(split):
-    samples = draw_many(split=split, count=2000)
+    samples = draw_many(split=split, count=1500)
     categories = Counter(sample.category for sample in samples)
     for category, counts in CATEGORIES.items():
-        assert categories[category] / 2000 == pytest.approx(sum(counts.values()) / 100, abs=0.035)
+        assert categories[category] / 1500 == pytest.approx(sum(counts.values()) / 100, abs=0.035)
     objects = Counter(len(sample.things) for sample in samples)
-    assert set(objects) == {1, 2, 3, 4} and min(objects.values()) > 340
+    assert set(objects) == {1, 2, 3, 4} and min(objects.values()) > 240
 
 
 def test_a_category_says_what_the_scene_is():
@@ -117,7 +120,7 @@ def test_captions_parse_back_to_the_scene(level):
         assert len(split_words(sample.caption)) <= 24
 
 
-@pytest.mark.parametrize("level", ["default", "free", "hard"])
+@pytest.mark.parametrize("level", ["default", "free"])
 def test_relations_hold_between_the_drawn_objects(level):
     relations = Counter()
     for sample in (sample for sample in draw_many(level, count=1500) if sample.category == "position"):
@@ -144,13 +147,13 @@ def test_questions_have_the_right_answer(level):
 
 def test_existence_answers_are_balanced_and_its_negatives_hard():
     answers, hard = Counter(), 0
-    for sample in draw_many(count=1000):
+    for sample in draw_many(count=1500):
         for question in (question for question in sample.questions if question.kind == "existence"):
             answers[question.answer] += 1
             color, shape = question.text[len("is there a ") : -1].split()
             hard += question.answer == "no" and any(color == t.color or shape == t.shape for t in sample.things)
-    assert answers["yes"] == answers["no"] == 1000
-    assert hard > 800
+    assert answers["yes"] == answers["no"] == 1500
+    assert hard > 1200
 
 
 def test_no_answer_is_given_away_by_its_kind_alone():
@@ -164,14 +167,14 @@ def test_no_answer_is_given_away_by_its_kind_alone():
 
 def test_words_are_exactly_those_in_use():
     used = set()
-    for sample in draw_many(count=2000):
+    for sample in draw_many(count=1500):
         used |= set(split_words(" ".join([sample.caption, *(f"{q.text} {q.answer}" for q in sample.questions)])))
     assert tuple(sorted(used)) == Scenes().words()
 
 
 def test_the_default_level_has_few_patches():
-    pictures = np.stack([sample.image for sample in draw_many(count=2000)])
-    patches = np.unique(pictures.reshape(-1, 6, 8, 6, 8, 3).swapaxes(2, 3).reshape(-1, 192), axis=0)
+    pictures = np.stack([sample.image for sample in draw_many(count=1500)])
+    patches = {patch.tobytes() for patch in pictures.reshape(-1, 6, 8, 6, 8, 3).swapaxes(2, 3).reshape(-1, 192)}
     print(f"{len(patches)} distinct patches")
     assert len(patches) == 89
 
@@ -180,7 +183,7 @@ def test_the_default_level_has_few_patches():
 @pytest.mark.parametrize("level", LEVELS)
 def test_boxes_are_tight_and_objects_stay_apart_in_their_quarter(level, image_size):
     backgrounds = set()
-    for sample in map(lambda index: Scenes(image_size, level).sample("train", index), range(150)):
+    for sample in (Scenes(image_size, level).sample("train", index) for index in range(150)):
         assert sample.image.shape == (image_size, image_size, 3) and sample.image.dtype == np.uint8
         background = sample.image[0, 0]  # the margin around every object keeps the corner free
         drawn = (sample.image != background).any(-1)

@@ -58,9 +58,9 @@ class Level:
     """What varies beyond the content. Lengths are pixels of a 48-pixel picture and grow with it.
 
     `jitter`: how far an object may lie from its cell's center, each way. `sizes`: side of the square an object is drawn
-    in, its 1-pixel margin included (from 14, below which shapes blur into one another). `backgrounds`: names from BACKGROUNDS. `placement`: "cells" keeps an object inside
-    its cell; "free" only keeps its center in that quarter, and objects apart (jitter then has no further effect).
-    Raises DataError for an option outside these.
+    in, its 1-pixel margin included (from 14, below which shapes are hard to tell apart). `backgrounds`: names from
+    BACKGROUNDS. `placement`: "cells" keeps an object inside its cell; "free" only keeps its center in that quarter, and
+    objects apart (jitter then has no further effect). Raises DataError for an option outside these.
     """
 
     jitter: int = 0
@@ -196,7 +196,9 @@ def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
     if unique:
         cell, color, shape = rng.choice(unique)
         asked.append(Question(f"where is the {color} {shape}?", CELLS[cell], "position"))
-    counts = ["shapes", rng.choice(list(COLORS)) + " shapes", rng.choice(SHAPES) + "s", rng.choice(content)[1] + " shapes"]
+    shown = rng.choice(content)[1]
+    other = rng.choice([color for color in COLORS if color != shown])
+    counts = ["shapes", f"{shown} shapes", f"{other} shapes", rng.choice(SHAPES) + "s"]
     for what in rng.sample(counts, QUESTIONS_PER_SAMPLE - len(asked)):
         number = sum(what in ("shapes", f"{color} shapes", f"{shape}s") for _, color, shape in content)
         asked.append(Question(f"how many {what} are there?", NUMBERS[number], "count"))
@@ -206,11 +208,14 @@ def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
 
 @cache
 def shape_mask(shape: str, height: int, width: int) -> np.ndarray:
-    """The pixels of a shape that fills its box: bool [height, width]."""
-    y, x = (np.arange(height)[:, None] + 0.5) / height, np.abs((np.arange(width) + 0.5) / width - 0.5)
+    """The pixels of a shape that fills its box and touches all four sides: bool [height, width]."""
+    # whole numbers, so that every machine agrees: twice the distance of a pixel's center from the middle, and from the top
+    x, middle, top = np.abs(2 * np.arange(width) + 1 - width), np.abs(2 * np.arange(height) + 1 - height), 2 * np.arange(height) + 1
     if shape == "circle":
-        return x**2 + (y - 0.5) ** 2 <= 0.25
-    return 2 * x <= (y if shape == "triangle" else np.ones_like(y))
+        return (x * height) ** 2 + (middle[:, None] * width) ** 2 <= (height * width) ** 2
+    if shape == "triangle":
+        return 2 * x * height <= np.maximum(top[:, None] * width, 2 * height)  # at least the tip in every row
+    return np.ones((height, width), bool)
 
 
 def draw(content: Content, level: Level, image_size: int, rng: random.Random) -> tuple[np.ndarray, tuple[Thing, ...]]:

@@ -22,7 +22,7 @@ SMALLEST, LARGEST = 1 / 8, 0.55  # allowed side of an object's box, as a share o
 LONGEST = 1.6  # allowed ratio of the box's sides
 LEAST_OVERLAP = 0.7  # intersection over union with the best shape, below which a patch is no object
 FARTHEST = 90.0  # distance in RGB from every mix of background and color, above which a pixel is neither
-_COLORS, _BACKGROUNDS = (np.array([*values.values()], np.float32) for values in (COLORS, BACKGROUNDS))
+_PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)
 
 
 def detect(image: np.ndarray) -> tuple[Thing, ...]:
@@ -32,6 +32,8 @@ def detect(image: np.ndarray) -> tuple[Thing, ...]:
     colors = color_map(image)
     things = []
     for number, color in enumerate(COLORS):
+        if number not in colors:
+            continue
         votes = ndimage.uniform_filter((colors == number).astype(np.float32), size=3, mode="constant")
         patches, _ = ndimage.label(votes > 0.5)
         for label, (rows, columns) in enumerate(ndimage.find_objects(patches), start=1):
@@ -44,15 +46,17 @@ def detect(image: np.ndarray) -> tuple[Thing, ...]:
 
 def color_map(image: np.ndarray) -> np.ndarray:
     """The color of each pixel of uint8 [S, S, 3], as its number in COLORS, or -1 for the background: int [S, S]."""
-    pixels = image.astype(np.float32)
-    nearest = ((pixels[..., None, :] - np.concatenate([_COLORS, _BACKGROUNDS])) ** 2).sum(-1).argmin(-1)
-    background = _BACKGROUNDS[np.bincount(nearest.ravel(), minlength=len(_COLORS) + len(_BACKGROUNDS))[len(_COLORS) :].argmax()]
-    offsets, axes = pixels - background, _COLORS - background
-    shares = (offsets @ axes.T / (axes**2).sum(-1)).clip(0, 1)  # [S, S, colors], how much of each color is in the mix
-    misses = ((offsets[..., None, :] - shares[..., None] * axes) ** 2).sum(-1)
-    best = misses.argmin(-1)[..., None]
-    is_color = (np.take_along_axis(shares, best, -1) > 0.5) & (np.take_along_axis(misses, best, -1) < FARTHEST**2)
-    return np.where(is_color, best, -1)[..., 0]
+    pixels = image.reshape(-1, 3).astype(np.float32)
+    # squared distances, less the pixel's own square, which is the same for every palette color
+    nearest = ((_PALETTE**2).sum(-1) - 2 * pixels @ _PALETTE.T).argmin(-1)
+    background = _PALETTE[len(COLORS) + np.bincount(nearest, minlength=len(_PALETTE))[len(COLORS) :].argmax()]
+    offsets, axes = pixels - background, _PALETTE[: len(COLORS)] - background
+    lengths, along = (axes**2).sum(-1), offsets @ axes.T
+    shares = (along / lengths).clip(0, 1)  # [pixels, colors], how much of each color is in the mix
+    misses = (offsets**2).sum(-1, keepdims=True) + shares * (shares * lengths - 2 * along)  # squared distance to that mix
+    best = misses.argmin(-1)
+    pick = np.arange(len(pixels)), best
+    return np.where((shares[pick] > 0.5) & (misses[pick] < FARTHEST**2), best, -1).reshape(image.shape[:2])
 
 
 def shape_of(mask: np.ndarray, image_size: int) -> str:

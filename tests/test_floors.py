@@ -1,0 +1,98 @@
+"""The house: a file imports from its own floor or from floors below, never in a circle, and heavy libraries stay in their rooms."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    ("config", "tokens"),
+    ("ops",),
+    ("plan", "router", "layers"),
+    ("models",),
+    ("data", "flops", "capture", "generate", "train", "evaluate", "analysis"),
+    ("bench", "tiny", "session", "arms", "run", "teach", "views"),
+    ("request", "execute", "report", "workbook", "__main__"),
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LOWEST = {"torch": 0, "transformers": 3, "accelerate": 4, "sklearn": 3, "scipy": 4}
+ONLY_IN = {"plotly": {"views", "report"}, "pandas": {"views", "report"}, "papermill": {"execute", "workbook"}, "nbclient": {"execute", "workbook"}, "ipywidgets": set()}
+
+
+def modules():
+    for path in sorted((ROOT / "unimod").rglob("*.py")):
+        parts = path.relative_to(ROOT / "unimod").with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(name, path):
+    """Absolute names of everything a file imports, inside functions too."""
+    package = ["unimod", *name.split(".")] if path.name == "__init__.py" else ["unimod", *name.split(".")][:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+ALL = {name: path for name, path in modules() if name}
+
+
+def inside(imported):
+    """The module of the package that an imported name lives in, or None."""
+    parts = imported.split(".")[1:]
+    while parts and ".".join(parts) not in ALL:
+        parts.pop()
+    return ".".join(parts) or None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_file_imports_from_its_floor_or_below(name):
+    room = name.split(".")[0]
+    assert room in FLOOR, f"{room} has no floor: give it one in this test"
+    for imported in imports(name, ALL[name]):
+        top = imported.split(".")[0]
+        if top == "unimod" and inside(imported):
+            other = inside(imported).split(".")[0]
+            assert FLOOR[other] <= FLOOR[room], f"{name} (floor {FLOOR[room]}) imports {imported} (floor {FLOOR[other]})"
+        if top in LOWEST:
+            assert FLOOR[room] >= LOWEST[top], f"{name} imports {top}"
+        if top in ONLY_IN:
+            assert room in ONLY_IN[top], f"{name} imports {top}"
+
+
+def test_no_circles():
+    graph = {name: {inside(i) for i in imports(name, path) if i.startswith("unimod.") and inside(i) not in (None, name)} for name, path in ALL.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in graph[name]:
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_the_package_hands_out_few_names_and_costs_nothing_to_import():
+    code = "import sys, unimod; assert len(unimod.__all__) <= 15; assert 'torch' not in sys.modules; [getattr(unimod, n) for n in unimod.__all__]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_core_runs_without_notebook_packages():
+    """On a GPU machine there is no plotly, papermill, pandas or jupyter."""
+    core = [n for n in ALL if FLOOR[n.split(".")[0]] <= 5 and not n.startswith("views") and not n.endswith("__main__")]
+    code = ("import sys, importlib\n"
+            "for name in ('plotly', 'papermill', 'pandas', 'ipywidgets', 'nbformat', 'nbclient', 'nbconvert', 'jupyterlab', 'IPython'): sys.modules[name] = None\n"
+            f"for name in {core!r}: importlib.import_module('unimod.' + name)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

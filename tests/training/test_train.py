@@ -1,0 +1,156 @@
+"""The training loop, checkpoints and arms on a few steps of a fresh tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unimod.arms import arms_of, read_arms, run_arm
+from unimod.bench import time_steps
+from unimod.config import ParameterError, Params
+from unimod.data import open_data
+from unimod.data.batches import Batches
+from unimod.evaluate.quality import evaluate
+from unimod.layers import apply_mod
+from unimod.models.checkpoint import CheckpointError, build_model, load_model, plan_of, save_model
+from unimod.plan import last_half
+from unimod.router import RouterConfig
+from unimod.session import Session
+from unimod.tiny import fit_image_tokenizer, vocabulary
+from unimod.tokens import Task
+from unimod.train import TrainConfig, train
+
+DATA = open_data("scenes")
+TOKENIZER = fit_image_tokenizer(DATA, count=500)
+
+
+def fresh(name="showo-tiny", seed=0):
+    return build_model(name, vocabulary(), TOKENIZER.codebook_size, seed=seed)
+
+
+def batches(model, batch=2):
+    return Batches(DATA, TOKENIZER, model.layout, batch=batch)
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_loss_falls_for_every_task_dense_and_routed(name):
+    model = apply_mod(fresh(name), last_half(8))
+    records = train(model, batches(model, 4), TrainConfig(steps=12, lr=3e-3))
+    for task in ("t2i", "mmu", "lm"):
+        assert records[-1][f"loss_{task}"] < records[0][f"loss_{task}"] - 0.5
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert all(r["flops"] < r["dense_flops"] for r in records)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
+    config = TrainConfig(steps=5, save_every=2)
+    whole = fresh()
+    expected = train(whole, batches(whole), config, folder=tmp_path / "whole")
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    broken = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, batches(broken), config, folder=tmp_path / "broken", log=stop)
+    assert not (tmp_path / "broken" / "metrics.jsonl").exists(), "half a run must not look finished"
+    again = fresh(seed=7)
+    records = train(again, batches(again), config, folder=tmp_path / "broken")
+    assert [r["loss"] for r in records] == [r["loss"] for r in expected]
+    for a, b in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+    assert not (tmp_path / "broken" / "last.pt").exists()
+    assert len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_resuming_refuses_other_settings_and_damage(tmp_path):
+    def stop(record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+    model = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, batches(model), TrainConfig(steps=3, save_every=1), folder=tmp_path, log=stop)
+    with pytest.raises(ParameterError, match=r"other settings \(lr\)"):
+        train(model, batches(model), TrainConfig(steps=3, save_every=1, lr=1e-4), folder=tmp_path)
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ParameterError, match=r"last\.pt cannot be read"):
+        train(model, batches(model), TrainConfig(steps=3, save_every=1), folder=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    model = fresh()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="The loss of step 0 is nan; lower lr"):
+        train(model, batches(model), TrainConfig(steps=1))
+
+
+def test_schedule_warms_up_and_ends_near_zero():
+    config = TrainConfig(steps=100, warmup=0.1)
+    rates = [config.lr_at(s) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1 and rates.index(1) == 9 and rates[-1] < 0.001
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_saved_models_load_bit_equal_in_the_stock_layout(tmp_path, name):
+    model = apply_mod(fresh(name), last_half(8, 0.2), RouterConfig(shared=True, gate="sigmoid"))
+    save_model(tmp_path, model, TOKENIZER)
+    keys = set(load_file(tmp_path / "model.safetensors"))
+    stock = {k for k in fresh(name).lm.state_dict()}
+    assert keys == ({f"showo.{k}" for k in stock} if name == "showo-tiny" else stock)
+    loaded, tokenizer = load_model(tmp_path)
+    assert plan_of(loaded) == plan_of(model) and loaded.layers[7].router.config == model.layers[7].router.config
+    packed = batches(model).train(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(packed), model.eval()(packed))
+    pictures = torch.from_numpy(DATA.sample("test", 0).image).permute(2, 0, 1)[None]
+    assert torch.equal(tokenizer.encode(pictures), TOKENIZER.encode(pictures))
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        load_model(tmp_path)
+    save_model(tmp_path, fresh(), TOKENIZER)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"codebook_size": 128}))
+    with pytest.raises(CheckpointError, match="does not fit its config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        load_model(tmp_path)
+
+
+def test_evaluation_is_deterministic_and_counts_what_it_judged():
+    model = fresh().eval()
+    a, b = (evaluate(model, TOKENIZER, DATA, "test", 4) for _ in range(2))
+    assert a == b and a.counts["questions/all"] == 8 and a.counts["pictures/all"] == 4
+    assert set(a.losses) == {t.name.lower() for t in Task}
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_arms_spend_equal_flops_and_are_read_back(tmp_path, name):
+    model = fresh(name)
+    params = Params(models=[name], steps=2, batch=2, eval_samples=2, device="cpu")
+    session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, 2))
+    arms = arms_of(params, session)
+    dense, mod, unimod = arms
+    assert dense.steps == 2 and dense.cost.saved == 0
+    assert mod.cost.stack == pytest.approx(unimod.cost.stack, rel=0.01) and mod.router.shared and not unimod.router.shared
+    assert 0.1 < unimod.cost.saved < 0.35
+    before = [p.clone() for p in model.parameters()]
+    results = [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters())), "every arm starts from the same model"
+    assert [len(r["evaluations"]) for r in results] == [3, 3, 3]
+    assert read_arms([tmp_path]) == results == [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
+    times = time_steps({arm.name: arm.model(model, 0) for arm in arms}, session.batches.train(0), rounds=1)
+    assert times["dense"]["ratio"] == 1 and all(t["ms"] > 0 for t in times.values())
+    with pytest.raises(ParameterError, match="No finished arm"):
+        read_arms([tmp_path / "nowhere"])

@@ -1,0 +1,116 @@
+"""Arms of a comparison: dense, MoD and UniMoD fine-tuned from one checkpoint with the same training FLOPs.
+
+    for arm in arms_of(params, session):
+        run_arm(params, session, arm, seed=0, folder=run.path(f"arms/{arm.name}"))
+    rows = read_arms([folder])                       # one dictionary per finished arm, for tables and figures
+
+MoD has one router and every other layer; UniMoD a router per task and the layers of `params.plan`. MoD's capacity is set so that
+a step of both costs the same. Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from .config import ParameterError, Params
+from .data.batches import Batches
+from .evaluate.quality import evaluate
+from .flops import BACKWARD, Cost, count
+from .layers import apply_mod
+from .models.backbone import UnifiedModel
+from .models.checkpoint import save_model
+from .plan import CapacityPlan, dense, interleaved, make_plan
+from .router import RouterConfig
+from .run import write
+from .session import Session, device_of
+from .train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a plan, a router, and what a step of it costs on a typical batch."""
+
+    name: str
+    plan: CapacityPlan
+    router: RouterConfig
+    cost: Cost
+    steps: int
+
+    def model(self, base: UnifiedModel, seed: int) -> UnifiedModel:
+        """A copy of the base model with this arm's routers, initialised from `seed`."""
+        torch.manual_seed(seed)
+        return apply_mod(copy.deepcopy(base), self.plan, self.router)
+
+
+def arms_of(params: Params, session: Session) -> list[Arm]:
+    """The arms that `params.arms` names, with costs counted on the session's first training batch."""
+    packed = session.batches.train(0)
+    layers = len(session.model.layers)
+
+    def cost(plan: CapacityPlan, router: RouterConfig) -> Cost:
+        return count(apply_mod(copy.deepcopy(session.model), plan, router), packed)
+
+    separate, shared = RouterConfig(), RouterConfig(shared=True)
+    unimod = make_plan(params.plan, layers, params.saving)
+    plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate)}
+    if "mod" in params.arms:
+        plans["mod"] = (same_cost(lambda s: interleaved(layers, s), lambda plan: cost(plan, shared).stack, cost(unimod, separate).stack), shared)
+    budget = cost(*plans["dense"]).total * params.steps
+    return [Arm(name, plan, router, price := cost(plan, router), round(budget / price.total)) for name, (plan, router) in ((n, plans[n]) for n in params.arms)]
+
+
+def same_cost(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float], target: float) -> CapacityPlan:
+    """The plan of a maker whose counted cost comes closest to `target`, by bisection over its saving."""
+    low, high = 0.0, 0.47
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if price(maker(middle)) > target else (low, middle)
+    return maker(round((low + high) / 2, 4))
+
+
+def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str | Path, log: Callable[[dict], None] = lambda record: None) -> dict:
+    """Train one arm from the session's model, evaluate it before, half-way and after, and write arm.json last.
+
+    A finished folder is read instead of trained again when `params.resume` holds. Returns what arm.json holds.
+    """
+    folder = Path(folder)
+    if params.resume and (folder / "arm.json").exists():
+        return json.loads((folder / "arm.json").read_text())
+    model = arm.model(session.model, seed).to(device_of(params))
+    batches = Batches(session.data, session.image_tokenizer, model.layout, params.batch, seed=1000 + seed)
+
+    def judge(m: UnifiedModel) -> dict[str, float]:
+        return evaluate(m, session.image_tokenizer, session.data, "test", params.eval_samples, seed=seed).flat()
+
+    evaluations = [{"step": 0, "flops": 0.0, **judge(model)}]
+    config = TrainConfig(steps=arm.steps, lr=params.lr, router_lr=params.router_lr, evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50, device=device_of(params))
+    records = train(model, batches, config, folder=folder, resume=params.resume, evaluate=judge, log=log)
+    spent = 0.0
+    for record in records:
+        spent += record["flops"]
+        if "losses/t2i" in record:
+            evaluations.append({"step": record["step"], "flops": spent, **{k: v for k, v in record.items() if "/" in k}})
+    save_model(folder / "model", model, session.image_tokenizer)
+    result = {"model": session.name, "arm": arm.name, "seed": seed, "data": params.data, "steps": arm.steps, "batch": params.batch, "capacity": arm.plan.capacity,
+              "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper, "flops_per_step": (1 + BACKWARD) * arm.cost.total,
+              "dense_flops_per_step": (1 + BACKWARD) * arm.cost.dense_total, "train_flops": spent, "tokens_per_step": statistics.mean(r["tokens"] for r in records),
+              "eval_samples": params.eval_samples, "config": asdict(config), "evaluations": evaluations}
+    text = json.dumps(result)
+    write(folder / "arm.json", text)
+    return json.loads(text)
+
+
+def read_arms(folders: list[str | Path]) -> list[dict]:
+    """Every finished arm below the folders, sorted by model, arm and seed. Raises `ParameterError` when there is none."""
+    found = [json.loads(path.read_text()) for folder in folders for path in sorted(Path(folder).rglob("arm.json"))]
+    if not found:
+        raise ParameterError(f"No finished arm in {', '.join(map(str, folders)) or 'no folder'}: run notebook 07 first, or give its run folder in compare=.")
+    order = {"dense": 0, "mod": 1, "unimod": 2}
+    return sorted(found, key=lambda a: (a["model"], order[a["arm"]], a["seed"]))

@@ -1,0 +1,125 @@
+"""What all figures share: colours, paper, sliders, pooled maps, and data frames from analysis results.
+
+    data = frame({"showo-tiny": [patterns_t2i, patterns_mmu]})          # a column `model` in front of every result's table()
+    fig = paper("Entropy by layer", x="layer", y="entropy (nats)")
+
+One view = one figure = one data frame: every function of `unimod.views` takes a frame and gives a plotly figure, and the frame is
+what `run.table` saves. Colours are Okabe and Ito's for kinds and viridis or cividis for amounts; backgrounds are transparent and the
+ink is a grey that reads on white and on black.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from PIL import Image
+from plotly.subplots import make_subplots
+
+INK = "#7a7a7a"
+GRID = "rgba(128,128,128,0.25)"
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
+TASK = {"t2i": "#0072B2", "mmu": "#E69F00", "lm": "#009E73"}
+MODALITY = {"text": "#56B4E9", "image": "#D55E00", "special": "#999999"}
+ARM = {"dense": "#999999", "mod": "#D55E00", "unimod": "#0072B2"}
+DASH = {"showo-tiny": "solid", "emu3-tiny": "dot"}
+SYMBOL = {"showo-tiny": "circle", "emu3-tiny": "diamond"}
+TASK_WORDS = {"t2i": "text to image", "mmu": "understanding", "lm": "plain text"}
+AMOUNT, SHARE, DIFFERENCE = "Viridis", "Cividis", "RdBu"
+BINS = 32
+
+
+class ViewError(ValueError):
+    """A frame that cannot be drawn: the message names what it lacks."""
+
+
+def frame(results: Mapping[str, Iterable], table: str = "table", **arguments: object) -> pd.DataFrame:
+    """One long frame from analysis results per model: their `table()` (or another method's name) below one another."""
+    rows = [{"model": name, **row} for name, found in results.items() for result in found for row in getattr(result, table)(**arguments)]
+    return pd.DataFrame(rows)
+
+
+def require(data: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The frame itself. Raises `ViewError` when it is empty or lacks a column."""
+    missing = [name for name in columns if name not in data]
+    if missing:
+        raise ViewError(f"This frame has no column {', '.join(missing)}; it needs {', '.join(columns)} and has {', '.join(map(str, data.columns))}.")
+    if data.empty:
+        raise ViewError(f"This frame has no rows, so there is nothing to draw; it needs rows with {', '.join(columns)}.")
+    return data
+
+
+def paper(title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), height: int = 400, rows: int = 1, **options: object) -> go.Figure:
+    """An empty figure of `rows` x panels with shared ink; axis titles in words, y's at the left panels only."""
+    columns = -(-len(panels) // rows)
+    fig = make_subplots(rows=rows, cols=columns, subplot_titles=panels if any(panels) else None, **options)
+    fig.update_layout(template="none", title={"text": title, "x": 0.02, "xanchor": "left"}, height=height, font={"color": INK, "size": 13},
+                      paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 70, "r": 30, "t": 80, "b": 60},
+                      legend={"bgcolor": "rgba(0,0,0,0)"}, hoverlabel={"font": {"size": 13}})
+    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK, title_text=x, row=rows)
+    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
+    fig.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
+    fig.update_yaxes(title_text=y, col=1)
+    return fig
+
+
+def lines(fig: go.Figure, data: pd.DataFrame, x: str, y: str, *, colour: str, name: str, group: str | None = None, low: str = "", high: str = "",
+          sd: str = "", dash: str = "solid", panel: tuple[int, int] = (1, 1), legend: bool = True) -> None:
+    """One line with markers; error bars from an interval (`low`, `high`) or a standard deviation column (`sd`)."""
+    error = None
+    if sd:
+        error = {"type": "data", "array": data[sd].fillna(0), "thickness": 1, "width": 3}
+    elif low:
+        error = {"type": "data", "array": data[high] - data[y], "arrayminus": data[y] - data[low], "thickness": 1, "width": 3}
+    fig.add_scatter(x=data[x], y=data[y], mode="lines+markers", name=name, legendgroup=group or name, showlegend=legend, error_y=error,
+                    line={"color": colour, "dash": dash}, marker={"color": colour, "size": 7}, row=panel[0], col=panel[1],
+                    hovertemplate=f"{name}<br>{x} %{{x}}: %{{y:.3g}}<extra></extra>")
+
+
+def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int = 0) -> go.Figure:
+    """A slider over frames that needs no kernel; the figure shows the frame `active` first."""
+    steps = [{"label": f.name, "method": "animate", "args": [[f.name], {"mode": "immediate", "frame": {"duration": 0, "redraw": True},
+                                                                       "transition": {"duration": 0}}]} for f in frames]
+    fig.frames = frames
+    for at, trace in zip(frames[active].traces, frames[active].data):
+        fig.data[at].update(trace)
+    fig.update_layout(sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 40}, "bordercolor": INK}],
+                      height=(fig.layout.height or 400) + 70, margin={"b": 110})
+    return fig
+
+
+def thumb(picture: np.ndarray, side: int = 192) -> str:
+    """A picture, uint8 [H, W, 3], as a PNG data address, enlarged without smoothing to about `side` pixels."""
+    times = max(1, side // max(picture.shape[:2]))
+    buffer = io.BytesIO()
+    Image.fromarray(np.kron(picture, np.ones((times, times, 1), np.uint8))).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def pool(values: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, list[slice]]:
+    """A map [n, n] pooled to at most bins x bins: mean over the queries of a bin, sum over its keys, so that rows still sum to 1."""
+    n = len(values)
+    edges = np.linspace(0, n, min(n, bins) + 1).round().astype(int)
+    spans = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    summed = np.add.reduceat(values, edges[:-1], axis=1)
+    return np.stack([summed[span].mean(0) for span in spans]), spans
+
+
+def bytes_of(values: np.ndarray, top: float) -> np.ndarray:
+    """Amounts from 0 to `top` as uint8 on a square-root scale, which keeps small amounts visible; `root_ticks` labels the bar."""
+    return np.nan_to_num(255 * np.sqrt(np.clip(values / top, 0, 1))).round().astype(np.uint8)
+
+
+def root_ticks(top: float) -> dict[str, list]:
+    """Colour bar ticks for `bytes_of`, in the original unit."""
+    at = [0, 0.04, 0.16, 0.36, 0.64, 1]
+    return {"tickvals": [255 * a**0.5 for a in at], "ticktext": [f"{a * top:.2g}" for a in at]}
+
+
+def words(task: str) -> str:
+    """A task in words."""
+    return TASK_WORDS.get(task, task)
