@@ -29,7 +29,7 @@ from .models.checkpoint import save_model
 from .plan import CapacityPlan, dense, interleaved, make_plan
 from .router import RouterConfig
 from .run import write
-from .session import Session, device_of
+from .session import Session, device_of, rows_of
 from .train import TrainConfig, train
 
 
@@ -63,7 +63,8 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     if "mod" in params.arms:
         plans["mod"] = (same_cost(lambda s: interleaved(layers, s), lambda plan: cost(plan, shared).stack, cost(unimod, separate).stack), shared)
     budget = cost(*plans["dense"]).total * params.steps
-    return [Arm(name, plan, router, price := cost(plan, router), round(budget / price.total)) for name, (plan, router) in ((n, plans[n]) for n in params.arms)]
+    prices = {name: cost(*plans[name]) for name in params.arms}
+    return [Arm(name, *plans[name], price, round(budget / price.total)) for name, price in prices.items()]
 
 
 def same_cost(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float], target: float) -> CapacityPlan:
@@ -84,13 +85,14 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     if params.resume and (folder / "arm.json").exists():
         return json.loads((folder / "arm.json").read_text())
     model = arm.model(session.model, seed).to(device_of(params))
-    batches = Batches(session.data, session.image_tokenizer, model.layout, params.batch, seed=1000 + seed)
+    batches = Batches(session.data, session.image_tokenizer, model.layout, rows_of(params), seed=1000 + seed)
 
     def judge(m: UnifiedModel) -> dict[str, float]:
         return evaluate(m, session.image_tokenizer, session.data, "test", params.eval_samples, seed=seed).flat()
 
     evaluations = [{"step": 0, "flops": 0.0, **judge(model)}]
-    config = TrainConfig(steps=arm.steps, lr=params.lr, router_lr=params.router_lr, evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50, device=device_of(params))
+    config = TrainConfig(steps=arm.steps, lr=params.lr, router_lr=params.router_lr, evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50,
+                         device=device_of(params))
     records = train(model, batches, config, folder=folder, resume=params.resume, evaluate=judge, log=log)
     spent = 0.0
     for record in records:
@@ -98,10 +100,12 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
         if "losses/t2i" in record:
             evaluations.append({"step": record["step"], "flops": spent, **{k: v for k, v in record.items() if "/" in k}})
     save_model(folder / "model", model, session.image_tokenizer)
-    result = {"model": session.name, "arm": arm.name, "seed": seed, "data": params.data, "steps": arm.steps, "batch": params.batch, "capacity": arm.plan.capacity,
-              "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper, "flops_per_step": (1 + BACKWARD) * arm.cost.total,
-              "dense_flops_per_step": (1 + BACKWARD) * arm.cost.dense_total, "train_flops": spent, "tokens_per_step": statistics.mean(r["tokens"] for r in records),
-              "eval_samples": params.eval_samples, "config": asdict(config), "evaluations": evaluations}
+    result = {
+        "model": session.name, "arm": arm.name, "seed": seed, "data": params.data, "steps": arm.steps, "batch": params.batch,
+        "eval_samples": params.eval_samples, "capacity": arm.plan.capacity, "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper,
+        "flops_per_step": (1 + BACKWARD) * arm.cost.total, "dense_flops_per_step": (1 + BACKWARD) * arm.cost.dense_total, "train_flops": spent,
+        "tokens_per_step": statistics.mean(r["tokens"] for r in records), "config": asdict(config), "evaluations": evaluations,
+    }
     text = json.dumps(result)
     write(folder / "arm.json", text)
     return json.loads(text)

@@ -151,7 +151,9 @@ def where_time_goes(model: UnifiedModel, packed: Packed, rounds: int = 5) -> dic
             spent[key] = spent.get(key, 0.0) + time.perf_counter() - began.pop()
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    hooks = [h for layer in routed for key, module in (("all", layer), ("router and selection", layer.router), ("decoder layer", layer.layer)) for h in clock(key, module)]
+    hooks = []
+    for layer in routed:
+        hooks += clock("all", layer) + clock("router and selection", layer.router) + clock("decoder layer", layer.layer)
     try:
         for _ in range(rounds + 1):
             spent.clear()

@@ -30,7 +30,7 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6) -> 
     stop = model.layout.text.eot if model.layout.kind == "showo" else model.layout.eos
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
-        live = {i: row for i, row in enumerate(rows[start:start + ROWS])}
+        live = dict(enumerate(rows[start:start + ROWS]))
         said: list[list[int]] = [[] for _ in live]
         for _ in range(max_new):
             packed = pack(list(live.values())).to(_device(model))

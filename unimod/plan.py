@@ -186,5 +186,6 @@ def make_plan(name_or_file: str, layers: int, saving: float = 0.3) -> CapacityPl
 def _uniform(layers: int, where: range, saving: float) -> CapacityPlan:
     kept = 1 - saving * layers / len(where)
     if kept < FLOOR:
-        raise ParameterError(f"saving={saving:g} is more than {len(where)} of {layers} layers can save; ask for less than {len(where) * (1 - FLOOR) / layers:.2f}.")
+        raise ParameterError(f"saving={saving:g} is more than {len(where)} of {layers} layers can save; "
+                             f"ask for less than {len(where) * (1 - FLOOR) / layers:.2f}.")
     return CapacityPlan({task: [kept if i in where else 1.0 for i in range(layers)] for task in TASKS})

@@ -71,8 +71,8 @@ class _Part:
         self.folder, self.done = folder, _read(folder / "done.json")
         self.beside = folder == base  # only then do links to the run's own files survive moving the folder
         self.name = self.done["notebook"]
-        self.number, _, _ = self.name.partition("_")
-        self.title = _read(folder / "run.json", {}).get("title") or self.name
+        self.number, _, words = self.name.partition("_")
+        self.title = _read(folder / "run.json", {}).get("title") or words.replace("_", " ").capitalize()
         self.figures = [_read(folder / "figures" / f"{name}.json") for name in self.done["figures"]]
         for figure in self.figures:
             if not drawable(figure["figure"]):
@@ -244,13 +244,13 @@ SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const plots = [...document.querySelectorAll(".plot")];
 const root = document.documentElement;
+const colour = name => getComputedStyle(root).getPropertyValue(name).trim();
 function template(figure) {   // the figure's own template in the colours of this page
-  const look = getComputedStyle(root), colour = name => look.getPropertyValue(name).trim();
-  const t = structuredClone((figure.layout || {}).template || {}), l = t.layout = t.layout || {};
+  const t = structuredClone(figure.layout.template || {}), l = t.layout = t.layout || {};
   const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
   const box = { bgcolor: colour("--panel"), bordercolor: colour("--line") };
   Object.assign(l, { paper_bgcolor: colour("--paper"), plot_bgcolor: colour("--paper"),
-    font: { ...l.font, color: colour("--ink"), family: getComputedStyle(document.body).fontFamily },
+    font: { ...l.font, family: getComputedStyle(document.body).fontFamily },
     xaxis: { ...l.xaxis, ...axis }, yaxis: { ...l.yaxis, ...axis },
     updatemenudefaults: { ...l.updatemenudefaults, ...box },
     sliderdefaults: { ...l.sliderdefaults, ...box, bgcolor: colour("--soft"), activebgcolor: colour("--ink"), tickcolor: colour("--soft") },
@@ -264,10 +264,11 @@ function template(figure) {   // the figure's own template in the colours of thi
 async function draw() {
   let drawn = 0;
   for (const [i, plot] of plots.entries()) {
-    const { data, layout, frames } = figures[i];
+    const { data, frames } = figures[i], font = { ...figures[i].layout.font, color: colour("--ink") };
+    const layout = { height: 420, ...figures[i].layout, font, template: template(figures[i]) };
     const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
     try {
-      await Plotly.newPlot(plot, { data, layout: { height: 420, ...layout, template: template(figures[i]) }, frames, config });
+      await Plotly.newPlot(plot, { data, layout, frames, config });
       plot.classList.add("drawn");
       drawn += 1;
     } catch (error) {
@@ -279,7 +280,8 @@ async function draw() {
 }
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
-  plots.forEach((plot, i) => plot.classList.contains("drawn") && Plotly.relayout(plot, { template: template(figures[i]) })));
+  plots.forEach((plot, i) => plot.classList.contains("drawn")
+    && Plotly.relayout(plot, { template: template(figures[i]), "font.color": colour("--ink") })));
 """
 
 PAGE = string.Template("""<!doctype html>

@@ -95,7 +95,7 @@ class Request:
 
     @classmethod
     def of(cls, which: str, files: Sequence[str] = (), sets: Sequence[str] = (), runs: str | Path = "runs") -> Request:
-        """Read and check everything that can be checked without a kernel. Raises `ParameterError`."""
+        """Find the notebooks and gather the values; `steps` then checks them. Raises `ParameterError` for a name nobody declares."""
         books = find(which)
         from_files = {name: value for file in files for name, value in _read_yaml(Path(file)).items()}
         from_line = dict(_assignment(text) for text in sets)

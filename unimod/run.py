@@ -30,7 +30,7 @@ import yaml
 from unimod.config import Params
 
 FIGURE_BYTES = 300_000
-SAY_EVERY = 3.0
+SAY_EVERY = 5.0
 """Seconds between two progress lines where no bar can be drawn."""
 RUNNERS = ("run_dir", "interactive", "runs")
 """Parameters that say where and how a run happens, not what it computes."""
@@ -129,7 +129,8 @@ class Run:
         done = {"notebook": self.notebook, "finished": datetime.now(UTC).isoformat(), "seconds": round(time.monotonic() - self.opened, 1),
                 "device": _device(self.params.device), **self.written, "results": len(self.written["results"])}
         write(self.dir / "done.json", json.dumps(done, indent=1) + "\n")
-        print(f"{self.notebook} is done: results {done['results']}, figures {len(done['figures'])}, tables {len(done['tables'])}; {self.dir}")
+        print(f"{self.notebook} is done, in {self.dir}: "
+              f"results {done['results']}, figures {len(done['figures'])}, tables {len(done['tables'])}, files {len(done['files'])}")
 
     def _claim(self, kind: str, name: str) -> None:
         if not NAME.fullmatch(name):

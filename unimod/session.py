@@ -45,7 +45,12 @@ def load(params: Params, name: str) -> Session:
     if not fits(params):
         image_tokenizer = fit_image_tokenizer(data, params.image_tokenizer)
     model.to(device_of(params))
-    return Session(name, model, image_tokenizer, data, Batches(data, image_tokenizer, model.layout, params.batch, params.seed))
+    return Session(name, model, image_tokenizer, data, Batches(data, image_tokenizer, model.layout, rows_of(params), params.seed))
+
+
+def rows_of(params: Params) -> tuple[int, int, int]:
+    """Sequences of t2i, mmu and lm in a training step: `params.batch` of the first two, an eighth as many of the third."""
+    return params.batch, params.batch, max(1, params.batch // 8)
 
 
 def fits(params: Params) -> bool:

@@ -164,7 +164,8 @@ def _this_python() -> type:
     class ThisPython(AsyncKernelManager):
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict(), env={"PLOTLY_RENDERER": "plotly_mimetype"})  # no plotly.js in the notebook
+            quiet = get_kernel_dict(extra_arguments=["--IPKernelApp.log_level=ERROR"])
+            return KernelSpec(**quiet, env={"PLOTLY_RENDERER": "plotly_mimetype"})  # no plotly.js in the notebook
 
     return ThisPython
 

@@ -40,7 +40,7 @@ def test_found_boxes_lie_on_the_drawn_objects(level):
 @pytest.mark.parametrize(("level", "least"), [("default", 0.99), ("jitter", 0.99), ("backgrounds", 0.95), ("free", 0.97), ("hard", 0.9)])
 def test_noise_and_blur_do_little_harm(level, least):
     rng = np.random.default_rng(0)
-    assert np.mean([matches(detect(noisy(sample.image, rng, blur=0.8, noise=20)), sample) for sample in many(level, 200)]) >= least
+    assert np.mean([matches(detect(noisy(sample.image, rng, blur=0.8, noise=20)), sample) for sample in many(level, 100)]) >= least
 
 
 def test_specks_are_ignored():
@@ -57,7 +57,7 @@ def test_specks_are_ignored():
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_wrong_picture_never_matches(level):
     rng = np.random.default_rng(0)
-    for sample in many(level, 200):
+    for sample in many(level, 100):
         thing = sample.things[rng.integers(len(sample.things))]
         x0, y0, x1, y1 = thing.box
         inside = (sample.image == COLORS[thing.color]).all(-1)

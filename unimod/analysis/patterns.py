@@ -112,11 +112,11 @@ def picture_attention(record: AttentionRecord, row: int, layer: int, grid: tuple
 def _statistics(maps: Tensor, modality: Tensor, position: Tensor, visible: Tensor) -> dict[str, Tensor]:
     """maps: [R, H, n, n]; modality, position, visible: [R, n]. All rows start at their first visible key (lo = row start)."""
     n = maps.shape[-1]
-    kinds = F.one_hot(modality, 3).to(maps)                                             # [R, n, 3]
-    to = maps @ kinds[:, None]                                                          # [R, H, n, 3]
-    share = kinds / kinds.sum(1, keepdim=True)                                          # 0 / 0 = nan: no such query
+    kinds = F.one_hot(modality, 3).to(maps)  # [R, n, 3]
+    to = maps @ kinds[:, None]  # [R, H, n, 3]
+    share = kinds / kinds.sum(1, keepdim=True)  # 0 / 0 = nan: no such query
     sees = (torch.arange(n, device=maps.device) < visible[..., None]) / visible[..., None]
-    entropy = -torch.xlogy(maps, maps).sum(-1)                                          # [R, H, n]
+    entropy = -torch.xlogy(maps, maps).sum(-1)  # [R, H, n]
     able = (visible > 1)[:, None].expand_as(entropy)
     relative = entropy / visible.clamp(min=2).log()[:, None]
     return {

@@ -66,7 +66,9 @@ class ARank:
         b = self.bootstrap()
         same = {"task": self.task.name.lower(), "tolerance": self.tolerance, "samples": self.rank.shape[1]}
         columns = {"share": b.mean, "low": b.low, "high": b.high, "rank": self.rank.nanmean(1), "length": self.length.nanmean(1)}
-        return [same | {"layer": layer} | {name: float(values[i]) for name, values in columns.items()} for i, layer in enumerate(self.layers)]
+        return [
+            same | {"layer": layer} | {name: float(values[i]) for name, values in columns.items()} for i, layer in enumerate(self.layers)
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,18 @@ class Spectra:
     def curve(self, points: int = 32) -> Tensor:
         """Mean spectrum per layer, float32 [L, points]: value over the largest, at evenly spaced shares of the row's length from 0 to 1."""
         at = torch.linspace(0, 1, points)
-        index = (at * (self.length[..., None] - 1).clamp(min=0)).round().long()                 # [L, N, points]
+        index = (at * (self.length[..., None] - 1).clamp(min=0)).round().long()  # [L, N, points]
         relative = self.values / self.values[..., :1]
         return relative.gather(-1, index[:, :, None].expand(-1, -1, self.values.shape[2], -1)).nanmean((1, 2))
 
     def table(self, points: int = 32) -> list[dict[str, object]]:
         """One row per layer and point of the mean spectrum."""
         curve = self.curve(points)
-        return [{"task": self.task.name.lower(), "layer": layer, "place": j / (points - 1), "value": float(curve[i, j])}
-                for i, layer in enumerate(self.layers) for j in range(points)]
+        return [
+            {"task": self.task.name.lower(), "layer": layer, "place": j / (points - 1), "value": float(curve[i, j])}
+            for i, layer in enumerate(self.layers)
+            for j in range(points)
+        ]
 
     def sensitivity(self, tolerances: Sequence[float] = TOLERANCES, samples: Sequence[int] = ()) -> list[dict[str, object]]:
         """ARank tables at several tolerances with all samples, and at 1e-2 with the first `samples` samples each."""
@@ -121,7 +126,7 @@ def spectra(record: AttentionRecord, task: Task) -> Spectra:
     length = torch.full((len(record.layers), len(rows)), torch.nan)
     for i, layer in enumerate(record.layers):
         for group in record.by_length(rows, layer):
-            found = torch.linalg.svdvals(record.maps(group, layer)).cpu()                       # [R, H, n]
+            found = torch.linalg.svdvals(record.maps(group, layer)).cpu()  # [R, H, n]
             at = [rows.index(row) for row in group]
             values[i, at, :, : found.shape[-1]] = found
             length[i, at] = float(found.shape[-1])

@@ -1,9 +1,9 @@
 """From data to packed batches: picture and text -> codes and sequences -> `Packed`.
 
-    batches = Batches(data, image_tokenizer, model.layout, batch=16, seed=0)
+    batches = Batches(data, image_tokenizer, model.layout, rows=(16, 16, 2), seed=0)
     packed = batches.train(step)                  # the same batch for the same (seed, step), so a run can resume
 
-A training batch holds `batch` t2i rows, `batch` mmu rows and an eighth as many lm rows, all in one forward.
+A training batch holds `rows` sequences of t2i, mmu and lm, all in one forward.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def cosine_mask(u_ratio: Tensor, u_slots: Tensor) -> Tensor:
 class Batches:
     """Makes sequences in the layout of one model from the samples of one data set."""
 
-    def __init__(self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object, batch: int = 16, seed: int = 0) -> None:
-        self.data, self.image_tokenizer, self.layout, self.batch, self.seed = data, image_tokenizer, layout, batch, seed
+    def __init__(self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object, rows: tuple[int, int, int] = (16, 16, 2),
+                 seed: int = 0) -> None:
+        self.data, self.image_tokenizer, self.layout, self.rows, self.seed = data, image_tokenizer, layout, rows, seed
 
     def samples(self, split: str, start: int, count: int, seed: int | None = None) -> list[Sample]:
         """`count` samples from index `start` on."""
@@ -48,22 +49,20 @@ class Batches:
 
     def train(self, step: int) -> Packed:
         """The training batch of a step."""
-        lm = max(1, self.batch // 8)
-        samples = self.samples("train", step * (2 * self.batch + lm), 2 * self.batch + lm)
-        return self.mixed(samples, lm, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        count = sum(self.rows)
+        return self.mixed(self.samples("train", step * count, count), self.rows, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
     def held_out(self, split: str, count: int) -> Packed:
         """A fixed batch of a held-out split, for losses and analyses: `count` rows of t2i and of mmu, one of lm."""
-        return self.mixed(self.samples(split, 0, 2 * count + 1, seed=0), 1, torch.Generator().manual_seed(0), drop=False)
+        return self.mixed(self.samples(split, 0, 2 * count + 1, seed=0), (count, count, 1), torch.Generator().manual_seed(0), drop=False)
 
-    def mixed(self, samples: list[Sample], lm: int, generator: torch.Generator, drop: bool = True) -> Packed:
-        """Pack samples as t2i (first half), mmu (second half) and `lm` text rows (the last)."""
-        codes = self.codes(samples)
-        half = (len(samples) - lm) // 2
-        rows = self.t2i([s.caption for s in samples[:half]], codes[:half], generator, drop)
-        rows += [self.mmu(s, c) for s, c in zip(samples[half:2 * half], codes[half:])]
-        rows += [self.layout.lm(s.caption) for s in samples[2 * half:]]
-        return pack(rows)
+    def mixed(self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator, drop: bool = True) -> Packed:
+        """Pack samples, in this order, as `rows` sequences of t2i, mmu and lm."""
+        codes, (t2i, mmu, _) = self.codes(samples), rows
+        sequences = self.t2i([s.caption for s in samples[:t2i]], codes[:t2i], generator, drop)
+        sequences += [self.mmu(s, c) for s, c in zip(samples[t2i:t2i + mmu], codes[t2i:])]
+        sequences += [self.layout.lm(s.caption) for s in samples[t2i + mmu:]]
+        return pack(sequences)
 
     def t2i(self, captions: list[str], codes: Tensor, generator: torch.Generator, drop: bool = True) -> list[TokenSequence]:
         """Training rows of text to image. Draws: ratios [B], slots [B, N] (masked models), then caption dropout [B]."""

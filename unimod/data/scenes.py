@@ -1,7 +1,7 @@
 """The default data set: one to four colored shapes, drawn on the fly and without end.
 
     data = Scenes()                              # or Scenes(level="hard"), or open_data("scenes", level="hard")
-    sample = data.sample("train", 0)             # image, caption, six questions, category, things
+    sample = data.sample("train", 0)             # image, caption, eight questions, category, things
 
 The picture has 2 x 2 cells; each object sits in a cell of its own. What a scene holds, its content, is the set of
 (cell, color, shape): 13**4 - 1 = 28,560 contents. A hash of the content alone decides the split, so no test content is
@@ -45,7 +45,7 @@ CATEGORIES = {  # category -> how often each number of objects is drawn; the wei
     "color": {3: 16, 4: 16},
 }
 SALT = "scene-59"
-QUESTIONS_PER_SAMPLE = 6
+QUESTIONS_PER_SAMPLE = 8
 
 Content = tuple[tuple[int, str, str], ...]  # (cell, color, shape), ordered by cell
 _DRAWS = [(category, count) for category, counts in CATEGORIES.items() for count in counts]
@@ -182,16 +182,21 @@ def caption_of(content: Content, category: str, rng: random.Random) -> str:
 
 
 def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
-    """Six questions in random order: existence twice (one yes, one no), and the other kinds where they apply."""
+    """Eight questions in random order: existence twice, color and shape of up to two things, position where one is unique, and counts."""
     looks = Counter((color, shape) for _, color, shape in content)
     absent = [look for look in _KINDS_OF_THING if look not in looks]
     near = [look for look in absent if any((look[0] == color) != (look[1] == shape) for color, shape in looks)]
-    yes, no = rng.choice(list(looks)), rng.choice(near if rng.random() < 0.8 else absent)
-    asked = [Question(f"is there a {no[0]} {no[1]}?", "no", "existence"), Question(f"is there a {yes[0]} {yes[1]}?", "yes", "existence")]
-    cell, color, _ = rng.choice(content)
-    asked.append(Question(f"what color is the shape at the {CELLS[cell]}?", color, "color"))
-    cell, _, shape = rng.choice(content)
-    asked.append(Question(f"what shape is at the {CELLS[cell]}?", shape, "shape"))
+    asked, told = [], set()
+    for _ in range(2):
+        there = rng.random() < 0.5 and not looks.keys() <= told
+        pool = list(looks) if there else near if rng.random() < 0.8 else absent
+        color, shape = rng.choice([look for look in pool if look not in told])
+        told.add((color, shape))
+        asked.append(Question(f"is there a {color} {shape}?", "yes" if there else "no", "existence"))
+    for cell, color, _ in rng.sample(content, min(2, len(content))):
+        asked.append(Question(f"what color is the shape at the {CELLS[cell]}?", color, "color"))
+    for cell, _, shape in rng.sample(content, min(2, len(content))):
+        asked.append(Question(f"what shape is at the {CELLS[cell]}?", shape, "shape"))
     unique = [thing for thing in content if looks[thing[1:]] == 1]
     if unique:
         cell, color, shape = rng.choice(unique)

@@ -39,7 +39,8 @@ class CheckpointError(ParameterError):
     """A checkpoint folder that cannot be used: the message names the file, what was found and what was expected."""
 
 
-def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, grid: tuple[int, int] = (6, 6), text_budget: int = 96, seed: int = 0) -> UnifiedModel:
+def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, grid: tuple[int, int] = (6, 6),
+                text_budget: int = 96, seed: int = 0) -> UnifiedModel:
     """A tiny model with fresh weights. Raises `ParameterError` for an unknown name."""
     text = WordTokenizer(words)
     torch.manual_seed(seed)
@@ -67,7 +68,8 @@ def save_model(folder: str | Path, model: UnifiedModel, image_tokenizer: ImageTo
         for name in ("routers.safetensors", "plan.yaml", "router.json"):
             (folder / name).unlink(missing_ok=True)
     image_tokenizer.save(folder / "image_tokenizer")
-    config = {"name": f"{layout.kind}-tiny", "words": layout.text.words, "codebook_size": layout.codebook_size, "grid": layout.grid, "text_budget": layout.text_budget}
+    config = {"name": f"{layout.kind}-tiny", "words": layout.text.words, "codebook_size": layout.codebook_size, "grid": layout.grid,
+              "text_budget": layout.text_budget}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
 
@@ -79,7 +81,8 @@ def load_model(folder: str | Path) -> tuple[UnifiedModel, ImageTokenizer]:
     try:
         model = build_model(config["name"], tuple(config["words"]), config["codebook_size"], tuple(config["grid"]), config["text_budget"])
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} lacks or garbles {error}; a checkpoint of unimod has name, words, codebook_size, grid and text_budget.") from None
+        raise CheckpointError(f"{folder / 'config.json'} lacks or garbles {error}; "
+                              "a checkpoint of unimod has name, words, codebook_size, grid and text_budget.") from None
     prefix = PREFIX[model.layout.kind]
     state = {k.removeprefix(prefix): v for k, v in _read(folder / "model.safetensors", load_file).items()}
     if (folder / "plan.yaml").exists():
@@ -117,5 +120,6 @@ def _fill(module: nn.Module, state: dict, folder: Path) -> None:
     wrong = [f"{k}: shape {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
     for label, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("", wrong)):
         if keys:
-            raise CheckpointError(f"{folder} does not fit its config.json: {len(keys)} {label} entries, such as {sorted(keys)[0]}. Use the config.json the weights were saved with.")
+            raise CheckpointError(f"{folder} does not fit its config.json: {len(keys)} {label} entries, such as {sorted(keys)[0]}. "
+                                  "Use the config.json the weights were saved with.")
     module.load_state_dict(state)

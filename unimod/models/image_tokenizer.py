@@ -22,6 +22,7 @@ import argparse
 import importlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +42,7 @@ MEMBERS = {
     "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ"),
 }
 CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "tokenizer.safetensors"
+Log = Callable[[str], None]
 PIXELS_AT_ONCE = 1 << 19  # encode and decode walk the batch in pieces of about this many pixels: bounded memory
 MEASURED = 256  # pictures a FitReport is measured on
 
@@ -83,7 +85,7 @@ class ImageTokenizer(nn.Module):
     downsample: int
     """Pixels along one side of a token."""
 
-    def fit(self, images: Tensor, *, steps: int | None, seconds: float | None, seed: int, log: Callable[[str], None] | None) -> FitReport:
+    def fit(self, images: Tensor, *, steps: int | None, seconds: float | None, seed: int, log: Log | None) -> FitReport:
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}: give torch.int64 [B, h, w], none of them 0")
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.codebook_size:
-            raise ValueError(f"codes span {low}..{high}: '{self.name}' decodes 0..{self.codebook_size - 1}; subtract the vocabulary's offset first")
+            raise ValueError(f"codes span {low}..{high}: '{self.name}' decodes 0..{self.codebook_size - 1}; take the vocabulary's offset off")
         return self._in_pieces(self._pixels, codes, codes[0].numel() * self.downsample**2)
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ class LearnedTokenizer(ImageTokenizer):
         return ((self.images_of(self.codewords(codes)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     def fit(
-        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Callable[[str], None] | None = None
+        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None
     ) -> FitReport:
         """Train on `images` (uint8 [N, 3, H, W]) until `steps` or `seconds` is used up, from the present weights.
 
@@ -193,7 +195,7 @@ class LearnedTokenizer(ImageTokenizer):
                 optimizer.param_groups[0]["lr"] = lr
                 loss, _, z, codes = self(images[torch.randint(len(images), (self.batch_size,))].to(next(self.parameters()).device))
                 if not loss.isfinite():
-                    raise FloatingPointError(f"{self.name}: the loss is {loss.item()} at step {step}; fit again from a fresh tokenizer, with another seed")
+                    raise FloatingPointError(f"{self.name}: the loss is {loss.item()} at step {step}; fit a fresh tokenizer with another seed")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters(), 1.0)
@@ -242,7 +244,7 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
     config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: expected a folder written by ImageTokenizer.save, with {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise FileNotFoundError(f"{path} is missing: expected a folder as ImageTokenizer.save writes it, {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = json.loads(config_path.read_text())
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["config"].items()}
@@ -294,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     with np.load(args.pictures) as file:
         train, test = (torch.from_numpy(file[part]).permute(0, 3, 1, 2).contiguous() for part in ("train", "test"))
     tokenizer = build_image_tokenizer(args.name, seed=args.seed)
-    report = tokenizer.fit(train, seconds=args.seconds, seed=args.seed, log=lambda line: print(line, flush=True))
+    report = tokenizer.fit(train, seconds=args.seconds, seed=args.seed, log=lambda line: print(line, file=sys.stderr))
     if args.out:
         tokenizer.save(args.out)
     line = {"fit": asdict(report), "test": asdict(reconstruction_report(tokenizer, test))}
@@ -304,4 +306,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("unimod.models.image_tokenizer").main()  # the imported twin, so that the members' base class is this file's once
+    importlib.import_module("unimod.models.image_tokenizer").main()  # the imported twin: the base class of the members

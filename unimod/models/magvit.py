@@ -39,7 +39,7 @@ class MagVitConfig:
         levels = (self.encoder_multipliers, self.decoder_multipliers, self.encoder_blocks, self.decoder_blocks)
         at_least_one(ch=self.ch, bits=self.bits, groups=self.groups, **{f"level {i}": n for row in levels for i, n in enumerate(row)})
         if not self.encoder_blocks or len({len(row) for row in levels}) > 1:
-            raise ValueError(f"multipliers and blocks have {[len(row) for row in levels]} levels: give all four the same number, at least 1")
+            raise ValueError(f"multipliers and blocks have {[len(row) for row in levels]} levels: give all four the same number")
         if self.bits > 18:
             raise ValueError(f"bits is {self.bits}: give at most 18, the codebook is held as a table of 2^bits rows")
         if self.ch % self.groups:
@@ -153,7 +153,9 @@ class Decoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.conv_in = nn.Conv2d(c.bits, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], c.groups)
-        self.up = nn.ModuleList(Level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None) for i, n in enumerate(c.decoder_blocks))
+        self.up = nn.ModuleList(
+            Level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None) for i, n in enumerate(c.decoder_blocks)
+        )
         self.norm_out = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 

@@ -12,7 +12,6 @@ N patches or pictures, K codes, p pixels along one side of a patch, P = 3 p p va
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from unimod.models.image_tokenizer import FitReport, ImageTokenizer, at_least_one, fit_report
+from unimod.models.image_tokenizer import FitReport, ImageTokenizer, Log, at_least_one, fit_report
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class PatchDictionary(ImageTokenizer):
         return int((self.counts > 0).sum())
 
     def fit(
-        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Callable[[str], None] | None = None
+        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None
     ) -> FitReport:
-        """Fit on `images` (uint8 [N, 3, H, W]). Needs no budget: `steps` and `seconds` are taken, as by its siblings, and change nothing."""
+        """Fit on `images` (uint8 [N, 3, H, W]). Needs no budget: `steps` and `seconds`, which its siblings take, change nothing."""
         self.check_images(images)
         started = time.perf_counter()
         rows = self._cut(images).cpu().numpy()
@@ -107,7 +106,7 @@ def _nearest(rows: Tensor, table: Tensor) -> Tensor:
 
 
 def _cluster(rows: np.ndarray, counts: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rows uint8 [N, P] seen `counts` [N] times -> at most k centres, uint8, sorted by bytes, and how often each is nearest (> 0)."""
+    """Distinct rows uint8 [N, P] seen `counts` [N] times -> at most k uint8 centres, sorted by bytes, and how often each is nearest."""
     means = MiniBatchKMeans(k, batch_size=4096, n_init=3, random_state=seed).fit(rows.astype(np.float32), sample_weight=counts)
     centres = np.unique(means.cluster_centers_.round().clip(0, 255).astype(np.uint8), axis=0)
     table = torch.from_numpy(centres)

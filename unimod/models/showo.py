@@ -91,7 +91,8 @@ class ShowoLayout:
     def lm(self, text: str) -> TokenSequence:
         """Plain text: [sot] text [eot], causal, every next token a target."""
         ids = torch.tensor([self.text.eot, *self.text.encode(text), self.text.eot][: self.text_budget + self.image_tokens + 3])
-        return self._sequence(Task.LM, ids, torch.arange(len(ids)), prefix_hi(0, len(ids)), shifted(ids, torch.ones_like(ids, dtype=torch.bool)), ((len(ids), "topk"),))
+        target = shifted(ids, torch.ones_like(ids, dtype=torch.bool))
+        return self._sequence(Task.LM, ids, torch.arange(len(ids)), prefix_hi(0, len(ids)), target, ((len(ids), "topk"),))
 
     def token(self, i: int) -> str:
         """Name of a token id for a label."""

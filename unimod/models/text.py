@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 MARKERS = ("USER:", "ASSISTANT:")
 """Role names of a conversation, one token each."""
-GLUE = ("?", ".", ",", "*", *"0123456789", *"You are a helpful assistant".split())
+GLUE = ("?", ".", ",", "*", *"0123456789", "You", "are", "a", "helpful", "assistant")
 """Words that the layouts themselves write."""
 _PIECE = re.compile("|".join(map(re.escape, MARKERS)) + r"|\w+|[^\w\s]")
 

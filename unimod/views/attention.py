@@ -21,8 +21,14 @@ from ..capture import AttentionRecord
 from ..tokens import Modality, Packed
 from .style import AMOUNT, DASH, DIFFERENCE, INK, MODALITY, TASK, bytes_of, lines, paper, pool, require, root_ticks, slider, thumb, words
 
-HEAD_VALUES = {"to_image": "attention that flows to the picture", "to_text": "attention that flows to text", "evenness": "evenness of attention",
-               "entropy": "entropy (nats)", "sink": "attention on the first token", "distance": "mean distance (tokens)"}
+HEAD_VALUES = {
+    "to_image": "attention that flows to the picture",
+    "to_text": "attention that flows to text",
+    "evenness": "evenness of attention",
+    "entropy": "entropy (nats)",
+    "sink": "attention on the first token",
+    "distance": "mean distance (tokens)",
+}
 
 
 def token_labels(packed: Packed, span: slice, name: Callable[[int], str]) -> list[tuple[str, str]]:
@@ -38,8 +44,15 @@ def modality_mass(data: pd.DataFrame) -> go.Figure:
     data = require(data, "model", "task", "layer", "query", "key", "mass", "mass_sd", "even")
     data = data[(data["query"] == "any") & (data["key"] != "special")]
     panels = list(data.groupby(["model", "task"], sort=False))
-    fig = paper("Where attention flows", "layer", "share of attention", [f"{model}: {words(task)}" for (model, task), _ in panels],
-                height=300 * -(-len(panels) // 2) + 80, rows=-(-len(panels) // 2), shared_yaxes="all")
+    fig = paper(
+        "Where attention flows",
+        "layer",
+        "share of attention",
+        [f"{model}: {words(task)}" for (model, task), _ in panels],
+        height=300 * -(-len(panels) // 2) + 80,
+        rows=-(-len(panels) // 2),
+        shared_yaxes="all",
+    )
     for n, (_, part) in enumerate(panels):
         for key, line in part.groupby("key", sort=False):
             at = (n // 2 + 1, n % 2 + 1)
@@ -57,10 +70,21 @@ def modality_flows(data: pd.DataFrame) -> go.Figure:
     fig = paper("Attention from one modality to another", "looked at", "looking", [words(t) for t in tasks], shared_yaxes=True)
     frames = []
     for layer in layers:
-        grids = [part[part["layer"] == layer].pivot(index="query", columns="key", values="mass").reindex(index=names, columns=names)
-                 for part in (data[data["task"] == task] for task in tasks)]
-        traces = [go.Heatmap(z=grid.values.astype(np.float32), x=names, y=names, coloraxis="coloraxis", texttemplate="%{z:.2f}",
-                             hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>") for grid in grids]
+        grids = [
+            part[part["layer"] == layer].pivot(index="query", columns="key", values="mass").reindex(index=names, columns=names)
+            for part in (data[data["task"] == task] for task in tasks)
+        ]
+        traces = [
+            go.Heatmap(
+                z=grid.values.astype(np.float32),
+                x=names,
+                y=names,
+                coloraxis="coloraxis",
+                texttemplate="%{z:.2f}",
+                hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
+            )
+            for grid in grids
+        ]
         frames.append(go.Frame(name=str(layer), data=traces, traces=list(range(len(traces)))))
     for n, trace in enumerate(frames[0].data):
         fig.add_trace(trace, row=1, col=n + 1)
@@ -80,12 +104,30 @@ def heads(data: pd.DataFrame, value: str) -> go.Figure:
     fig = paper(f"Every head: {HEAD_VALUES.get(value, value)}", "head", "layer", titles, shared_yaxes=True)
     hover = "layer %{y}, head %{x}: %{z:.3g}<extra></extra>"
     for n, grid in enumerate(grids):
-        fig.add_heatmap(z=grid.values.astype(np.float32), x=list(grid.columns), y=list(grid.index), coloraxis="coloraxis", hovertemplate=hover, row=1, col=n + 1)
+        fig.add_heatmap(
+            z=grid.values.astype(np.float32),
+            x=list(grid.columns),
+            y=list(grid.index),
+            coloraxis="coloraxis",
+            hovertemplate=hover,
+            row=1,
+            col=n + 1,
+        )
     if len(tasks) == 2:
         gap = (grids[0] - grids[1]).values.astype(np.float32)
         reach = float(np.nanmax(np.abs(gap))) or 1.0
-        fig.add_heatmap(z=gap, x=list(grids[0].columns), y=list(grids[0].index), colorscale=DIFFERENCE, zmin=-reach, zmax=reach, row=1, col=3,
-                        hovertemplate=hover, colorbar={"title": {"text": "difference"}, "x": 1.14})
+        fig.add_heatmap(
+            z=gap,
+            x=list(grids[0].columns),
+            y=list(grids[0].index),
+            colorscale=DIFFERENCE,
+            zmin=-reach,
+            zmax=reach,
+            row=1,
+            col=3,
+            hovertemplate=hover,
+            colorbar={"title": {"text": "difference"}, "x": 1.14},
+        )
     fig.update_layout(coloraxis={"colorscale": AMOUNT, "colorbar": {"x": 1.02}}, margin={"r": 150})
     return fig.update_xaxes(dtick=1).update_yaxes(dtick=1, autorange="reversed")
 
@@ -98,8 +140,18 @@ def spread_and_sink(data: pd.DataFrame) -> go.Figure:
     for n, value in enumerate(values):
         found = data.groupby(["model", "task", "layer"], sort=False)[value].agg(["mean", "std"]).reset_index()
         for (model, task), part in found.groupby(["model", "task"], sort=False):
-            lines(fig, part, "layer", "mean", sd="std", colour=TASK[task], dash=DASH.get(model, "solid"), name=f"{model}: {words(task)}", panel=(1, n + 1),
-                  legend=n == 0)
+            lines(
+                fig,
+                part,
+                "layer",
+                "mean",
+                sd="std",
+                colour=TASK[task],
+                dash=DASH.get(model, "solid"),
+                name=f"{model}: {words(task)}",
+                panel=(1, n + 1),
+                legend=n == 0,
+            )
     fig.update_layout(legend={"orientation": "h", "y": -0.25})
     return fig
 
@@ -125,8 +177,17 @@ def head_maps(data: pd.DataFrame, active: int = 0) -> go.Figure:
     for layer, part in data.groupby("layer"):
         labels = list(dict.fromkeys(part["query"]))
         z = bytes_of(part["share"].to_numpy().reshape(len(labels), -1), top)
-        frames.append(go.Frame(name=str(layer), traces=[0], data=[go.Heatmap(
-            z=z, x=labels, y=labels, coloraxis="coloraxis", hovertemplate="looking: %{y}<br>looked at: %{x}<extra></extra>")]))
+        frames.append(
+            go.Frame(
+                name=str(layer),
+                traces=[0],
+                data=[
+                    go.Heatmap(
+                        z=z, x=labels, y=labels, coloraxis="coloraxis", hovertemplate="looking: %{y}<br>looked at: %{x}<extra></extra>"
+                    )
+                ],
+            )
+        )
     fig = paper(f"What head {data['head'].iloc[0]} looks at", "token looked at", "token looking", height=560)
     fig.add_trace(frames[0].data[0])
     fig.update_layout(coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 255, "colorbar": {"title": {"text": "share"}, **root_ticks(top)}})
@@ -140,18 +201,27 @@ def row_frame(record: AttentionRecord, row: int, layer: int, head: int, query: i
     tokens = token_labels(packed, packed.rows()[row], name)
     weights = record.row_weights(row, layer, head, query).tolist()
     asking = f"{tokens[query][0]} (token {query % len(tokens)})"
-    return pd.DataFrame({"place": range(len(tokens)), "token": [t for t, _ in tokens], "modality": [m for _, m in tokens], "weight": weights}).assign(
-        layer=layer, head=head, query=asking)
+    return pd.DataFrame(
+        {"place": range(len(tokens)), "token": [t for t, _ in tokens], "modality": [m for _, m in tokens], "weight": weights}
+    ).assign(layer=layer, head=head, query=asking)
 
 
 def row_weights(data: pd.DataFrame) -> go.Figure:
     """Bars: what one token looks at, coloured by modality. data: `row_frame`."""
     data = require(data, "place", "token", "modality", "weight", "layer", "head", "query")
     first = data.iloc[0]
-    fig = paper(f"What \"{first['query']}\" looks at in layer {first['layer']}, head {first['head']}", "place in the row", "share of attention")
+    fig = paper(
+        f'What "{first["query"]}" looks at in layer {first["layer"]}, head {first["head"]}', "place in the row", "share of attention"
+    )
     for modality, part in data.groupby("modality", sort=False):
-        fig.add_bar(x=part["place"], y=part["weight"], name=modality, marker={"color": MODALITY[modality], "line": {"width": 0}}, customdata=part["token"],
-                    hovertemplate=f"%{{customdata}} [{modality}]: %{{y:.3f}}<extra></extra>")
+        fig.add_bar(
+            x=part["place"],
+            y=part["weight"],
+            name=modality,
+            marker={"color": MODALITY[modality], "line": {"width": 0}},
+            customdata=part["token"],
+            hovertemplate=f"%{{customdata}} [{modality}]: %{{y:.3f}}<extra></extra>",
+        )
     return fig.update_layout(bargap=0.1)
 
 
@@ -161,7 +231,11 @@ def picture_frame(looks: Mapping[str, tuple[AttentionRecord, int, Modality]], gr
     for title, (record, row, query) in looks.items():
         for layer in record.layers:
             found = picture_attention(record, row, layer, grid, query)
-            rows += [{"panel": title, "layer": layer, "row": r, "column": c, "share": float(found[r, c])} for r in range(grid[0]) for c in range(grid[1])]
+            rows += [
+                {"panel": title, "layer": layer, "row": r, "column": c, "share": float(found[r, c])}
+                for r in range(grid[0])
+                for c in range(grid[1])
+            ]
     return pd.DataFrame(rows)
 
 
@@ -177,8 +251,21 @@ def overlay(data: pd.DataFrame, picture: np.ndarray, active: int = 0) -> go.Figu
     frames = []
     for layer, part in data.groupby("layer"):
         maps = [part[part["panel"] == panel].pivot(index="row", columns="column", values="share").to_numpy(np.float32) for panel in panels]
-        frames.append(go.Frame(name=str(layer), traces=list(range(len(panels))), data=[go.Heatmap(
-            z=z.round(5), coloraxis="coloraxis", opacity=0.72, hovertemplate="picture row %{y}, column %{x}: %{z:.4f} of all attention<extra></extra>") for z in maps]))
+        frames.append(
+            go.Frame(
+                name=str(layer),
+                traces=list(range(len(panels))),
+                data=[
+                    go.Heatmap(
+                        z=z.round(5),
+                        coloraxis="coloraxis",
+                        opacity=0.72,
+                        hovertemplate="picture row %{y}, column %{x}: %{z:.4f} of all attention<extra></extra>",
+                    )
+                    for z in maps
+                ],
+            )
+        )
     for n, trace in enumerate(frames[0].data):
         fig.add_trace(trace, row=1, col=n + 2)
     fig.add_scatter(x=[0], y=[0], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False, row=1, col=1)
@@ -193,6 +280,12 @@ def put_picture(fig: go.Figure, picture: np.ndarray, columns: range, grid: tuple
     source = thumb(picture)
     for n in columns:
         axis = "" if n == 1 else str(n)
-        fig.add_layout_image(source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below")
-        fig.update_xaxes(range=[-0.5, w - 0.5], showgrid=False, zeroline=False, tickfont={"color": INK}, constrain="domain", dtick=1, row=1, col=n)
-        fig.update_yaxes(range=[h - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor=f"x{axis}", constrain="domain", dtick=1, row=1, col=n)
+        fig.add_layout_image(
+            source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below"
+        )
+        fig.update_xaxes(
+            range=[-0.5, w - 0.5], showgrid=False, zeroline=False, tickfont={"color": INK}, constrain="domain", dtick=1, row=1, col=n
+        )
+        fig.update_yaxes(
+            range=[h - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor=f"x{axis}", constrain="domain", dtick=1, row=1, col=n
+        )

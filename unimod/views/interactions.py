@@ -36,9 +36,18 @@ def kept_shares(data: pd.DataFrame) -> go.Figure:
         found = data[data["model"] == model].groupby(["task", "modality"], sort=False)["kept"].agg(["mean", "std"]).reset_index()
         for modality, part in found.groupby("modality", sort=False):
             name = "all tokens of the task" if modality == "all" else modality
-            fig.add_bar(x=[words(t) for t in part["task"]], y=part["mean"], error_y={"type": "data", "array": part["std"].fillna(0), "thickness": 1}, name=name,
-                        legendgroup=name, showlegend=n == 0, marker={"color": colours[modality], "line": {"width": 0}},
-                        hovertemplate=f"{name} of %{{x}}: %{{y:.2f}}<extra></extra>", row=1, col=n + 1)
+            fig.add_bar(
+                x=[words(t) for t in part["task"]],
+                y=part["mean"],
+                error_y={"type": "data", "array": part["std"].fillna(0), "thickness": 1},
+                name=name,
+                legendgroup=name,
+                showlegend=n == 0,
+                marker={"color": colours[modality], "line": {"width": 0}},
+                hovertemplate=f"{name} of %{{x}}: %{{y:.2f}}<extra></extra>",
+                row=1,
+                col=n + 1,
+            )
     fig.add_hline(y=float(data["capacity"].iloc[0]), line={"color": "#7a7a7a", "dash": "dash"})
     return fig.update_yaxes(range=[0, 1])
 
@@ -60,8 +69,23 @@ def joint_against_single(data: pd.DataFrame) -> go.Figure:
     fig = paper("Together or alone?", "", "held-out loss (nats)", [f"{model}: {words(task)}" for (model, task), _ in panels])
     for n, ((_, task), part) in enumerate(panels):
         means = part.groupby("way", sort=False)["loss"].mean()
-        fig.add_bar(x=[names[w] for w in means.index], y=means, marker={"color": TASK[task], "opacity": 0.45, "line": {"width": 0}}, showlegend=False,
-                    hovertemplate="%{x}: mean %{y:.4f}<extra></extra>", row=1, col=n + 1)
-        fig.add_scatter(x=part["way"].map(names), y=part["loss"], mode="markers", marker={"color": TASK[task], "size": 8}, showlegend=False,
-                        hovertemplate="%{x}: %{y:.4f}<extra></extra>", row=1, col=n + 1)
+        fig.add_bar(
+            x=[names[w] for w in means.index],
+            y=means,
+            marker={"color": TASK[task], "opacity": 0.45, "line": {"width": 0}},
+            showlegend=False,
+            hovertemplate="%{x}: mean %{y:.4f}<extra></extra>",
+            row=1,
+            col=n + 1,
+        )
+        fig.add_scatter(
+            x=part["way"].map(names),
+            y=part["loss"],
+            mode="markers",
+            marker={"color": TASK[task], "size": 8},
+            showlegend=False,
+            hovertemplate="%{x}: %{y:.4f}<extra></extra>",
+            row=1,
+            col=n + 1,
+        )
     return fig

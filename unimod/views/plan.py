@@ -21,7 +21,13 @@ from .style import MODALITY, SHARE, paper, require, slider, words
 
 def plan_frame(plan: CapacityPlan, name: str = "plan") -> pd.DataFrame:
     """One row per layer and task: share kept, and the paper's name for the layer."""
-    return pd.DataFrame([{"plan": name, "layer": i, "task": task, "capacity": c, "kind": plan.kind(i)} for i in range(plan.layers) for task, c in plan.at(i).items()])
+    return pd.DataFrame(
+        [
+            {"plan": name, "layer": i, "task": task, "capacity": c, "kind": plan.kind(i)}
+            for i in range(plan.layers)
+            for task, c in plan.at(i).items()
+        ]
+    )
 
 
 def capacities(data: pd.DataFrame) -> go.Figure:
@@ -31,11 +37,27 @@ def capacities(data: pd.DataFrame) -> go.Figure:
     fig = paper("What the plan keeps", "layer", "", plans, height=190 + 110 * len(plans), rows=len(plans))
     for n, plan in enumerate(plans):
         part = data[data["plan"] == plan]
-        grid = part.pivot(index="task", columns="layer", values="capacity").reindex([t for t in ("t2i", "mmu", "lm") if t in set(part["task"])])
+        grid = part.pivot(index="task", columns="layer", values="capacity").reindex(
+            [t for t in ("t2i", "mmu", "lm") if t in set(part["task"])]
+        )
         kinds = part.drop_duplicates("layer").set_index("layer")["kind"].reindex(grid.columns)
-        fig.add_heatmap(z=grid.to_numpy(np.float32), x=list(grid.columns), y=[words(t) for t in grid.index], customdata=[list(kinds)] * len(grid), coloraxis="coloraxis",
-                        texttemplate="%{z:.2f}", hovertemplate="%{y}, layer %{x} (%{customdata}): keeps %{z:.0%}<extra></extra>", xgap=2, ygap=2, row=n + 1, col=1)
-    fig.update_layout(coloraxis={"colorscale": SHARE, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "share kept"}, "tickformat": ".0%"}}, margin={"l": 120})
+        fig.add_heatmap(
+            z=grid.to_numpy(np.float32),
+            x=list(grid.columns),
+            y=[words(t) for t in grid.index],
+            customdata=[list(kinds)] * len(grid),
+            coloraxis="coloraxis",
+            texttemplate="%{z:.2f}",
+            hovertemplate="%{y}, layer %{x} (%{customdata}): keeps %{z:.0%}<extra></extra>",
+            xgap=2,
+            ygap=2,
+            row=n + 1,
+            col=1,
+        )
+    fig.update_layout(
+        coloraxis={"colorscale": SHARE, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "share kept"}, "tickformat": ".0%"}},
+        margin={"l": 120},
+    )
     return fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(dtick=1, showgrid=False)
 
 
@@ -66,8 +88,19 @@ def kept_tokens(data: pd.DataFrame, picture: np.ndarray) -> go.Figure:
         for task in tasks:
             mine = part[part["task"] == task]
             z, score = (mine.pivot(index="row", columns="column", values=v).to_numpy() for v in ("kept", "score"))
-            traces.append(go.Heatmap(z=z.astype(np.uint8), customdata=score.round(4), colorscale=veil, zmin=0, zmax=1, showscale=False, xgap=1, ygap=1,
-                                     hovertemplate="picture row %{y}, column %{x}<br>kept (1) or skipped (0): %{z}<br>score %{customdata:.3f}<extra></extra>"))
+            traces.append(
+                go.Heatmap(
+                    z=z.astype(np.uint8),
+                    customdata=score.round(4),
+                    colorscale=veil,
+                    zmin=0,
+                    zmax=1,
+                    showscale=False,
+                    xgap=1,
+                    ygap=1,
+                    hovertemplate="picture row %{y}, column %{x}<br>kept (1) or skipped (0): %{z}<br>score %{customdata}<extra></extra>",
+                )
+            )
         frames.append(go.Frame(name=str(layer), data=traces, traces=list(range(len(tasks)))))
     for n, trace in enumerate(frames[0].data):
         fig.add_trace(trace, row=1, col=n + 2)
@@ -85,7 +118,15 @@ def routing_frame(log: Mapping[int, Routing], packed: Packed) -> pd.DataFrame:
             for modality in Modality:
                 mine = (packed.task == task) & (packed.modality == modality)
                 if mine.any():
-                    rows.append({"layer": layer, "task": task.name.lower(), "modality": modality.name.lower(), "kept": float(stays[mine].mean()), "tokens": int(mine.sum())})
+                    rows.append(
+                        {
+                            "layer": layer,
+                            "task": task.name.lower(),
+                            "modality": modality.name.lower(),
+                            "kept": float(stays[mine].mean()),
+                            "tokens": int(mine.sum()),
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -96,6 +137,15 @@ def kept_by_modality(data: pd.DataFrame) -> go.Figure:
     fig = paper("What kinds of token are kept", "layer", "share kept", [words(t) for t in tasks], shared_yaxes=True)
     for n, task in enumerate(tasks):
         for modality, part in data[data["task"] == task].groupby("modality", sort=False):
-            fig.add_bar(x=part["layer"], y=part["kept"], name=modality, legendgroup=modality, showlegend=n == 0, marker={"color": MODALITY[modality], "line": {"width": 0}},
-                        hovertemplate=f"{modality}, layer %{{x}}: %{{y:.2f}}<extra></extra>", row=1, col=n + 1)
+            fig.add_bar(
+                x=part["layer"],
+                y=part["kept"],
+                name=modality,
+                legendgroup=modality,
+                showlegend=n == 0,
+                marker={"color": MODALITY[modality], "line": {"width": 0}},
+                hovertemplate=f"{modality}, layer %{{x}}: %{{y:.2f}}<extra></extra>",
+                row=1,
+                col=n + 1,
+            )
     return fig.update_yaxes(range=[0, 1]).update_xaxes(dtick=1)

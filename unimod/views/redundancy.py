@@ -26,18 +26,27 @@ def skip_one_layer(data: pd.DataFrame) -> go.Figure:
             # a log axis cannot show layers whose absence does not hurt: they sit on its floor, the hover has the number
             floor = part.assign(shown=part["damage"].clip(lower=1e-4))
             lines(fig, floor, "layer", "shown", colour=TASK[task], name=words(task), sd="damage_sd", panel=(1, n + 1), legend=n == 0)
-            fig.data[-1].update(customdata=part["damage"], hovertemplate=f"{words(task)}<br>without layer %{{x}}: %{{customdata:+.4f}} nats<extra></extra>")
+            fig.data[-1].update(
+                customdata=part["damage"], hovertemplate=f"{words(task)}<br>without layer %{{x}}: %{{customdata:+.4f}} nats<extra></extra>"
+            )
     return fig.update_yaxes(type="log", dtick=1).update_xaxes(dtick=1)
 
 
 def proxy(data: pd.DataFrame) -> go.Figure:
-    """Cheap proxy (1 - cosine of a layer's input and output) against what skipping it costs, a point per layer. data: `Importance.table`."""
+    """Cheap proxy (1 - cosine of a layer's input and output) against what skipping it costs, a mark per layer. data: `Importance.table`."""
     data = require(data, "model", "task", "layer", "damage", "cosine")
     fig = paper("Does the cheap proxy tell?", "1 - cosine between a layer's input and output", "rise of the loss without it (nats)")
     for (model, task), part in data.groupby(["model", "task"], sort=False):
-        fig.add_scatter(x=1 - part["cosine"], y=part["damage"].clip(lower=1e-4), mode="markers+text", text=part["layer"], textposition="top center",
-                        name=f"{model}: {words(task)}", marker={"color": TASK[task], "size": 9, "symbol": SYMBOL.get(model, "circle")},
-                        hovertemplate="layer %{text}: proxy %{x:.3f}, rise %{y:.4f}<extra></extra>")
+        fig.add_scatter(
+            x=1 - part["cosine"],
+            y=part["damage"].clip(lower=1e-4),
+            mode="markers+text",
+            text=part["layer"],
+            textposition="top center",
+            name=f"{model}: {words(task)}",
+            marker={"color": TASK[task], "size": 9, "symbol": SYMBOL.get(model, "circle")},
+            hovertemplate="layer %{text}: proxy %{x:.3f}, rise %{y:.4f}<extra></extra>",
+        )
     return fig.update_xaxes(type="log", dtick=1).update_yaxes(type="log", dtick=1)
 
 
@@ -54,23 +63,51 @@ def arank_by_layer(data: pd.DataFrame, mask: pd.DataFrame | None = None) -> go.F
             lines(fig, part, "layer", "share", colour=TASK[task], name=words(task), low="low", high="high", panel=(1, n + 1), legend=n == 0)
             if mask is not None:
                 level = float(mask[(mask["model"] == model) & (mask["task"] == task)]["share"].iloc[0])
-                fig.add_scatter(x=[part["layer"].min(), part["layer"].max()], y=[level] * 2, mode="lines", name=f"{words(task)}: mask alone",
-                                legendgroup=f"{task} mask", showlegend=n == 0, line={"color": TASK[task], "dash": "dash", "width": 1},
-                                hovertemplate="mask alone: %{y:.2f}<extra></extra>", row=1, col=n + 1)
+                fig.add_scatter(
+                    x=[part["layer"].min(), part["layer"].max()],
+                    y=[level] * 2,
+                    mode="lines",
+                    name=f"{words(task)}: mask alone",
+                    legendgroup=f"{task} mask",
+                    showlegend=n == 0,
+                    line={"color": TASK[task], "dash": "dash", "width": 1},
+                    hovertemplate="mask alone: %{y:.2f}<extra></extra>",
+                    row=1,
+                    col=n + 1,
+                )
     return fig.update_yaxes(range=[0, 1.02]).update_xaxes(dtick=1)
 
 
 def spectra_by_layer(data: pd.DataFrame) -> go.Figure:
-    """Mean singular values over the largest, one line per layer from dark (first) to bright (last), panels per task. data: `Spectra.table` of one model."""
+    """Mean singular values over the largest: one line per layer, dark (first) to bright (last), and a panel per task.
+
+    data: `Spectra.table` of one model.
+    """
     data = require(data, "task", "layer", "place", "value")
     tasks, layers = list(data["task"].unique()), sorted(data["layer"].unique())
     colours = sample_colorscale(AMOUNT, np.linspace(0, 0.9, len(layers)))
-    fig = paper("Spectra of the attention maps", "place in the spectrum (0 = largest, 1 = last)", "singular value / largest", [words(t) for t in tasks], shared_yaxes=True)
+    fig = paper(
+        "Spectra of the attention maps",
+        "place in the spectrum (0 = largest, 1 = last)",
+        "singular value / largest",
+        [words(t) for t in tasks],
+        shared_yaxes=True,
+    )
     for n, task in enumerate(tasks):
         for layer, colour in zip(layers, colours):
             part = data[(data["task"] == task) & (data["layer"] == layer)]
-            fig.add_scatter(x=part["place"].round(3), y=part["value"].clip(lower=1e-7), mode="lines", name=f"layer {layer}", legendgroup=str(layer), showlegend=n == 0,
-                            line={"color": colour}, hovertemplate=f"layer {layer}, place %{{x:.2f}}: %{{y:.1e}}<extra></extra>", row=1, col=n + 1)
+            fig.add_scatter(
+                x=part["place"].round(3),
+                y=part["value"].clip(lower=1e-7),
+                mode="lines",
+                name=f"layer {layer}",
+                legendgroup=str(layer),
+                showlegend=n == 0,
+                line={"color": colour},
+                hovertemplate=f"layer {layer}, place %{{x:.2f}}: %{{y:.1e}}<extra></extra>",
+                row=1,
+                col=n + 1,
+            )
     return fig.update_yaxes(type="log", dtick=1, exponentformat="power")
 
 
@@ -80,13 +117,29 @@ def sensitivity(data: pd.DataFrame) -> go.Figure:
     data: `Spectra.sensitivity`.
     """
     data = require(data, "model", "task", "layer", "tolerance", "samples", "share", "low", "high", "varied")
-    fig = paper("How far the number depends on choices", "", "ARank / tokens, mean over layers", ["tolerance", "samples per task"], shared_yaxes=True)
+    fig = paper(
+        "How far the number depends on choices",
+        "",
+        "ARank / tokens, mean over layers",
+        ["tolerance", "samples per task"],
+        shared_yaxes=True,
+    )
     for n, varied in enumerate(("tolerance", "samples")):
         found = data[data["varied"] == varied].groupby(["model", "task", varied], sort=False)[["share", "low", "high"]].mean().reset_index()
         for (model, task), part in found.groupby(["model", "task"], sort=False):
             bars = {"low": "low", "high": "high"} if varied == "samples" else {}
-            lines(fig, part, varied, "share", colour=TASK[task], dash=DASH.get(model, "solid"), name=f"{model}: {words(task)}", panel=(1, n + 1),
-                  legend=n == 0, **bars)
+            lines(
+                fig,
+                part,
+                varied,
+                "share",
+                colour=TASK[task],
+                dash=DASH.get(model, "solid"),
+                name=f"{model}: {words(task)}",
+                panel=(1, n + 1),
+                legend=n == 0,
+                **bars,
+            )
     fig.update_xaxes(type="log", title_text="share of the largest value that still counts", exponentformat="power", dtick=1, row=1, col=1)
     return fig.update_xaxes(title_text="samples", row=1, col=2)
 
@@ -101,7 +154,13 @@ def layer_order(data: pd.DataFrame) -> go.Figure:
     data = data.assign(place=data.groupby(["task", "tolerance"])["share"].rank())
     tasks, layers = list(data["task"].unique()), sorted(data["layer"].unique())
     colours = sample_colorscale(AMOUNT, np.linspace(0, 0.9, len(layers)))
-    fig = paper("Would another tolerance choose other layers?", "tolerance", "place by ARank (1 = lowest)", [words(t) for t in tasks], shared_yaxes=True)
+    fig = paper(
+        "Would another tolerance choose other layers?",
+        "tolerance",
+        "place by ARank (1 = lowest)",
+        [words(t) for t in tasks],
+        shared_yaxes=True,
+    )
     for n, task in enumerate(tasks):
         for layer, colour in zip(layers, colours):
             part = data[(data["task"] == task) & (data["layer"] == layer)].sort_values("tolerance")

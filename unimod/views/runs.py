@@ -35,9 +35,19 @@ def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int
         mean = pd.concat(curves).groupby("step", sort=True).mean()
         for curve, width, opacity in [(c, 1, 0.4) for c in curves if len(curves) > 1] + [(mean, 2.5, 1)]:
             curve = curve.iloc[:: max(1, -(-len(curve) // POINTS))]
-            fig.add_scatter(x=curve["x"], y=curve["y"].round(5), mode="lines" if len(curve) > 1 else "markers", name=arm, legendgroup=arm,
-                            showlegend=width > 1 and arm not in shown, opacity=opacity, line={"color": colour, "width": width},
-                            hovertemplate=f"{arm}: %{{y:.4g}} at %{{x:.3g}}<extra></extra>", row=1, col=models.index(model) + 1)
+            fig.add_scatter(
+                x=curve["x"],
+                y=curve["y"].round(5),
+                mode="lines" if len(curve) > 1 else "markers",
+                name=arm,
+                legendgroup=arm,
+                showlegend=width > 1 and arm not in shown,
+                opacity=opacity,
+                line={"color": colour, "width": width},
+                hovertemplate=f"{arm}: %{{y:.4g}} at %{{x:.3g}}<extra></extra>",
+                row=1,
+                col=models.index(model) + 1,
+            )
         shown.add(arm)
     return fig
 
@@ -50,17 +60,44 @@ def quality_against_flops(data: pd.DataFrame, value: str, cost: str = "flops", d
     data = require(data, "arm", "seed", value, cost)
     data = data if "model" in data else data.assign(model="")
     models = list(data["model"].unique())
-    fig = paper(f"Quality against cost: {value.replace('/', ', ').replace('_', ' ')}", cost.replace("_", " "), value.replace("/", ", "), models, shared_yaxes=True)
+    fig = paper(
+        f"Quality against cost: {value.replace('/', ', ').replace('_', ' ')}",
+        cost.replace("_", " "),
+        value.replace("/", ", "),
+        models,
+        shared_yaxes=True,
+    )
     for n, model in enumerate(models):
         here = data[data["model"] == model]
         for arm, part in here.groupby("arm", sort=False):
             colour = _colour(arm, data)
-            fig.add_scatter(x=part[cost], y=part[value], mode="markers", marker={"color": colour, "size": 6, "opacity": 0.5}, customdata=part["seed"],
-                            name=arm, legendgroup=arm, showlegend=False, row=1, col=n + 1, hovertemplate=f"{arm}, seed %{{customdata}}: %{{y:.3f}}<extra></extra>")
+            fig.add_scatter(
+                x=part[cost],
+                y=part[value],
+                mode="markers",
+                marker={"color": colour, "size": 6, "opacity": 0.5},
+                customdata=part["seed"],
+                name=arm,
+                legendgroup=arm,
+                showlegend=False,
+                row=1,
+                col=n + 1,
+                hovertemplate=f"{arm}, seed %{{customdata}}: %{{y:.3f}}<extra></extra>",
+            )
             spread = part[value].std() if len(part) > 1 else 0
-            fig.add_scatter(x=[part[cost].mean()], y=[part[value].mean()], mode="markers", name=arm, legendgroup=arm, showlegend=n == 0, row=1, col=n + 1,
-                            error_y={"type": "data", "array": [spread], "color": colour}, marker={"color": colour, "size": 14, "symbol": SYMBOL.get(model, "circle")},
-                            hovertemplate=f"{arm}, mean of {len(part)}: %{{y:.3f}}<extra></extra>")
+            fig.add_scatter(
+                x=[part[cost].mean()],
+                y=[part[value].mean()],
+                mode="markers",
+                name=arm,
+                legendgroup=arm,
+                showlegend=n == 0,
+                row=1,
+                col=n + 1,
+                error_y={"type": "data", "array": [spread], "color": colour},
+                marker={"color": colour, "size": 14, "symbol": SYMBOL.get(model, "circle")},
+                hovertemplate=f"{arm}, mean of {len(part)}: %{{y:.3f}}<extra></extra>",
+            )
         level = here[here["arm"] == dense][value]
         if len(level):
             fig.add_hline(y=level.mean(), line={"color": INK, "dash": "dash"}, annotation_text=dense, row=1, col=n + 1)

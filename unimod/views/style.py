@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -47,19 +48,31 @@ def require(data: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The frame itself. Raises `ViewError` when it is empty or lacks a column."""
     missing = [name for name in columns if name not in data]
     if missing:
-        raise ViewError(f"This frame has no column {', '.join(missing)}; it needs {', '.join(columns)} and has {', '.join(map(str, data.columns))}.")
+        raise ViewError(
+            f"This frame has no column {', '.join(missing)}; it needs {', '.join(columns)} and has {', '.join(map(str, data.columns))}."
+        )
     if data.empty:
         raise ViewError(f"This frame has no rows, so there is nothing to draw; it needs rows with {', '.join(columns)}.")
     return data
 
 
-def paper(title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), height: int = 400, rows: int = 1, **options: object) -> go.Figure:
+def paper(
+    title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), height: int = 400, rows: int = 1, **options: object
+) -> go.Figure:
     """An empty figure of `rows` x panels with shared ink; axis titles in words, y's at the left panels only."""
     columns = -(-len(panels) // rows)
     fig = make_subplots(rows=rows, cols=columns, subplot_titles=panels if any(panels) else None, **options)
-    fig.update_layout(template="none", title={"text": title, "x": 0.02, "xanchor": "left"}, height=height, font={"color": INK, "size": 13},
-                      paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", margin={"l": 70, "r": 30, "t": 80, "b": 60},
-                      legend={"bgcolor": "rgba(0,0,0,0)"}, hoverlabel={"font": {"size": 13}})
+    fig.update_layout(
+        template="none",
+        title={"text": title, "x": 0.02, "xanchor": "left"},
+        height=height,
+        font={"color": INK, "size": 13},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 70, "r": 30, "t": 80, "b": 60},
+        legend={"bgcolor": "rgba(0,0,0,0)"},
+        hoverlabel={"font": {"size": 13}},
+    )
     fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK, title_text=x, row=rows)
     fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
     fig.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
@@ -67,28 +80,62 @@ def paper(title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), h
     return fig
 
 
-def lines(fig: go.Figure, data: pd.DataFrame, x: str, y: str, *, colour: str, name: str, group: str | None = None, low: str = "", high: str = "",
-          sd: str = "", dash: str = "solid", panel: tuple[int, int] = (1, 1), legend: bool = True) -> None:
+def lines(
+    fig: go.Figure,
+    data: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    colour: str,
+    name: str,
+    group: str | None = None,
+    low: str = "",
+    high: str = "",
+    sd: str = "",
+    dash: str = "solid",
+    panel: tuple[int, int] = (1, 1),
+    legend: bool = True,
+) -> None:
     """One line with markers; error bars from an interval (`low`, `high`) or a standard deviation column (`sd`)."""
     error = None
     if sd:
         error = {"type": "data", "array": data[sd].fillna(0), "thickness": 1, "width": 3}
     elif low:
         error = {"type": "data", "array": data[high] - data[y], "arrayminus": data[y] - data[low], "thickness": 1, "width": 3}
-    fig.add_scatter(x=data[x], y=data[y], mode="lines+markers", name=name, legendgroup=group or name, showlegend=legend, error_y=error,
-                    line={"color": colour, "dash": dash}, marker={"color": colour, "size": 7}, row=panel[0], col=panel[1],
-                    hovertemplate=f"{name}<br>{x} %{{x}}: %{{y:.3g}}<extra></extra>")
+    fig.add_scatter(
+        x=data[x],
+        y=data[y],
+        mode="lines+markers",
+        name=name,
+        legendgroup=group or name,
+        showlegend=legend,
+        error_y=error,
+        line={"color": colour, "dash": dash},
+        marker={"color": colour, "size": 7},
+        row=panel[0],
+        col=panel[1],
+        hovertemplate=f"{name}<br>{x} %{{x}}: %{{y:.3g}}<extra></extra>",
+    )
 
 
 def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int = 0) -> go.Figure:
     """A slider over frames that needs no kernel; the figure shows the frame `active` first."""
-    steps = [{"label": f.name, "method": "animate", "args": [[f.name], {"mode": "immediate", "frame": {"duration": 0, "redraw": True},
-                                                                       "transition": {"duration": 0}}]} for f in frames]
+    steps = [
+        {
+            "label": f.name,
+            "method": "animate",
+            "args": [[f.name], {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}],
+        }
+        for f in frames
+    ]
     fig.frames = frames
     for at, trace in zip(frames[active].traces, frames[active].data):
         fig.data[at].update(trace)
-    fig.update_layout(sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 40}, "bordercolor": INK}],
-                      height=(fig.layout.height or 400) + 70, margin={"b": 110})
+    fig.update_layout(
+        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 40}, "bordercolor": INK}],
+        height=(fig.layout.height or 400) + 70,
+        margin={"b": 110},
+    )
     return fig
 
 
@@ -104,7 +151,7 @@ def pool(values: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, list[slice]]
     """A map [n, n] pooled to at most bins x bins: mean over the queries of a bin, sum over its keys, so that rows still sum to 1."""
     n = len(values)
     edges = np.linspace(0, n, min(n, bins) + 1).round().astype(int)
-    spans = [slice(a, b) for a, b in zip(edges, edges[1:])]
+    spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
     summed = np.add.reduceat(values, edges[:-1], axis=1)
     return np.stack([summed[span].mean(0) for span in spans]), spans
 

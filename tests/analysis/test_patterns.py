@@ -1,0 +1,77 @@
+"""Pattern statistics against plain loops over full dense maps."""
+
+import math
+
+import pytest
+import torch
+
+from unimod.analysis.patterns import patterns, picture_attention
+from unimod.capture import observe
+from unimod.layers import apply_mod, remove_mod
+from unimod.plan import CapacityPlan
+from unimod.tokens import Modality, Task
+
+
+@pytest.mark.parametrize("name", ("showo-tiny", "emu3-tiny"))
+@pytest.mark.parametrize("task", (Task.T2I, Task.MMU))
+def test_statistics_equal_loops_over_dense_maps(world, dense_maps, name, task):
+    model, batches = world[name]
+    packed = batches.single_task(task, "validation", 3)
+    found = patterns(observe(model, packed), task)
+    dense = dense_maps(model, packed)
+    for layer in (0, 5):
+        for row, span in enumerate(packed.rows()):
+            modality, position = packed.modality[span].tolist(), packed.position[span].tolist()
+            for head in (0, 3):
+                A = dense[layer][row][head].double()
+                n = len(A)
+                for key in Modality:
+                    columns = [j for j in range(n) if modality[j] == key]
+                    assert found.received[layer, row, head, key].item() == pytest.approx(A[:, columns].sum().item() / n, abs=1e-4)
+                    for query in Modality:
+                        lines = [i for i in range(n) if modality[i] == query]
+                        if lines:
+                            want = A[lines][:, columns].sum().item() / len(lines)
+                            assert found.mass[layer, row, head, query, key].item() == pytest.approx(want, abs=1e-4)
+                entropy = [-sum(p * math.log(p) for p in line if p > 0) for line in A.tolist()]
+                assert found.entropy[layer, row, head].item() == pytest.approx(sum(entropy) / n, abs=1e-3)
+                assert found.sink[layer, row, head].item() == pytest.approx(A[1:, 0].mean().item(), abs=1e-4)
+                reach = sum(A[i, j].item() * abs(position[i] - position[j]) for i in range(n) for j in range(n)) / n
+                assert found.distance[layer, row, head].item() == pytest.approx(reach, abs=1e-2)
+    torch.testing.assert_close(found.received.sum(-1), torch.ones_like(found.entropy))
+    assert found.even.sum(-1).allclose(torch.ones(8, 3)) and ((found.evenness >= 0) & (found.evenness <= 1 + 1e-5)).all()
+    assert len(found.table()) == 8 * 4 and len(found.flows()) == 8 * 12
+
+
+def test_flat_attention_is_even(world):
+    model, batches = world["showo-tiny"]
+    kept = [layer.self_attn.scaling for layer in model.layers]
+    for layer in model.layers:
+        layer.self_attn.scaling = 0.0
+    try:
+        found = patterns(observe(model, batches.single_task(Task.MMU, "validation", 2)), Task.MMU)
+    finally:
+        for layer, scaling in zip(model.layers, kept):
+            layer.self_attn.scaling = scaling
+    assert found.evenness.allclose(torch.ones_like(found.evenness), atol=1e-5)
+    assert found.received.mean(2).allclose(found.even, atol=1e-5)
+
+
+def test_picture_grid_is_the_maps_own_and_skips_what_a_router_skipped(world):
+    model, batches = world["showo-tiny"]
+    packed = batches.single_task(Task.MMU, "validation", 2)
+    record = observe(model, packed)
+    grid = picture_attention(record, 1, 2, (6, 6), Modality.TEXT)
+    span = packed.rows()[1]
+    text, image = packed.modality[span] == Modality.TEXT, packed.modality[span] == Modality.IMAGE
+    torch.testing.assert_close(grid.flatten(), record.maps([1], 2)[0].mean(0)[text][:, image].mean(0))
+    apply_mod(model, CapacityPlan({"mmu": [1.0] * 7 + [0.5]}))
+    try:
+        routed = observe(model, packed)
+    finally:
+        remove_mod(model)
+    there = picture_attention(routed, 1, 7, (6, 6), Modality.TEXT).isfinite().sum()
+    assert there == (routed.packed(7).modality[routed.packed(7).rows()[1]] == Modality.IMAGE).sum() < 36
+    assert patterns(routed, Task.MMU).received[7].isfinite().all()
+    t2i = observe(model, batches.single_task(Task.T2I, "validation", 1))
+    assert picture_attention(t2i, 0, 0, (6, 6), Modality.TEXT).isnan().all()    # while drawing, text never sees the picture

@@ -1,0 +1,151 @@
+"""Every view, on small made-up results: traces that hold data, below 300 KB, legible anywhere, and errors that name what lacks."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from unimod.analysis.importance import Importance
+from unimod.analysis.interactions import Competition, GradientCosine, JointOrSingle
+from unimod.analysis.patterns import Patterns
+from unimod.analysis.redundancy import Spectra
+from unimod.capture import AttentionRecord, LayerAttention
+from unimod.plan import last_half
+from unimod.router import Routing
+from unimod.run import drawable
+from unimod.tokens import Modality, Task, TokenSequence, pack, prefix_hi
+from unimod.views import attention, interactions, plan, redundancy, runs, style
+
+BOTH = (Task.T2I, Task.MMU)
+MODELS = ("showo-tiny", "emu3-tiny")
+PICTURE = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+L, N, H = 24, 4, 16
+
+
+def rand(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def per_model(make):
+    return {name: [make(task) for task in BOTH] for name in MODELS}
+
+
+def made_patterns(task):
+    one, shares = rand(L, N, H), rand(L, N, H, 3).softmax(-1)
+    return Patterns(task, tuple(range(L)), rand(L, N, H, 3, 3).softmax(-1), shares, shares[:, :, 0], one, one, one, one)
+
+
+def made_spectra(task):
+    return Spectra(task, tuple(range(L)), rand(L, N, H, 40).sort(descending=True).values, torch.full((L, N), 40.0))
+
+
+def made_record(n=200, layers=24):
+    ids = torch.arange(n)
+    modality = torch.full((n,), int(Modality.TEXT))
+    modality[4:40] = Modality.IMAGE
+    packed = pack([TokenSequence(Task.MMU, ids, ids, modality, prefix_hi(41, n), ids, ((n, "topk"),))])
+    return AttentionRecord({i: LayerAttention(3 * rand(2, n, 8) - 1, 3 * rand(2, n, 8) - 1, 1.0, packed) for i in range(layers)}, [packed])
+
+
+def made_kept(task):
+    record = made_record()
+    index = torch.arange(0, 200, 2)
+    log = {i: Routing(index, torch.ones(100), rand(200), (), index[-1:]) for i in range(12, 24)}
+    return plan.kept_frame(log, record.whole, 0, (6, 6)).assign(task=task), plan.routing_frame(log, record.whole)
+
+
+def curves():
+    return pd.DataFrame([{"model": m, "arm": a, "seed": s, "step": i + 1, "loss_t2i": 1 / (i + 1 + s), "flops": 1e9}
+                         for m in MODELS for a in ("dense", "mod", "unimod") for s in range(3) for i in range(2000)])
+
+
+def final():
+    return pd.DataFrame([{"model": m, "arm": a, "seed": s, "questions/all": 0.9 + 0.01 * s, "flops": f} for m in MODELS
+                         for a, f in (("dense", 2e12), ("mod", 1e12), ("unimod", 1e12), ("random", 1e12)) for s in range(3)])
+
+
+def made_competition():
+    return Competition((12, 13), 0.5, rand(40, 2), rand(2, 2), rand(2, 2, 3), rand(3, 2))
+
+
+def made_importance(task):
+    return Importance(task, rand(N), rand(L, N), rand(L, N))
+
+
+def made_joint():
+    return JointOrSingle(rand(2, 2), rand(2, 2), rand(2, 2))
+
+
+VIEWS = {
+    "modality_mass": lambda: attention.modality_mass(style.frame(per_model(made_patterns), "flows")),
+    "modality_flows": lambda: attention.modality_flows(style.frame({"one": per_model(made_patterns)["showo-tiny"]}, "flows")),
+    "heads": lambda: attention.heads(style.frame({"one": per_model(made_patterns)["showo-tiny"]}), "sink"),
+    "spread_and_sink": lambda: attention.spread_and_sink(style.frame(per_model(made_patterns))),
+    "head_maps": lambda: attention.head_maps(attention.map_frame(made_record(), 0, 1, str), active=5),
+    "row_weights": lambda: attention.row_weights(attention.row_frame(made_record(), 0, 3, 1, -1, str)),
+    "overlay": lambda: attention.overlay(attention.picture_frame({"answering": (made_record(), 0, Modality.TEXT)}, (6, 6)), PICTURE, active=3),
+    "skip_one_layer": lambda: redundancy.skip_one_layer(style.frame(per_model(made_importance))),
+    "proxy": lambda: redundancy.proxy(style.frame(per_model(made_importance))),
+    "arank_by_layer": lambda: redundancy.arank_by_layer(style.frame(per_model(lambda task: made_spectra(task).arank()))),
+    "spectra_by_layer": lambda: redundancy.spectra_by_layer(style.frame({"one": [made_spectra(t) for t in BOTH]})),
+    "sensitivity": lambda: redundancy.sensitivity(style.frame(per_model(made_spectra), "sensitivity", samples=(2, 4))),
+    "layer_order": lambda: redundancy.layer_order(style.frame({"one": [made_spectra(t) for t in BOTH]}, "sensitivity")),
+    "gradient_angles": lambda: interactions.gradient_angles(
+        pd.DataFrame(GradientCosine(rand(L, 3) - 0.5, rand(L, 3), rand(L, 3)).table("t2i and mmu")).assign(model="one")),
+    "kept_shares": lambda: interactions.kept_shares(style.frame({m: [made_competition()] for m in MODELS})),
+    "kept_over_steps": lambda: interactions.kept_over_steps(style.frame({m: [made_competition()] for m in MODELS}, "steps")),
+    "joint_against_single": lambda: interactions.joint_against_single(style.frame({m: [made_joint()] for m in MODELS})),
+    "capacities": lambda: plan.capacities(pd.concat([plan.plan_frame(last_half(24)), plan.plan_frame(last_half(24, 0.4), "other")])),
+    "kept_tokens": lambda: plan.kept_tokens(pd.concat([made_kept("t2i")[0], made_kept("mmu")[0]]), PICTURE),
+    "kept_by_modality": lambda: plan.kept_by_modality(made_kept("mmu")[1]),
+    "training_curves": lambda: runs.training_curves(curves(), "loss_t2i", x="flops", smooth=10),
+    "quality_against_flops": lambda: runs.quality_against_flops(final(), "questions/all"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_draws(name):
+    fig = VIEWS[name]()
+    text = fig.to_json()
+    assert drawable(json.loads(text)), "blank"
+    assert len(text) < 300_000, f"{len(text)} bytes"
+    assert fig.layout.title.text and fig.layout.paper_bgcolor == "rgba(0,0,0,0)" and fig.layout.font.color == style.INK
+    for f in fig.frames:
+        assert drawable({"data": json.loads(f.to_json())["data"]})
+
+
+def test_a_slider_shows_the_frame_it_stands_on():
+    fig = VIEWS["head_maps"]()
+    assert fig.layout.sliders[0].active == 5 and len(fig.frames) == 24
+    assert np.array_equal(fig.data[0].z, fig.frames[5].data[0].z)
+    assert fig.data[0].z.dtype == np.uint8 and max(fig.data[0].z.shape) <= 32
+
+
+def test_pooled_rows_still_sum_to_one():
+    values = torch.rand(101, 101).softmax(-1).numpy()
+    pooled, spans = style.pool(values)
+    assert pooled.shape == (32, 32) and np.allclose(pooled.sum(1), 1, atol=1e-5) and spans[0].start == 0 and spans[-1].stop == 101
+    small, _ = style.pool(values[:5, :5])
+    assert np.allclose(small, values[:5, :5])
+
+
+def test_both_tasks_share_one_range_and_differences_sit_around_zero():
+    fig = VIEWS["heads"]()
+    assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis" and fig.data[2].zmin == -fig.data[2].zmax
+    fig = VIEWS["overlay"]()
+    assert {trace.coloraxis for trace in fig.data if trace.type == "heatmap"} == {"coloraxis"}
+
+
+def test_training_curves_add_cost_up_and_thin_long_runs():
+    fig = VIEWS["training_curves"]()
+    dense = next(t for t in fig.data if t.name == "dense" and t.line.width > 1)
+    assert len(dense.x) <= runs.POINTS and dense.x[0] == pytest.approx(1e9) and dense.x[-1] > 1.9e12
+
+
+def test_a_frame_that_cannot_be_drawn_says_why():
+    with pytest.raises(style.ViewError, match="no column damage_sd; it needs model"):
+        redundancy.skip_one_layer(pd.DataFrame({"model": ["a"], "task": ["t2i"], "layer": [0], "damage": [1.0]}))
+    with pytest.raises(style.ViewError, match="no rows"):
+        plan.capacities(pd.DataFrame(columns=["plan", "layer", "task", "capacity", "kind"]))
