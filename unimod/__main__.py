@@ -1,4 +1,4 @@
-"""The command line: `python -m unimod {list,check,run,report}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,train-tiny}`; each command explains itself with --help.
 
     python -m unimod run all -f params/default.yaml
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import report, workbook
-from .config import ParameterError
+from .config import MODELS, ParameterError
 from .request import Request, notebooks
 from .run import RUNNERS, RunError
 
@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
     command = add(commands, "report", write_report, "write the report of runs that are done")
     command.add_argument("runs", help="folder of all runs, or of one run")
+
+    command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
+    command.add_argument("name", choices=MODELS)
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the checkpoint; an interrupted training there goes on")
 
     args = parser.parse_args(argv)
     try:
@@ -87,6 +91,14 @@ def run(args: argparse.Namespace) -> None:
 def write_report(args: argparse.Namespace) -> None:
     """Write the report and say where it is."""
     print(f"report: {report.write_report(Path(args.runs))}")
+
+
+def train_tiny(args: argparse.Namespace) -> None:
+    """Train, evaluate on the test split and say how good it is."""
+    from .tiny import train_tiny as make  # torch is not needed by the other commands
+
+    card = make(args.name, args.out)
+    print(f"{args.out}: questions right {card['quality']['questions']['all']:.3f}, pictures right {card['quality']['pictures']['all']:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .data.sample import Dataset
 from .models.backbone import UnifiedModel
 from .models.checkpoint import load_model, shipped
 from .models.image_tokenizer import ImageTokenizer
+from .run import runs_folder
 from .tiny import fit_image_tokenizer
 
 
@@ -43,7 +44,7 @@ def load(params: Params, name: str) -> Session:
     if f"{model.layout.kind}-tiny" != name:
         raise ParameterError(f"checkpoint={params.checkpoint!r} holds a {model.layout.kind} model, not {name}. Set models to match it.")
     if not fits(params):
-        image_tokenizer = fit_image_tokenizer(data, params.image_tokenizer)
+        image_tokenizer = fit_image_tokenizer(data, params.image_tokenizer, cache=runs_folder(params.runs) / "image_tokenizers")
     model.to(device_of(params))
     return Session(name, model, image_tokenizer, data, Batches(data, image_tokenizer, model.layout, rows_of(params), params.seed))
 

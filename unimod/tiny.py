@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -18,12 +19,15 @@ from .data.batches import Batches
 from .data.sample import Dataset
 from .evaluate.quality import evaluate
 from .models.checkpoint import build_model, save_model
-from .models.image_tokenizer import ImageTokenizer, build_image_tokenizer
+from .models.image_tokenizer import CONFIG_FILE, ImageTokenizer, build_image_tokenizer, load_image_tokenizer
 from .train import TrainConfig, train
 
 STEPS = 3000
 ROWS = (12, 16, 2)
 """Sequences of t2i, mmu and lm in a step: questions take longest to learn."""
+
+FIT_STEPS = 1000
+"""Optimiser steps of a learned picture tokenizer in the workbook; the dictionary needs none."""
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -31,12 +35,26 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({*open_data("scenes").words(), *open_data("digits").words()}))
 
 
-def fit_image_tokenizer(data: Dataset, name: str = "dictionary", count: int = 4000, seed: int = 0, **options: object) -> ImageTokenizer:
-    """A picture tokenizer of 256 codes fitted on `count` training pictures of a data set (fewer when it has fewer)."""
+def training_pictures(data: Dataset, count: int = 4000, seed: int = 0) -> torch.Tensor:
+    """The first `count` training pictures of a data set (all, when it has fewer): uint8 [N, 3, H, W]."""
     count = min(count, data.size("train") or count)
-    pictures = torch.from_numpy(np.stack([data.sample("train", i, seed).image for i in range(count)])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([data.sample("train", i, seed).image for i in range(count)])).permute(0, 3, 1, 2)
+
+
+def fit_image_tokenizer(data: Dataset, name: str = "dictionary", count: int = 4000, seed: int = 0, cache: str | Path | None = None) -> ImageTokenizer:
+    """A picture tokenizer of 256 codes fitted on the training pictures of a data set.
+
+    The dictionary takes seconds, the learned ones minutes; with `cache`, a folder, one that was fitted on the same pictures before is
+    read from there.
+    """
+    pictures = training_pictures(data, count, seed)
+    folder = Path(cache) / f"{name}-{hashlib.blake2b(pictures.numpy().tobytes(), digest_size=6).hexdigest()}-{seed}" if cache else None
+    if folder and (folder / CONFIG_FILE).exists():
+        return load_image_tokenizer(folder)
     tokenizer = build_image_tokenizer(name)
-    tokenizer.fit(pictures, seed=seed, **options)
+    tokenizer.fit(pictures, steps=FIT_STEPS, seed=seed, log=lambda text: print(f"fitting {name}: {text}", flush=True))
+    if folder:
+        tokenizer.save(folder)
     return tokenizer
 
 

@@ -58,7 +58,9 @@ EMU3 = Emu3VQConfig(32768, 4, 256, (1, 2, 2, 4), 2, (3,), 4)
 class Emu3VQ(LearnedTokenizer):
     name = "emu3vq"
     Config = Emu3VQConfig
+    learning_rate, batch_size = 2e-3, 4
     commitment = 0.25
+    patience = 50  # steps that a code may go unused
 
     def __init__(self, config: Emu3VQConfig):
         super().__init__()
@@ -116,10 +118,10 @@ class Emu3VQ(LearnedTokenizer):
         return F.mse_loss(q, z.detach()) + self.commitment * F.mse_loss(z, q.detach())
 
     def after_step(self, z: Tensor, codes: Tensor) -> None:
-        """A code unused for 50 steps is put on a random latent of this step."""
+        """A code unused for `patience` steps is put on a random latent of this step."""
         self.idle += 1
         self.idle[codes.unique()] = 0
-        dead = (self.idle >= 50).nonzero().flatten()
+        dead = (self.idle >= self.patience).nonzero().flatten()
         rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         chosen = torch.randint(len(rows), (len(dead),), device=z.device)
         with torch.no_grad():

@@ -135,8 +135,8 @@ class ImageTokenizer(nn.Module):
 class LearnedTokenizer(ImageTokenizer):
     """Encoder, quantiser, decoder, trained together. A member gives the five small functions below."""
 
-    learning_rate: ClassVar[float] = 2e-3
-    batch_size: ClassVar[int] = 16
+    learning_rate: ClassVar[float]
+    batch_size: ClassVar[int]
 
     def latents(self, x: Tensor) -> Tensor:
         """float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation."""

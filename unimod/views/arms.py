@@ -48,6 +48,8 @@ def final_frame(results: list[dict]) -> pd.DataFrame:
 def summary(final: pd.DataFrame, timing: pd.DataFrame | None = None) -> pd.DataFrame:
     """Mean over seeds with the smallest and largest value, per model and arm; `timing` adds the measured time of a step.
 
+    tokens: token-layer computations relative to dense (the paper's counting); step FLOPs: everything, head included.
+
     timing: model, arm, ms, ratio (to dense, same batch, interleaved).
     """
     rows = []
@@ -73,3 +75,8 @@ def markdown(table: pd.DataFrame) -> str:
     """The table as Markdown, for the README and the report."""
     lines = [table.columns, ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def table_of_record(record: dict) -> str:
+    """The summary table of a record that notebook 08 wrote, as Markdown: what the README quotes."""
+    return markdown(summary(pd.DataFrame(record["rows"]), pd.DataFrame(record["timing"])))

@@ -15,21 +15,30 @@ from plotly.colors import sample_colorscale
 
 from .style import AMOUNT, DASH, SYMBOL, TASK, lines, paper, require, words
 
+FLOOR = 1e-4
+"""Smallest rise of a loss (nats) that a log axis shows."""
+
 
 def skip_one_layer(data: pd.DataFrame) -> go.Figure:
-    """Rise of each task's loss when one layer is left out, on a log scale, a panel per model. data: `Importance.table`."""
+    """Rise of each task's loss when one layer is left out, on a log scale, a panel per model. data: `Importance.table`.
+
+    A log axis cannot show a loss that falls or hardly rises: such points sit open on its floor, and the hover has the number.
+    """
     data = require(data, "model", "task", "layer", "damage", "damage_sd")
+    spread = data["damage_sd"].fillna(0)
+    data = data.assign(shown=data["damage"], low=data["damage"] - spread, high=data["damage"] + spread)
+    data[["shown", "low", "high"]] = data[["shown", "low", "high"]].clip(lower=FLOOR)
     models = list(data["model"].unique())
     fig = paper("What each layer is worth", "layer left out", "rise of the loss (nats per target)", models, shared_yaxes=True)
     for n, model in enumerate(models):
         for task, part in data[data["model"] == model].groupby("task", sort=False):
-            # a log axis cannot show layers whose absence does not hurt: they sit on its floor, the hover has the number
-            floor = part.assign(shown=part["damage"].clip(lower=1e-4))
-            lines(fig, floor, "layer", "shown", colour=TASK[task], name=words(task), sd="damage_sd", panel=(1, n + 1), legend=n == 0)
+            lines(fig, part, "layer", "shown", colour=TASK[task], name=words(task), low="low", high="high", panel=(1, n + 1), legend=n == 0)
             fig.data[-1].update(
-                customdata=part["damage"], hovertemplate=f"{words(task)}<br>without layer %{{x}}: %{{customdata:+.4f}} nats<extra></extra>"
+                marker={"symbol": ["circle" if d > FLOOR else "circle-open" for d in part["damage"]]},
+                customdata=part["damage"],
+                hovertemplate=f"{words(task)}<br>without layer %{{x}}: %{{customdata:+.4f}} nats<extra></extra>",
             )
-    return fig.update_yaxes(type="log", dtick=1).update_xaxes(dtick=1)
+    return fig.update_yaxes(type="log", dtick=1, exponentformat="power").update_xaxes(dtick=1)
 
 
 def proxy(data: pd.DataFrame) -> go.Figure:
@@ -39,7 +48,7 @@ def proxy(data: pd.DataFrame) -> go.Figure:
     for (model, task), part in data.groupby(["model", "task"], sort=False):
         fig.add_scatter(
             x=1 - part["cosine"],
-            y=part["damage"].clip(lower=1e-4),
+            y=part["damage"].clip(lower=FLOOR),
             mode="markers+text",
             text=part["layer"],
             textposition="top center",
@@ -47,7 +56,7 @@ def proxy(data: pd.DataFrame) -> go.Figure:
             marker={"color": TASK[task], "size": 9, "symbol": SYMBOL.get(model, "circle")},
             hovertemplate="layer %{text}: proxy %{x:.3f}, rise %{y:.4f}<extra></extra>",
         )
-    return fig.update_xaxes(type="log", dtick=1).update_yaxes(type="log", dtick=1)
+    return fig.update_xaxes(type="log", dtick="D1").update_yaxes(type="log", dtick=1, exponentformat="power")
 
 
 def arank_by_layer(data: pd.DataFrame, mask: pd.DataFrame | None = None) -> go.Figure:

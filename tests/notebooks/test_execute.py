@@ -1,0 +1,120 @@
+"""Every notebook, executed as a user would, on the smallest parameters; what is checked are its results, not its cells."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("0*.ipynb"))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def unimod(*words):
+    """Run the command line from the repository's root."""
+    return subprocess.run([sys.executable, "-m", "unimod", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+
+def results(folder):
+    return {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """All notebooks, one run; the run folder of each by name."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = unimod("run", "all", "-f", "params/smoke.yaml", "--runs", runs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {name: next((runs / name).glob("*/done.json")).parent for name in NAMES} | {"report": runs / "report", "log": done.stdout}
+
+
+def test_all_notebooks_finish_and_the_report_holds_every_figure(smoke):
+    page = (smoke["report"] / "index.html").read_text()
+    figures = [path for name in NAMES for path in (smoke[name] / "figures").glob("*.json")]
+    assert len(figures) >= 25
+    for path in figures:
+        assert json.loads(path.read_text())["caption"][:40] in page.replace("&#x27;", "'").replace("&amp;", "&"), path
+    assert "about" in smoke["log"] and str(smoke["report"]) in smoke["log"].splitlines()[-1]
+
+
+def test_plans_and_runs_are_handed_on(smoke):
+    asked = (smoke["07_training"] / "params.yaml").read_text()
+    assert str(smoke["03_token_redundancy"] / "plan.yaml") in asked
+    assert str(smoke["07_training"]) in (smoke["08_compare_runs"] / "params.yaml").read_text()
+
+
+def test_router_design_measures_what_it_teaches(smoke):
+    found = results(smoke["05_router_design"])
+    ways = [found[f"distance from the dense layer: {w}"] for w in ("h + (1 + 0.2 tanh score) x update", "h + score x update", "score x (h + update)")]
+    assert ways == sorted(ways) and ways[0] < 0.15
+    assert found["error of renumbered positions"] > 0.1
+    assert found["change of the first answer by a later turn"] < 1e-3
+    assert abs(found["share kept by calibrated thresholds"] - 0.4) < 0.15
+    assert found["loss at the start, t2i, tanh"] >= found["loss at the start, t2i, dense"]
+
+
+def test_fast_layers_are_right_and_use_less_memory(smoke):
+    found = results(smoke["06_fast_layers"])
+    for model in ("showo-tiny", "emu3-tiny"):
+        assert found[f"{model}: largest error of a logit"] < 1e-3
+        assert found[f"{model}, unimod: kept for the backward"] < found[f"{model}, dense: kept for the backward"]
+        assert 0.6 < found[f"{model}, unimod: FLOPs of a step"] < 0.9
+
+
+def test_training_compares_arms_at_equal_flops(smoke):
+    arms = [json.loads(p.read_text()) for p in (smoke["07_training"] / "arms").rglob("arm.json")]
+    assert len(arms) == 6
+    for model in ("showo-tiny", "emu3-tiny"):
+        cost = {a["arm"]: a["flops_per_step"] / a["dense_flops_per_step"] for a in arms if a["model"] == model}
+        assert cost["dense"] == 1 and abs(cost["mod"] - cost["unimod"]) < 0.01 and 0.6 < cost["unimod"] < 0.9
+    assert {"summary.md", "record.json"} <= {p.name for p in smoke["08_compare_runs"].iterdir()}
+    assert (smoke["08_compare_runs"] / "summary.md").read_text().count("unimod") == 2
+
+
+@pytest.mark.parametrize("data", ["digits", "folder"])
+def test_training_runs_on_real_data(data, tmp_path):
+    words = ["-p", f"data={data}", "-p", "models=showo-tiny", "-p", "arms=dense,unimod"]
+    if data == "folder":
+        entries = []
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 255, (60 + i, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((80, 60)).save(tmp_path / f"{i}.png")
+            entries.append({"image": f"{i}.png", "caption": f"noise number {i}", "questions": [{"question": "is it noise?", "answer": "yes"}]})
+        (tmp_path / "broken.png").write_bytes(b"not a picture")
+        entries.append({"image": "broken.png", "caption": "broken", "questions": [{"question": "is it noise?", "answer": "no"}]})
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, entries)))
+        words += ["-p", f"folder={tmp_path}"]
+    done = unimod("run", "07", "-f", "params/smoke.yaml", *words, "--runs", tmp_path / "runs")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = next((tmp_path / "runs" / "07_training").glob("*/done.json")).parent
+    arms = [json.loads(p.read_text()) for p in (folder / "arms").rglob("arm.json")]
+    assert len(arms) == 2 and all(a["data"] == data and 0 <= a["evaluations"][-1]["questions/all"] <= 1 for a in arms)
+
+
+@pytest.mark.parametrize(("words", "code", "message"), [
+    (["-p", "stepz=3"], 2, "Did you mean 'steps'"),
+    (["-p", "steps=many"], 2, "steps='many' is not a whole number"),
+    (["-p", "data=folder", "-p", "folder=nowhere"], 2, "'nowhere' is not a folder"),
+    (["-p", "plan=bad.yaml"], 2, "Capacity 1.2 of t2i in layer 4 must lie in (0, 1]"),
+    (["-p", "plan=zero.yaml"], 2, "Capacity 0 of mmu in layer 1 must lie in (0, 1]"),
+    (["-p", "plan=ninth.yaml"], 2, "layer 9 of t2i does not exist"),
+    (["-p", "checkpoint=broken", "-p", "models=showo-tiny"], 4, "model.safetensors cannot be read"),
+])
+def test_bad_input_is_one_paragraph_and_leaves_nothing_finished(tmp_path, words, code, message):
+    (tmp_path / "bad.yaml").write_text("layers: 8\ncapacity: {t2i: {4: 1.2}}")
+    (tmp_path / "zero.yaml").write_text("layers: 8\ncapacity: {mmu: {1: 0}}")
+    (tmp_path / "ninth.yaml").write_text("layers: 8\ncapacity: {t2i: {9: 0.5}}")
+    shipped = ROOT / "unimod" / "checkpoints" / "showo-tiny"
+    (tmp_path / "broken" / "image_tokenizer").mkdir(parents=True)
+    (tmp_path / "broken" / "config.json").write_bytes((shipped / "config.json").read_bytes())
+    (tmp_path / "broken" / "model.safetensors").write_bytes((shipped / "model.safetensors").read_bytes()[:5000])
+    words = [w if "=" not in w or not (tmp_path / w.split("=")[1]).exists() else f"{w.split('=')[0]}={tmp_path / w.split('=')[1]}" for w in words]
+    done = unimod("run", "07", "-f", "params/smoke.yaml", *words, "--runs", tmp_path / "runs")
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").rglob("done.json"))
