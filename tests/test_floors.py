@@ -95,5 +95,5 @@ def test_the_core_runs_without_notebook_packages():
     core = [n for n in ALL if FLOOR[n.split(".")[0]] <= 5 and not n.startswith("views") and not n.endswith("__main__")]
     code = ("import sys, importlib\n"
             "for name in ('plotly', 'papermill', 'pandas', 'ipywidgets', 'nbformat', 'nbclient', 'nbconvert', 'jupyterlab', 'IPython'): sys.modules[name] = None\n"
-            f"for name in {core!r}: importlib.import_module('unimod.' + name)")
+            f"for name in {core!r}:\n    importlib.import_module('unimod.' + name)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

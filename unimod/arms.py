@@ -5,7 +5,8 @@
     rows = read_arms([folder])                       # one dictionary per finished arm, for tables and figures
 
 MoD has one router and every other layer; UniMoD a router per task and the layers of `params.plan`. MoD's capacity is set so that
-a step of both costs the same. Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
+a step of both costs the same. unimod-last-half is the control of a measured plan: the same routers in the second half of the layers, as in the
+paper's own runs. Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from .config import ParameterError, Params
+from .config import ARMS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
 from .flops import BACKWARD, Cost, count
 from .layers import apply_mod
 from .models.backbone import UnifiedModel
 from .models.checkpoint import save_model
-from .plan import CapacityPlan, dense, interleaved, make_plan
+from .plan import CapacityPlan, dense, interleaved, last_half, make_plan
 from .router import RouterConfig
 from .run import write
 from .session import Session, device_of, rows_of
@@ -59,7 +60,7 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
 
     separate, shared = RouterConfig(), RouterConfig(shared=True)
     unimod = make_plan(params.plan, layers, params.saving)
-    plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate)}
+    plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate), "unimod-last-half": (last_half(layers, params.saving), separate)}
     if "mod" in params.arms:
         plans["mod"] = (same_cost(lambda s: interleaved(layers, s), lambda plan: cost(plan, shared).stack, cost(unimod, separate).stack), shared)
     budget = cost(*plans["dense"]).total * params.steps
@@ -116,5 +117,4 @@ def read_arms(folders: list[str | Path]) -> list[dict]:
     found = [json.loads(path.read_text()) for folder in folders for path in sorted(Path(folder).rglob("arm.json"))]
     if not found:
         raise ParameterError(f"No finished arm in {', '.join(map(str, folders)) or 'no folder'}: run notebook 07 first, or give its run folder in compare=.")
-    order = {"dense": 0, "mod": 1, "unimod": 2}
-    return sorted(found, key=lambda a: (a["model"], order[a["arm"]], a["seed"]))
+    return sorted(found, key=lambda a: (a["model"], ARMS.index(a["arm"]), a["seed"]))

@@ -20,7 +20,7 @@ MODELS = ("showo-tiny", "emu3-tiny")
 DATA = ("scenes", "digits", "folder")
 LEVELS = ("default", "jitter", "sizes", "backgrounds", "free", "hard")
 IMAGE_TOKENIZERS = ("dictionary", "magvit", "emu3vq")
-ARMS = ("dense", "mod", "unimod")
+ARMS = ("dense", "mod", "unimod", "unimod-last-half")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -62,7 +62,7 @@ class Params:
     """Capacity plan of the UniMoD arm: a maker's name or a YAML file written by notebook 03."""
     saving: float = 0.3
     """Share of the layer stack's token computations that a plan made by a maker saves (0.3 = 30 %)."""
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    arms: list[str] = field(default_factory=lambda: list(ARMS[:3]))
     """07: what is trained and compared."""
     steps: int = 60
     """07: steps of the dense arm; routed arms get as many steps as the same FLOPs pay for."""

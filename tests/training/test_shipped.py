@@ -28,7 +28,7 @@ def test_files_are_small_and_the_card_meets_the_bar(loaded):
 
 
 def test_the_card_is_true_on_a_fresh_sample(loaded):
-    name, model, image_tokenizer = loaded
+    _, model, image_tokenizer = loaded
     quality = evaluate(model, image_tokenizer, DATA, "test", 48, seed=5, start=5000)
     assert quality.questions["all"] >= 0.88 and quality.pictures["all"] >= 0.75, quality
     assert quality.counts["pictures/all"] == 48 and quality.counts["questions/all"] == 96
