@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,23 @@ from .data import open_data
 from .data.batches import Batches
 from .data.sample import Dataset
 from .evaluate.quality import evaluate
-from .models.checkpoint import build_model, save_model
+from .models.checkpoint import build_model, load_model, save_model
 from .models.image_tokenizer import CONFIG_FILE, ImageTokenizer, build_image_tokenizer, load_image_tokenizer
 from .train import TrainConfig, train
 
-STEPS = 3000
-ROWS = (12, 16, 2)
-"""Sequences of t2i, mmu and lm in a step: questions take longest to learn."""
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own warm-up and cosine. rows: sequences of t2i, mmu and lm in a step."""
+
+    steps: int
+    rows: tuple[int, int, int]
+    lr: float
+
+
+FIRST = Stage(3000, (12, 16, 2), 1.5e-3)
+STAGES = {"showo-tiny": (FIRST, Stage(800, (4, 24, 2), 1.0e-3)), "emu3-tiny": (FIRST, Stage(1500, (4, 24, 2), 1.5e-3))}
+"""Pictures are learned early; the second stage is mostly questions, which take longest (where is which shape), Emu3 longer than Show-o."""
 
 FIT_STEPS = 1000
 """Optimiser steps of a learned picture tokenizer in the workbook; the dictionary needs none."""
@@ -58,25 +68,32 @@ def fit_image_tokenizer(data: Dataset, name: str = "dictionary", count: int = 40
     return tokenizer
 
 
-def train_tiny(name: str, out: str | Path, steps: int = STEPS, seed: int = 0, lr: float = 1.5e-3) -> dict:
-    """Train a tiny dense model on the default scenes and save it in `out` with card.json: how it was made and how good it is."""
-    data = open_data("scenes")
+def train_tiny(name: str, out: str | Path, seed: int = 0) -> dict:
+    """Train a tiny dense model on the default scenes and save it in `out` with card.json: how it was made and how good it is.
+
+    An interrupted training goes on at its last checkpoint when it is called again with the same folder.
+    """
+    data, out = open_data("scenes"), Path(out)
     image_tokenizer = fit_image_tokenizer(data)
     model = build_model(name, vocabulary(), image_tokenizer.codebook_size, seed=seed)
-    batches = Batches(data, image_tokenizer, model.layout, ROWS, seed)
     began = time.perf_counter()
+    for number, stage in enumerate(STAGES[name]):
+        folder = out / f"stage-{number}"
+        if (folder / "config.json").exists():
+            model, _ = load_model(folder)
+            continue
 
-    def log(record: dict) -> None:
-        if record["step"] % 20 == 0 or "questions/all" in record:
-            shown = {k: round(v, 4) for k, v in record.items() if k in ("loss_t2i", "loss_mmu", "loss_lm", "seconds", "questions/all", "pictures/all")}
-            print(f"{name} step {record['step']}/{steps} {shown} {time.perf_counter() - began:.0f} s", flush=True)
+        def log(record: dict, stage: Stage = stage, number: int = number) -> None:
+            if record["step"] % 20 == 0:
+                shown = {k: round(v, 4) for k, v in record.items() if k.startswith("loss_") or k.endswith("/all") or k == "seconds"}
+                print(f"{name} stage {number} step {record['step']}/{stage.steps} {shown} {time.perf_counter() - began:.0f} s", flush=True)
 
-    train(model, batches, TrainConfig(steps=steps, lr=lr, evaluate_every=400), folder=out, log=log,
-          evaluate=lambda m: evaluate(m, image_tokenizer, data, "validation", 48).flat())
-    minutes = (time.perf_counter() - began) / 60
+        batches = Batches(data, image_tokenizer, model.layout, stage.rows, seed + number)
+        train(model, batches, TrainConfig(steps=stage.steps, lr=stage.lr, evaluate_every=400), folder=folder, log=log,
+              evaluate=lambda m: evaluate(m, image_tokenizer, data, "validation", 48).flat())
+        save_model(folder, model, image_tokenizer)
     save_model(out, model, image_tokenizer)
-    quality = evaluate(model, image_tokenizer, data, "test", 400)
-    card = {"name": name, "steps": steps, "rows": ROWS, "lr": lr, "seed": seed, "minutes": round(minutes, 1), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "quality": asdict(quality)}
-    (Path(out) / "card.json").write_text(json.dumps(card, indent=1))
+    card = {"name": name, "stages": [asdict(s) for s in STAGES[name]], "seed": seed, "torch": torch.__version__,
+            "quality": asdict(evaluate(model, image_tokenizer, data, "test", 400))}
+    (out / "card.json").write_text(json.dumps(card, indent=1))
     return card

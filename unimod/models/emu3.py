@@ -104,5 +104,5 @@ class Emu3Layout:
         return TokenSequence(task, ids, torch.arange(len(ids)), modality, prefix_hi(0, len(ids)), target, parts)
 
 
-tiny_emu3_config = partial(emu3_config, width=128, layers=8, heads=4, kv_heads=2, ffn=384, rope_theta=100.0, max_positions=512)
-"""Eight layers of width 128, as Show-o's tiny sibling."""
+tiny_emu3_config = partial(emu3_config, width=128, layers=8, heads=4, kv_heads=2, ffn=384, rope_theta=1e4, max_positions=512)
+"""Eight layers of width 128, as Show-o's tiny sibling. Every dimension of a head rotates, so theta stays large: slow ones carry content over a hundred tokens."""

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ MEMBERS = {
     "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ"),
 }
 CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "tokenizer.safetensors"
-Log = Callable[[str], None]
+Log = Callable[[str], object]
 PIXELS_AT_ONCE = 1 << 19  # encode and decode walk the batch in pieces of about this many pixels: bounded memory
 MEASURED = 256  # pictures a FitReport is measured on
 
@@ -132,6 +132,19 @@ class ImageTokenizer(nn.Module):
             return torch.cat([function(piece.to(device)).to(batch.device) for piece in pieces])
 
 
+class Forward(NamedTuple):
+    """One training forward of a learned tokenizer."""
+
+    loss: Tensor
+    """Scalar: L1 + L2 of the reconstruction + the quantiser's loss."""
+    images: Tensor
+    """float [B, 3, H, W] in about [-1, 1]."""
+    latents: Tensor
+    """float [B, D, h, w] before quantisation."""
+    codes: Tensor
+    """int64 [B, h, w]."""
+
+
 class LearnedTokenizer(ImageTokenizer):
     """Encoder, quantiser, decoder, trained together. A member gives the five small functions below."""
 
@@ -161,13 +174,13 @@ class LearnedTokenizer(ImageTokenizer):
     def after_step(self, z: Tensor, codes: Tensor) -> None:
         """Called after every training step with the step's latents and codes."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """uint8 [B, 3, H, W] -> loss (scalar), reconstruction [B, 3, H, W] in about [-1, 1], latents, codes: one training forward."""
+    def forward(self, images: Tensor) -> Forward:
+        """uint8 [B, 3, H, W], through the quantiser and back, with gradients."""
         x = images.float() / 127.5 - 1
         z = self.latents(x)
         codes = self.nearest(z)
         y = self.images_of(z + (self.codewords(codes) - z).detach())  # straight-through: d y / d z as if q were z
-        return F.l1_loss(y, x) + F.mse_loss(y, x) + self.quantiser_loss(z, codes), y, z, codes
+        return Forward(F.l1_loss(y, x) + F.mse_loss(y, x) + self.quantiser_loss(z, codes), y, z, codes)
 
     def _codes(self, images: Tensor) -> Tensor:
         return self.nearest(self.latents(images.float() / 127.5 - 1))
@@ -175,25 +188,24 @@ class LearnedTokenizer(ImageTokenizer):
     def _pixels(self, codes: Tensor) -> Tensor:
         return ((self.images_of(self.codewords(codes)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def fit(
-        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None
-    ) -> FitReport:
+    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None) -> FitReport:
         """Train on `images` (uint8 [N, 3, H, W]) until `steps` or `seconds` is used up, from the present weights.
 
-        AdamW, 5 % warm-up, cosine to zero over the budget. With `steps` alone the result is the same for the same seed on one machine.
+        AdamW, 30 steps of warm-up, cosine to zero over the budget. With `steps` alone the result is the same for the same seed on one machine.
         """
         self.check_images(images)
-        if not (steps or seconds) or (steps or 1) < 1 or (seconds or 1) <= 0:
+        budget = [number for number in (steps, seconds) if number is not None]
+        if not budget or min(budget) <= 0:
             raise ValueError(f"steps={steps}, seconds={seconds}: give at least one of them, positive")
+        device = next(self.parameters()).device
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
         started, step, done = time.perf_counter(), 0, 0.0
         self.train()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             while done < 1:
-                lr = self.learning_rate * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
-                optimizer.param_groups[0]["lr"] = lr
-                loss, _, z, codes = self(images[torch.randint(len(images), (self.batch_size,))].to(next(self.parameters()).device))
+                optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
+                loss, _, z, codes = self(images[torch.randint(len(images), (self.batch_size,))].to(device))
                 if not loss.isfinite():
                     raise FloatingPointError(f"{self.name}: the loss is {loss.item()} at step {step}; fit a fresh tokenizer with another seed")
                 optimizer.zero_grad(set_to_none=True)
@@ -230,7 +242,10 @@ def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> Reconstr
 
 def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokenizer:
     """A new tokenizer: `name` is a key of MEMBERS, `options` are fields of that member's config; `seed` draws the first weights."""
-    cls = _member(name)
+    if name not in MEMBERS:
+        raise ValueError(f"unknown image tokenizer {name!r}: choose one of {', '.join(MEMBERS)}")
+    module, member = MEMBERS[name]
+    cls = getattr(importlib.import_module(module), member)
     allowed = [field.name for field in fields(cls.Config)]
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"unknown option {unknown[0]!r} for image tokenizer '{name}': it takes {', '.join(allowed)}")
@@ -259,10 +274,8 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
     wrong = sorted(key for key in expected.keys() | found.keys() if _kind(expected.get(key)) != _kind(found.get(key)))
     if wrong:
         key, others = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{weights_path}: '{key}' is {_kind(found.get(key))}, {config_path.name} expects {_kind(expected.get(key))}{others}; "
-            "the two files are not of one save"
-        )
+        kinds = f"'{key}' is {_kind(found.get(key))}, {CONFIG_FILE} expects {_kind(expected.get(key))}{others}"
+        raise ValueError(f"{weights_path}: {kinds}; the two files are not of one save")
     tokenizer.stored().load_state_dict(found)
     return tokenizer.eval()
 
@@ -276,13 +289,6 @@ def at_least_one(**values: int) -> None:
 
 def _kind(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _member(name: str) -> type[ImageTokenizer]:
-    if name not in MEMBERS:
-        raise ValueError(f"unknown image tokenizer {name!r}: choose one of {', '.join(MEMBERS)}")
-    module, cls = MEMBERS[name]
-    return getattr(importlib.import_module(module), cls)
 
 
 def main(argv: list[str] | None = None) -> None:

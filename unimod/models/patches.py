@@ -53,15 +53,13 @@ class PatchDictionary(ImageTokenizer):
         """Codes that stand for a patch: 0 .. used - 1."""
         return int((self.counts > 0).sum())
 
-    def fit(
-        self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None
-    ) -> FitReport:
+    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None) -> FitReport:
         """Fit on `images` (uint8 [N, 3, H, W]). Needs no budget: `steps` and `seconds`, which its siblings take, change nothing."""
         self.check_images(images)
         started = time.perf_counter()
         rows = self._cut(images).cpu().numpy()
         as_bytes, counts = np.unique(rows.view(np.dtype((np.void, rows.shape[1]))), return_counts=True)  # sorted by bytes
-        codes = np.frombuffer(as_bytes.tobytes(), np.uint8).reshape(-1, rows.shape[1])
+        codes = as_bytes.view(np.uint8).reshape(-1, rows.shape[1])
         distinct, warning = len(codes), ""
         if distinct > self.codebook_size:
             codes, counts = _cluster(codes, counts, self.codebook_size, seed)
