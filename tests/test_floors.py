@@ -94,6 +94,7 @@ def test_the_core_runs_without_notebook_packages():
     """On a GPU machine there is no plotly, papermill, pandas or jupyter."""
     core = [n for n in ALL if FLOOR[n.split(".")[0]] <= 5 and not n.startswith("views") and not n.endswith("__main__")]
     code = ("import sys, importlib\n"
-            "for name in ('plotly', 'papermill', 'pandas', 'ipywidgets', 'nbformat', 'nbclient', 'nbconvert', 'jupyterlab', 'IPython'): sys.modules[name] = None\n"
+            "for name in ('plotly', 'papermill', 'pandas', 'ipywidgets', 'nbformat', 'nbclient', 'nbconvert', 'jupyterlab', 'IPython'):\n"
+            "    sys.modules[name] = None\n"
             f"for name in {core!r}:\n    importlib.import_module('unimod.' + name)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -105,4 +105,5 @@ class Emu3Layout:
 
 
 tiny_emu3_config = partial(emu3_config, width=128, layers=8, heads=4, kv_heads=2, ffn=384, rope_theta=1e4, max_positions=512)
-"""Eight layers of width 128, as Show-o's tiny sibling. Every dimension of a head rotates, so theta stays large: slow ones carry content over a hundred tokens."""
+"""Eight layers of width 128, as Show-o's tiny sibling. Every dimension of a head rotates here, so theta is not as small: the slow
+dimensions find content a hundred tokens away."""
