@@ -33,7 +33,7 @@ class Stage:
 
 
 FIRST = Stage(3000, (12, 16, 2), 1.5e-3)
-STAGES = {"showo-tiny": (FIRST, Stage(800, (4, 24, 2), 1.0e-3)), "emu3-tiny": (FIRST, Stage(1500, (4, 24, 2), 1.5e-3))}
+STAGES = {"showo-tiny": (FIRST, Stage(800, (4, 24, 2), 1.0e-3)), "emu3-tiny": (FIRST, Stage(1500, (4, 24, 2), 1.5e-3), Stage(700, (4, 24, 2), 1.0e-3))}
 """Pictures are learned early; the second stage is mostly questions, which take longest (where is which shape), Emu3 longer than Show-o."""
 
 FIT_STEPS = 1000

@@ -1,7 +1,7 @@
 """Sequences of Show-o and Emu3, token by token, against the written description of their formats."""
 
 import torch
-from conftest import WORDS
+from tiny_rows import WORDS
 
 from unimod.data.batches import cosine_mask
 from unimod.models.checkpoint import build_model

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import CAPTIONS, TURNS, WORDS, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_rows import CAPTIONS, TURNS, WORDS, make_rows
 
 from unimod.models.checkpoint import build_model
 from unimod.ops.attention import interval_attention

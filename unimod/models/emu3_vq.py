@@ -34,8 +34,9 @@ class Emu3VQConfig:
     """One per level, from the finest; each level but the last halves the side."""
     res_blocks: int = 1
     attention_levels: tuple[int, ...] = (3,)
-    temporal: int = 4
-    """Frames that one code plane stands for: a power of two."""
+    temporal: int = 1
+    """Frames that one code plane stands for: a power of two. The real 4 squeezes pictures twice through swish in four channels and learns
+    far slower: 13.7 against 17.6 dB after 200 steps on scenes, without the quantiser."""
 
     def __post_init__(self):
         numbers = {f"multipliers[{i}]": m for i, m in enumerate(self.multipliers)}
@@ -58,7 +59,7 @@ EMU3 = Emu3VQConfig(32768, 4, 256, (1, 2, 2, 4), 2, (3,), 4)
 class Emu3VQ(LearnedTokenizer):
     name = "emu3vq"
     Config = Emu3VQConfig
-    learning_rate, batch_size = 2e-3, 4
+    learning_rate, batch_size = 4e-3, 4
     commitment = 0.25
     patience = 50  # steps that a code may go unused
 

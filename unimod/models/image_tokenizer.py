@@ -11,7 +11,7 @@
 
 Fit and measure on pictures of your own, kept in one .npz with uint8 arrays `train` and `test` [N, H, W, 3]; prints one JSON line:
 
-    python -m unimod.models.image_tokenizer magvit pictures.npz --seconds 180 --out runs/magvit
+    python -m unimod.models.image_tokenizer magvit pictures.npz --steps 1000 --out runs/magvit
 
 B pictures, H x W pixels, h x w tokens, D latent channels.
 """
@@ -85,7 +85,8 @@ class ImageTokenizer(nn.Module):
     downsample: int
     """Pixels along one side of a token."""
 
-    def fit(self, images: Tensor, *, steps: int | None, seconds: float | None, seed: int, log: Log | None) -> FitReport:
+    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None) -> FitReport:
+        """Learn from uint8 pictures [N, 3, H, W] within the budget; `seed` settles every draw; `log` gets a line of progress now and then."""
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:
@@ -135,41 +136,24 @@ class ImageTokenizer(nn.Module):
 class Forward(NamedTuple):
     """One training forward of a learned tokenizer."""
 
-    loss: Tensor
-    """Scalar: L1 + L2 of the reconstruction + the quantiser's loss."""
-    images: Tensor
-    """float [B, 3, H, W] in about [-1, 1]."""
-    latents: Tensor
-    """float [B, D, h, w] before quantisation."""
-    codes: Tensor
-    """int64 [B, h, w]."""
+    loss: Tensor  # scalar: L1 + L2 of the reconstruction, in units of [-1, 1], + the quantiser's loss
+    images: Tensor  # float [B, 3, H, W] in about [-1, 1]
+    latents: Tensor  # float [B, D, h, w] before quantisation
+    codes: Tensor  # int64 [B, h, w]
 
 
 class LearnedTokenizer(ImageTokenizer):
-    """Encoder, quantiser, decoder, trained together. A member gives the five small functions below."""
+    """Encoder, quantiser, decoder, trained together. A member gives these five functions:
+
+    latents(x)                float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation
+    nearest(z)                [B, D, h, w] -> codes, int64 [B, h, w]
+    codewords(codes)          int64 [B, h, w] -> [B, D, h, w]
+    images_of(q)              codewords [B, D, h, w] -> float [B, 3, H, W] in about [-1, 1]
+    quantiser_loss(z, codes)  the scalar that keeps latents and codewords together
+    """
 
     learning_rate: ClassVar[float]
     batch_size: ClassVar[int]
-
-    def latents(self, x: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation."""
-        raise NotImplementedError
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """[B, D, h, w] -> int64 [B, h, w]."""
-        raise NotImplementedError
-
-    def codewords(self, codes: Tensor) -> Tensor:
-        """int64 [B, h, w] -> [B, D, h, w]."""
-        raise NotImplementedError
-
-    def images_of(self, q: Tensor) -> Tensor:
-        """[B, D, h, w] codewords -> float [B, 3, H, W] in about [-1, 1]."""
-        raise NotImplementedError
-
-    def quantiser_loss(self, z: Tensor, codes: Tensor) -> Tensor:
-        """The scalar that keeps latents and codewords together."""
-        raise NotImplementedError
 
     def after_step(self, z: Tensor, codes: Tensor) -> None:
         """Called after every training step with the step's latents and codes."""
@@ -199,8 +183,8 @@ class LearnedTokenizer(ImageTokenizer):
             raise ValueError(f"steps={steps}, seconds={seconds}: give at least one of them, positive")
         device = next(self.parameters()).device
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-        started, step, done = time.perf_counter(), 0, 0.0
         self.train()
+        started, step, done = time.perf_counter(), 0, 0.0
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             while done < 1:
@@ -233,11 +217,10 @@ def fit_report(tokenizer: ImageTokenizer, images: Tensor, started: float, steps:
 def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> ReconstructionReport:
     """Encode and decode `images` (uint8 [B, 3, H, W]) and measure what is lost."""
     codes = tokenizer.encode(images)
-    error = tokenizer.decode(codes).short() - images.short()
+    error = (tokenizer.decode(codes).short() - images.short()).flatten(1)
     mse = error.double().square().mean().item()
-    psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
-    exact = (error == 0).flatten(1).all(1).double().mean().item()
-    return ReconstructionReport(psnr, exact, codes.unique().numel())
+    exact = (error == 0).all(1).double().mean().item()
+    return ReconstructionReport(10 * math.log10(255**2 / mse) if mse else math.inf, exact, codes.unique().numel())
 
 
 def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokenizer:
@@ -295,14 +278,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fit one image tokenizer and print what was measured as one JSON line.")
     parser.add_argument("name", choices=list(MEMBERS))
     parser.add_argument("pictures", help=".npz with uint8 arrays train and test, [N, H, W, 3]")
-    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of a learned tokenizer")
+    parser.add_argument("--seconds", type=float, help="train for so long instead, by the clock")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder to save the tokenizer in")
     args = parser.parse_args(argv)
     with np.load(args.pictures) as file:
-        train, test = (torch.from_numpy(file[part]).permute(0, 3, 1, 2).contiguous() for part in ("train", "test"))
+        train, test = (torch.from_numpy(file[part]).permute(0, 3, 1, 2) for part in ("train", "test"))
     tokenizer = build_image_tokenizer(args.name, seed=args.seed)
-    report = tokenizer.fit(train, seconds=args.seconds, seed=args.seed, log=lambda line: print(line, file=sys.stderr))
+    budget = {"seconds": args.seconds} if args.seconds else {"steps": args.steps}
+    report = tokenizer.fit(train, **budget, seed=args.seed, log=lambda line: print(line, file=sys.stderr))
     if args.out:
         tokenizer.save(args.out)
     line = {"fit": asdict(report), "test": asdict(reconstruction_report(tokenizer, test))}
