@@ -40,6 +40,8 @@ def load(params: Params, name: str) -> Session:
     Raises `ParameterError` for a checkpoint of another model or a device that is not there.
     """
     data = open_data(params.data, level=params.level, folder=params.folder, strict=params.strict)
+    if params.data == "folder":
+        print(data.report())
     model, image_tokenizer = load_model(params.checkpoint or shipped(name))
     if f"{model.layout.kind}-tiny" != name:
         raise ParameterError(f"checkpoint={params.checkpoint!r} holds a {model.layout.kind} model, not {name}. Set models to match it.")

