@@ -217,9 +217,8 @@ def fit_report(tokenizer: ImageTokenizer, images: Tensor, started: float, steps:
 def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> ReconstructionReport:
     """Encode and decode `images` (uint8 [B, 3, H, W]) and measure what is lost."""
     codes = tokenizer.encode(images)
-    error = (tokenizer.decode(codes).short() - images.short()).flatten(1)
-    mse = error.double().square().mean().item()
-    exact = (error == 0).all(1).double().mean().item()
+    error = (tokenizer.decode(codes).short() - images.short()).flatten(1).double()
+    mse, exact = error.square().mean().item(), (error == 0).all(1).double().mean().item()
     return ReconstructionReport(10 * math.log10(255**2 / mse) if mse else math.inf, exact, codes.unique().numel())
 
 

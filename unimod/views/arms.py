@@ -59,6 +59,7 @@ def summary(final: pd.DataFrame, timing: pd.DataFrame | None = None) -> pd.DataF
             "arm": arm,
             "seeds": len(part),
             "steps": int(part["steps"].iloc[0]),
+            "tokens": f"{1 - part['tokens_saved'].mean():.2f}",
             "step FLOPs": f"{part['step_flops'].mean():.2f}",
         }
         if timing is not None:
