@@ -1,6 +1,6 @@
 """The shipped tiny checkpoints: how they were made, and how to make them again.
 
-    python -m unimod train-tiny showo-tiny --out runs/showo-tiny        # about an hour on one core
+    python -m unimod train-tiny showo-tiny --out runs/showo-tiny        # an hour or more on one core
 """
 
 from __future__ import annotations
