@@ -26,7 +26,7 @@ from .evaluate.quality import evaluate
 from .flops import BACKWARD, Cost, count
 from .layers import apply_mod
 from .models.backbone import UnifiedModel
-from .models.checkpoint import save_model
+from .models.checkpoint import save_pretrained
 from .plan import CapacityPlan, dense, interleaved, last_half, make_plan
 from .router import RouterConfig
 from .run import write
@@ -100,7 +100,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
         spent += record["flops"]
         if "losses/t2i" in record:
             evaluations.append({"step": record["step"], "flops": spent, **{k: v for k, v in record.items() if "/" in k}})
-    save_model(folder / "model", model, session.image_tokenizer)
+    save_pretrained(folder / "model", model, session.image_tokenizer)
     result = {
         "model": session.name, "arm": arm.name, "seed": seed, "data": params.data, "steps": arm.steps, "batch": params.batch,
         "eval_samples": params.eval_samples, "capacity": arm.plan.capacity, "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper,

@@ -76,7 +76,9 @@ class AttentionRecord:
         """Where this layer's tokens lie in `whole`: int64 [K], ascending."""
         whole, part = self.whole, self.packed(layer)
         span = int(whole.position.max()) + 1
-        return torch.searchsorted(whole.row * span + whole.position, part.row * span + part.position)
+        key = whole.row * span + whole.position
+        order = key.argsort()                               # features are packed before the tokens they follow
+        return order[torch.searchsorted(key[order], part.row * span + part.position)]
 
     def rows(self, task: Task) -> tuple[int, ...]:
         """The rows of one task. Raises `CaptureError` when the batch has none."""
@@ -170,5 +172,5 @@ def capture(model: UnifiedModel) -> Iterator[AttentionRecord]:
 def observe(model: UnifiedModel, packed: Packed) -> AttentionRecord:
     """Run the model on a batch and hand back its record."""
     with capture(model) as record:
-        model(packed.to(model.head.weight.device))
+        model(packed.to(model.device))
     return record

@@ -1,91 +1,138 @@
-"""Generation: answers token by token, pictures by masked decoding (Show-o) or token by token (Emu3).
+"""Generation: answers token by token, pictures by masked decoding (Show-o) or token by token (the causal models).
 
     texts = answer(model, rows)                                      # rows: open-ended mmu sequences
     codes = draw(model, ["a red circle at the top left"], seed=0)    # int64 [B, N]
-    calibrate(model, packed)                                         # before draw() on a routed Emu3
+    codes = draw(model, captions, codes=codes, masked=slots)         # inpainting: only the masked slots are drawn anew
+    wider = extend(model, captions, codes.view(-1, 16, 16), "right", 8)
+    calibrate(model, packed)                                         # before draw() on a routed causal model
 
-Nothing is cached: every step runs the whole sequence, so a routed layer may choose among all tokens that are known. Text that
-is generated is kept; pictures generated token by token are routed by a calibrated threshold (see `tokens.RULES`).
+Token by token means with a cache of keys and values, in which a routed layer writes the tokens it keeps. Text that is generated
+is kept; pictures generated token by token are routed by a calibrated threshold (see `tokens.RULES`). Masked decoding runs the
+whole sequence at every step, so a routed layer may choose among all tokens that are known.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import MoDLayer, record_routing
 from .models.backbone import UnifiedModel
-from .tokens import IGNORE, Modality, Packed, Task, TokenSequence, pack
+from .models.cache import KVCache
+from .models.layout import Layout
+from .tokens import Modality, Packed, Segment, Task, TokenSequence, pack
 
 ROWS = 64
-"""Rows per forward."""
+"""Rows per forward: answers, or captions with and without guidance."""
+SIDES = ("left", "right", "top", "bottom")
+
+
+class _Growing:
+    """Rows that grow token by token over a cache of at most `new` more tokens each. `hidden`: [B, D], of each row's last token."""
+
+    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int) -> None:
+        self.model, self.rows = model, rows
+        self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new)
+        packed = pack(rows)
+        self.position = torch.stack([r.position[-1] for r in rows]) + 1
+        self.hidden = model(packed.to(model.device), cache=self.cache)[(torch.tensor(packed.lengths).cumsum(0) - 1).to(model.device)]
+
+    def push(self, ids: Tensor, live: list[int]) -> Tensor:
+        """One more token (int64 [R], on the CPU) for the rows `live` (ascending); hidden states of these tokens, [R, D]."""
+        row, n = torch.tensor(live), torch.arange(len(live))
+        packed = Packed(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
+                        torch.full_like(ids, -100), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live))
+        self.position[row] += 1
+        return self.model(packed.to(self.model.device), cache=self.cache)
+
+
+def _pick(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
+    """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V] on the CPU; returns int64 [R]."""
+    if top_k == 1:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
-def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6) -> list[str]:
-    """Greedy answers to open-ended understanding rows, at most `max_new` tokens each."""
-    stop = model.layout.text.eot if model.layout.kind == "showo" else model.layout.eos
+def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, top_k: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
+    """Answers to open-ended understanding rows, at most `max_new` tokens each.
+
+    top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding.
+    """
+    generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
-        live = dict(enumerate(rows[start:start + ROWS]))
-        said: list[list[int]] = [[] for _ in live]
-        for _ in range(max_new):
-            packed = pack(list(live.values())).to(_device(model))
-            last = torch.tensor(packed.lengths).cumsum(0) - 1
-            chosen = model.head(model(packed)[last.to(_device(model))]).argmax(-1).tolist()
-            for i, token in zip(list(live), chosen):
-                if token == stop:
-                    del live[i]
-                else:
-                    said[i].append(token)
-                    live[i] = _append(live[i], token)
-            if not live:
+        growing = _Growing(model, rows[start:start + ROWS], max_new)
+        said: list[list[int]] = [[] for _ in growing.rows]
+        live, hidden = list(range(len(said))), growing.hidden
+        for left in reversed(range(max_new)):
+            chosen = _pick(model.head(hidden).float().cpu(), top_k, temperature, generator)
+            going = [j for j, token in enumerate(chosen.tolist()) if token != model.layout.stop]
+            live, chosen = [live[j] for j in going], chosen[going]
+            for i, token in zip(live, chosen.tolist()):
+                said[i].append(token)
+            if not live or not left:
                 break
+            hidden = growing.push(chosen, live)
         texts += [model.layout.text.decode(ids) for ids in said]
     return texts
 
 
-def _append(row: TokenSequence, token: int) -> TokenSequence:
-    """The row with one more generated text token."""
-    def more(x: Tensor, value: int) -> Tensor:
-        return torch.cat([x, x.new_tensor([value])])
-    n, (length, rule) = len(row.ids), row.parts[-1]
-    return replace(row, ids=more(row.ids, token), position=more(row.position, int(row.position[-1]) + 1), modality=more(row.modality, Modality.TEXT),
-                   hi=more(row.hi, n + 1), target=more(row.target, IGNORE), parts=(*row.parts[:-1], (length + 1, rule)))
-
-
 @torch.no_grad()
-def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8) -> Tensor:
+def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8, *, negative: str = "",
+         codes: Tensor | None = None, masked: Tensor | None = None, grid: tuple[int, int] | None = None, top_k: int = 2048,
+         temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """Pictures for captions: codes int64 [B, N].
 
-    guidance: weight w of the captioned branch, 0 for none; default 1.5 for masked decoding, 0 for token-by-token. `steps` is
-    the number of masked-decoding steps. The same seed gives the same pictures.
+    guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond - uncond); 0 for none
+    (Emu3 calls 1 + w its guidance scale). Default 1.5 for masked decoding, 0 for token-by-token. grid: rows and columns of codes,
+    default the layout's. The same seed gives the same pictures; `generator`, a CPU one, may be given in its place.
+
+    Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
+    token only: `top_k` and `temperature`. Raises ValueError when codes and masked do not fit.
     """
-    generator = torch.Generator().manual_seed(seed)
-    one = _draw_causal if model.layout.causal_images else _draw_masked
-    w = (0.0 if model.layout.causal_images else 1.5) if guidance is None else guidance
-    half = ROWS // 2
-    return torch.cat([one(model, captions[i:i + half], generator, w, steps) for i in range(0, len(captions), half)])
+    generator = generator or torch.Generator().manual_seed(seed)
+    layout = model.layout if grid is None else model.layout.resized(grid)
+    given = (codes is not None) + (masked is not None)
+    shape = (len(captions), layout.image_tokens)
+    if given and (given == 1 or layout.causal_images or codes.shape != shape or masked.shape != shape):
+        raise ValueError(f"codes and masked go together, {list(shape)} each, and need masked decoding; got "
+                         f"{[None if x is None else list(x.shape) for x in (codes, masked)]} for a {layout.kind} model.")
+    w = (0.0 if layout.causal_images else 1.5) if guidance is None else guidance
+    drawn = []
+    for at in range(0, len(captions), ROWS // 2):
+        part = slice(at, at + ROWS // 2)
+        if layout.causal_images:
+            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, top_k, temperature))
+        else:
+            known = (codes[part], masked[part]) if given else None
+            drawn.append(_draw_masked(model, layout, captions[part], generator, w, negative, steps, known))
+    return torch.cat(drawn)
 
 
-def _draw_masked(model: UnifiedModel, captions: list[str], generator: torch.Generator, w: float, steps: int) -> Tensor:
-    """MaskGIT decoding as Show-o does it (A8): sample every slot, keep the confident ones, mask the rest again.
+def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, steps: int,
+                 known: tuple[Tensor, Tensor] | None) -> Tensor:
+    """MaskGIT decoding as Show-o does it: sample every slot, keep the confident ones, mask the rest again.
 
-    logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps)) stay masked.
+    logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps)) stay masked, at least
+    one and fewer than before. The temperature is a running product of 1 - (s + 1) / steps. A picture with nothing masked stays.
     """
-    layout, n, count = model.layout, model.layout.image_tokens, len(captions)
-    codes = torch.zeros(count, n, dtype=torch.long)
-    unknown = torch.ones(count, n, dtype=torch.bool)
+    n, count = layout.image_tokens, len(captions)
+    codes, unknown = (x.clone() for x in known) if known else (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool))
+    untouched = ~unknown.any(-1, keepdim=True)
     temperature = 1.0
     for step in range(steps):
         ratio = (step + 1) / steps
-        texts = captions + [""] * count * (w > 0)
-        packed = pack([layout.t2i(text, codes[i % count], unknown[i % count]) for i, text in enumerate(texts)]).to(_device(model))
-        slots = (packed.modality == Modality.IMAGE).nonzero()[:, 0]
-        logits = model.head(model(packed)[slots])[:, layout.image_offset:layout.mask].float().cpu().view(len(texts), n, -1)
+        texts = captions + [negative] * count * (w > 0)
+        packed = pack([layout.t2i(text, codes[i % count], unknown[i % count]) for i, text in enumerate(texts)])
+        slots = (packed.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
+        logits = model.code_logits(model(packed.to(model.device))[slots]).cpu().view(len(texts), n, -1)
         if w > 0:
             logits = (1 + w) * logits[:count] - w * logits[count:]
         probability = logits.softmax(-1)
@@ -95,25 +142,54 @@ def _draw_masked(model: UnifiedModel, captions: list[str], generator: torch.Gene
         gumbel = -(-torch.rand(count, n, generator=generator).clamp(min=1e-20).log()).clamp(min=1e-20).log()
         temperature *= 1 - ratio
         score = confidence.clamp(min=1e-20).log() + temperature * gumbel
-        m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=math.floor(n * math.cos(math.pi / 2 * ratio))).clamp(min=1)
-        unknown = score < score.sort(-1).values.gather(-1, m)
+        m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=math.floor(n * math.cos(math.pi / 2 * ratio))).clamp(min=1, max=n - 1)
+        unknown = (score < score.sort(-1).values.gather(-1, m)) & ~untouched
         codes = sampled
     return codes
 
 
-def _draw_causal(model: UnifiedModel, captions: list[str], generator: torch.Generator, w: float, steps: int) -> Tensor:
+def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, top_k: int,
+                 temperature: float) -> Tensor:
     """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over log-probabilities."""
-    layout, count = model.layout, len(captions)
-    codes = torch.zeros(count, 0, dtype=torch.long)
-    for _ in range(layout.image_tokens):
-        texts = captions + [""] * count * (w > 0)
-        packed = pack([layout.t2i(text, codes[i % count], prompt=True) for i, text in enumerate(texts)]).to(_device(model))
-        last = torch.tensor(packed.lengths).cumsum(0) - 1
-        logits = model.head(model(packed)[last.to(_device(model))])[:, layout.image_offset:].float().log_softmax(-1).cpu()
+    n, count = layout.image_tokens, len(captions)
+    texts = captions + [negative] * count * (w > 0)
+    nothing = torch.zeros(0, dtype=torch.long)
+    growing = _Growing(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n)
+    hidden, codes = growing.hidden, []
+    for number in range(1, n + 1):
+        logits = model.code_logits(hidden).log_softmax(-1).cpu()
         if w > 0:
             logits = logits[count:] + (1 + w) * (logits[:count] - logits[count:])
-        codes = torch.cat([codes, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
-    return codes
+        codes.append(_pick(logits, top_k, temperature, generator))
+        if number < n:
+            for ids in layout.after_code(codes[-1], number):
+                hidden = growing.push(ids.repeat(1 + (w > 0)), list(range(len(texts))))
+    return torch.stack(codes, 1)
+
+
+def slots_of(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which slots to draw anew from a mask in pixels (float [B, H, W], 1: anew): bool [B, N], bicubic resize, at least half."""
+    return (F.interpolate(mask[:, None].float(), size=grid, mode="bicubic") >= 0.5).flatten(1)
+
+
+def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, by: int, **options: object) -> Tensor:
+    """Extrapolate pictures by masked decoding: codes int64 [B, h, w] grow by `by` rows or columns on a side.
+
+    The model's window keeps the picture's edge and draws the rest; options go to `draw`. Raises ValueError for an unknown side or
+    more than the window has.
+    """
+    b, h, w = codes.shape
+    along = 1 if side in ("top", "bottom") else 2
+    if side not in SIDES or not 0 < by < codes.shape[along]:
+        raise ValueError(f"side={side!r}, by={by}: side is one of {', '.join(SIDES)}, and by is less than the picture's {codes.shape[along]} slots.")
+    first = side in ("left", "top")
+    edge = codes.narrow(along, 0 if first else by, codes.shape[along] - by)
+    fresh = torch.zeros_like(codes.narrow(along, 0, by))
+    order = (fresh, edge) if first else (edge, fresh)
+    masked = torch.cat([torch.full_like(x, x is fresh, dtype=torch.bool) for x in order], along)
+    window = draw(model, captions, codes=torch.cat(order, along).flatten(1), masked=masked.flatten(1), grid=(h, w), **options).view(b, h, w)
+    new = window.narrow(along, 0 if first else codes.shape[along] - by, by)
+    return torch.cat([new, codes] if first else [codes, new], along)
 
 
 @torch.no_grad()
@@ -123,7 +199,7 @@ def calibrate(model: UnifiedModel, packed: Packed) -> None:
     A token-by-token decision can then be made from the token's own score; it keeps the planned share on average.
     """
     with record_routing() as log:
-        model(packed.to(_device(model)))
+        model(packed.to(model.device))
     for number, routing in log.items():
         layer = model.layers[number]
         assert isinstance(layer, MoDLayer)
@@ -131,7 +207,3 @@ def calibrate(model: UnifiedModel, packed: Packed) -> None:
             lasts = [at for at, s in zip(routing.last.tolist(), packed.segments) if s.task == task and s.rule == "topk" and s.length]
             if lasts:
                 layer.router.threshold[task] = routing.score[lasts].mean()
-
-
-def _device(model: UnifiedModel) -> torch.device:
-    return model.head.weight.device

@@ -58,8 +58,13 @@ class MoDLayer(nn.Module):
             return hidden_states
         x = hidden_states[:, i]
         cos, sin = position_embeddings
-        y = self.layer(x, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
+        y = layer_output(self.layer(x, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs))
         return hidden_states.index_copy(1, i, y + (routing.weight - 1)[:, None] * (y - x))
+
+
+def layer_output(out: Tensor | tuple) -> Tensor:
+    """What a decoder layer computed; some of transformers' wrap it in a tuple."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None) -> nn.Module:

@@ -15,7 +15,7 @@ from .data import open_data
 from .data.batches import Batches
 from .data.sample import Dataset
 from .models.backbone import UnifiedModel
-from .models.checkpoint import load_model, shipped
+from .models.checkpoint import from_pretrained, shipped
 from .models.image_tokenizer import ImageTokenizer
 from .run import runs_folder
 from .tiny import fit_image_tokenizer
@@ -42,7 +42,7 @@ def load(params: Params, name: str) -> Session:
     data = open_data(params.data, level=params.level, folder=params.folder, strict=params.strict)
     if params.data == "folder":
         print(data.report())
-    model, image_tokenizer = load_model(params.checkpoint or shipped(name))
+    model, image_tokenizer = from_pretrained(params.checkpoint or shipped(name))
     if f"{model.layout.kind}-tiny" != name:
         raise ParameterError(f"checkpoint={params.checkpoint!r} holds a {model.layout.kind} model, not {name}. Set models to match it.")
     if not fits(params):

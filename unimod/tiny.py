@@ -18,7 +18,7 @@ from .data import open_data
 from .data.batches import Batches
 from .data.sample import Dataset
 from .evaluate.quality import evaluate
-from .models.checkpoint import build_model, load_model, save_model
+from .models.checkpoint import build_model, from_pretrained, save_pretrained
 from .models.image_tokenizer import CONFIG_FILE, ImageTokenizer, build_image_tokenizer, load_image_tokenizer
 from .train import TrainConfig, train
 
@@ -80,7 +80,7 @@ def train_tiny(name: str, out: str | Path, seed: int = 0) -> dict:
     for number, stage in enumerate(STAGES[name]):
         folder = out / f"stage-{number}"
         if (folder / "config.json").exists():
-            model, _ = load_model(folder)
+            model, _ = from_pretrained(folder)
             continue
 
         def log(record: dict, stage: Stage = stage, number: int = number) -> None:
@@ -91,8 +91,8 @@ def train_tiny(name: str, out: str | Path, seed: int = 0) -> dict:
         batches = Batches(data, image_tokenizer, model.layout, stage.rows, seed + number)
         train(model, batches, TrainConfig(steps=stage.steps, lr=stage.lr, evaluate_every=400), folder=folder, log=log,
               evaluate=lambda m: evaluate(m, image_tokenizer, data, "validation", 48).flat())
-        save_model(folder, model, image_tokenizer)
-    save_model(out, model, image_tokenizer)
+        save_pretrained(folder, model, image_tokenizer)
+    save_pretrained(out, model, image_tokenizer)
     card = {"name": name, "stages": [asdict(s) for s in STAGES[name]], "seed": seed, "torch": torch.__version__,
             "quality": asdict(evaluate(model, image_tokenizer, data, "test", 400))}
     (out / "card.json").write_text(json.dumps(card, indent=1))

@@ -23,6 +23,9 @@ from torch import Tensor
 IGNORE = -100
 """Target of a token that predicts nothing (torch's own convention)."""
 
+FEATURE = -1
+"""Id of a token that enters as a feature vector of a vision tower, not through the vocabulary."""
+
 
 class Task(IntEnum):
     """What a sequence asks of the model."""
@@ -65,7 +68,7 @@ class TokenSequence:
 
     `position` counts the pads of the reference layout; `hi` is relative to the sequence's first token and `lo` is always
     that token; `target[i]` is what token i must predict (already shifted for next-token tasks), or `IGNORE`.
-    `parts` cuts the sequence into (length, rule) from left to right.
+    `parts` cuts the sequence into (length, rule) from left to right. `features`: float [F, D_v], one per id that is `FEATURE`.
     """
 
     task: Task
@@ -75,6 +78,7 @@ class TokenSequence:
     hi: Tensor
     target: Tensor
     parts: tuple[tuple[int, str], ...]
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -88,6 +92,9 @@ class TokenSequence:
         for _, rule in self.parts:
             if rule not in RULES:
                 raise ValueError(f"Unknown rule {rule!r} in parts; allowed: {', '.join(RULES)}.")
+        slots, given = int((self.ids == FEATURE).sum()), 0 if self.features is None else len(self.features)
+        if slots != given:
+            raise ValueError(f"{given} feature vectors for {slots} feature tokens (id {FEATURE}); give one for each.")
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Packed:
     """A batch: int64 tensors [T] and, on the host, the segments they are made of.
 
     `lo`, `hi`: token i may attend to packed tokens lo[i] .. hi[i] - 1. `segments` are in packed order; their lengths add up
-    to T (an empty segment is allowed after routing).
+    to T (an empty segment is allowed after routing). `features`: float [F, D_v], one per id that is `FEATURE`, in packed order.
     """
 
     ids: Tensor
@@ -107,6 +114,7 @@ class Packed:
     hi: Tensor
     target: Tensor
     segments: tuple[Segment, ...]
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -138,6 +146,7 @@ class Packed:
         """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
 
         Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)).
+        Features stay behind: they have been embedded before any layer runs.
         """
         return Packed(
             **{name: getattr(self, name)[idx] for name in ("ids", "row", "position", "task", "modality", "target")},
@@ -153,7 +162,7 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
-        moved = replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "segments"})
+        moved = replace(self, **{f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
         moved.__dict__.update(labelled=self.labelled.to(device), target_counts=self.target_counts)
         return moved
 
@@ -172,6 +181,7 @@ def pack(sequences: Seq[TokenSequence]) -> Packed:
         raise ValueError("pack() needs at least one sequence.")
     lengths = torch.tensor([len(s.ids) for s in sequences])
     start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    features = [s.features for s in sequences if s.features is not None]
     return Packed(
         ids=torch.cat([s.ids for s in sequences]),
         row=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
@@ -182,6 +192,7 @@ def pack(sequences: Seq[TokenSequence]) -> Packed:
         hi=start + torch.cat([s.hi for s in sequences]),
         target=torch.cat([s.target for s in sequences]),
         segments=tuple(Segment(row, s.task, n, rule) for row, s in enumerate(sequences) for n, rule in s.parts),
+        features=torch.cat(features) if features else None,
     )
 
 

@@ -10,14 +10,14 @@ from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate.detector import detect, matches
 from unimod.evaluate.quality import evaluate, to_pictures
-from unimod.models.checkpoint import load_model, shipped
+from unimod.models.checkpoint import from_pretrained, shipped
 
 DATA = open_data("scenes")
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def loaded(request):
-    return request.param, *load_model(shipped(request.param))
+    return request.param, *from_pretrained(shipped(request.param))
 
 
 def test_files_are_small_and_the_card_meets_the_bar(loaded):

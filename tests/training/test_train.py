@@ -13,7 +13,7 @@ from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate.quality import evaluate
 from unimod.layers import apply_mod
-from unimod.models.checkpoint import CheckpointError, build_model, load_model, plan_of, save_model
+from unimod.models.checkpoint import CheckpointError, build_model, from_pretrained, plan_of, save_pretrained
 from unimod.plan import last_half
 from unimod.router import RouterConfig
 from unimod.session import Session
@@ -97,11 +97,11 @@ def test_schedule_warms_up_and_ends_near_zero():
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
 def test_saved_models_load_bit_equal_in_the_stock_layout(tmp_path, name):
     model = apply_mod(fresh(name), last_half(8, 0.2), RouterConfig(shared=True, gate="sigmoid"))
-    save_model(tmp_path, model, TOKENIZER)
+    save_pretrained(tmp_path, model, TOKENIZER)
     keys = set(load_file(tmp_path / "model.safetensors"))
     stock = set(fresh(name).lm.state_dict())
     assert keys == ({f"showo.{k}" for k in stock} if name == "showo-tiny" else stock)
-    loaded, tokenizer = load_model(tmp_path)
+    loaded, tokenizer = from_pretrained(tmp_path)
     assert plan_of(loaded) == plan_of(model) and loaded.layers[7].router.config == model.layers[7].router.config
     packed = batches(model).train(0)
     with torch.no_grad():
@@ -112,20 +112,20 @@ def test_saved_models_load_bit_equal_in_the_stock_layout(tmp_path, name):
 
 def test_bad_checkpoints_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        load_model(tmp_path)
-    save_model(tmp_path, fresh(), TOKENIZER)
+        from_pretrained(tmp_path)
+    save_pretrained(tmp_path, fresh(), TOKENIZER)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
-        load_model(tmp_path)
+        from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"codebook_size": 128}))
     with pytest.raises(CheckpointError, match="does not fit its config.json"):
-        load_model(tmp_path)
+        from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        load_model(tmp_path)
+        from_pretrained(tmp_path)
 
 
 def test_evaluation_is_deterministic_and_counts_what_it_judged():

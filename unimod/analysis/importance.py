@@ -59,7 +59,7 @@ def importance(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Impo
     for packed in packs:
         if not packed.target_counts[task]:
             raise ValueError(f"A batch has no {task.name.lower()} target, so its loss cannot be measured; give batches of that task.")
-        packed = packed.to(model.head.weight.device)
+        packed = packed.to(model.device)
         turned: list[float] = []
 
         def compare(_: nn.Module, args: tuple, y: Tensor, turned: list[float] = turned, mine: Tensor = packed.task == task) -> None:

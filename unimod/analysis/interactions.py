@@ -64,7 +64,7 @@ def gradient_cosine(model: UnifiedModel, a: Sequence[Packed], b: Sequence[Packed
 def _gradients(model: UnifiedModel, packed: Packed) -> list[Tensor]:
     """One flat gradient per layer; nothing is left in `.grad`."""
     weights = [[p for p in layer.parameters() if p.requires_grad] for layer in model.layers]
-    total = losses(model, packed.to(model.head.weight.device)).total
+    total = losses(model, packed.to(model.device)).total
     flat = iter(torch.autograd.grad(total, [p for group in weights for p in group], materialize_grads=True))
     return [torch.cat([next(flat).flatten().float() for _ in group]) for group in weights]
 
@@ -147,7 +147,7 @@ def compete(
     for packed in (*packs, held_out):
         if not all(packed.target_counts[t] for t in BOTH):
             raise ValueError("compete() needs t2i and mmu targets in every batch: the tasks cannot compete otherwise.")
-    device = model.head.weight.device
+    device = model.device
     packs, held_out = [p.to(device) for p in packs], held_out.to(device)
     frozen = copy.deepcopy(model).requires_grad_(False)
     where = tuple(layers if layers is not None else range(len(model.layers) // 2, len(model.layers)))
@@ -211,7 +211,7 @@ def joint_or_single(
     A joint step sees the very rows of both single steps, so each task has the same data and number of updates either way; batches
     are taken in turn. `held_out` holds rows of both tasks.
     """
-    held_out = held_out.to(model.head.weight.device)
+    held_out = held_out.to(model.device)
     before, joint, single = [], [], []
     for run in range(runs):
         at = [run * steps + s for s in range(steps)]

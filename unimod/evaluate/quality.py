@@ -63,7 +63,7 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
         for sample, picture in zip(samples, to_pictures(image_tokenizer, codes)):
             for category in (sample.category, "all"):
                 right[f"pictures/{category}"].append(matches(detect(picture), sample))
-    held_out = batches.held_out(split, min(32, count)).to(model.head.weight.device)
+    held_out = batches.held_out(split, min(32, count)).to(model.device)
     per_task = losses(model, held_out).per_task.tolist()
     shares = {name: float(np.mean(values)) for name, values in sorted(right.items())}
     return Quality(questions={k.split("/")[1]: v for k, v in shares.items() if k.startswith("q")},

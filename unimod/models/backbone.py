@@ -4,6 +4,9 @@
     hidden = model(packed)                       # [T, D]
     logits = model.head(hidden[packed.labelled])
 
+Two ways lead to the model's numbers: `nll` of targets, and `code_logits` where a picture's next code is asked for. A model whose
+picture codes have embeddings and a head of their own overrides these and `embed`, as Janus does.
+
 Attention is one function registered with transformers' `AttentionInterface`; it reads the intervals of the `Packed` that
 every decoder layer hands through its keyword arguments. No modelling file is rewritten, no T x T mask is stored.
 """
@@ -20,8 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..layers import layer_output
 from ..ops.attention import interval_attention
-from ..tokens import Packed, Task
+from ..tokens import FEATURE, Packed, Task
+from .cache import KVCache
+from .layout import Layout
 
 ATTENTION = "unimod_intervals"
 Observer = Callable[[nn.Module, Tensor, Tensor, Packed], None]
@@ -29,17 +35,23 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", defaul
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
-               dropout: float = 0.0, packed: Packed | None = None, **_: object) -> tuple[Tensor, None]:
-    """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d]."""
+               dropout: float = 0.0, packed: Packed | None = None, cache: KVCache | None = None, **_: object) -> tuple[Tensor, None]:
+    """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
+
+    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once.
+    """
     if packed is None or attention_mask is not None:
         raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's UnifiedModel, "
                            "which packs without padding, or choose another attn_implementation.")
     if dropout:
         raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
+    q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
     observer = _OBSERVER.get()
     if observer is not None:
-        observer(module, query[0], key[0], packed)
-    return interval_attention(query[0], key[0], value[0], packed.lo, packed.hi, packed.lengths, scaling)[None], None
+        observer(module, q, k, packed)
+    if cache is not None:
+        return cache.attend(module.layer_idx, q, k, v, packed, scaling)[None], None
+    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -58,41 +70,75 @@ def observe_attention(observer: Observer) -> Iterator[None]:
 class UnifiedModel(nn.Module):
     """One transformer for understanding and generation: a stock `lm` and the `layout` that writes its sequences.
 
-    `lm` is a transformers causal model whose inner model has `embed_tokens`, `layers`, a final norm and `rotary_emb`.
+    `lm` is a transformers model with `lm_head` whose decoder has `embed_tokens`, `layers`, a final norm and `rotary_emb`. `projector`
+    takes the features of a vision tower, [F, D_v], to the width of the residual stream.
     """
 
-    def __init__(self, lm: PreTrainedModel, layout: object) -> None:
+    def __init__(self, lm: PreTrainedModel, layout: Layout, projector: nn.Module | None = None) -> None:
         super().__init__()
-        lm.set_attn_implementation(ATTENTION)
         self.lm = lm
         self.layout = layout
+        self.projector = projector
+        self.decoder.set_attn_implementation(ATTENTION)
+        with torch.device("cpu"):                           # kept out of the module tree: a cast of the model leaves its frequencies exact
+            self.__dict__["rotary"] = type(self.decoder.rotary_emb)(self.decoder.config)
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The stack of decoder layers with its embedding and final norm."""
+        return self.lm.model
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, dense or routed."""
-        return self.lm.model.layers
+        return self.decoder.layers
 
     @property
     def width(self) -> int:
         """Width of the residual stream (D)."""
-        return self.lm.config.hidden_size
+        return self.decoder.config.hidden_size
 
     @property
     def head(self) -> nn.Linear:
-        """From hidden states to logits over the whole vocabulary."""
+        """From hidden states to logits over the text vocabulary, of which the picture codes are a part in most models."""
         return self.lm.lm_head
 
-    def forward(self, packed: Packed, skip: int | None = None) -> Tensor:
-        """Hidden states after the final norm: [T, D]. `skip` leaves out one layer (layer importance)."""
-        inner = self.lm.model
-        h = inner.embed_tokens(packed.ids)[None]
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.head.weight.device
+
+    def embed(self, packed: Packed) -> Tensor:
+        """What enters the first layer: [T, D]. Raises ValueError for features that the model has no projector for."""
+        h = self.decoder.embed_tokens(packed.ids.clamp(min=0))
+        if packed.features is None:
+            return h
+        if self.projector is None:
+            raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture codes, or load its CLIP-ViT variant.")
+        return h.masked_scatter((packed.ids == FEATURE)[:, None], self.projector(packed.features.to(h.dtype)).to(h.dtype))
+
+    def forward(self, packed: Packed, skip: int | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the final norm: [T, D]. `skip` leaves out one layer (layer importance); `cache` is read and written.
+
+        cos and sin are computed and applied in float32 whatever the weights' dtype.
+        """
+        h = self.embed(packed)[None]
         position = packed.position[None]
-        rotary = inner.rotary_emb(h, position_ids=position)
-        for i, layer in enumerate(inner.layers):
+        rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
+        for i, layer in enumerate(self.layers):
             if i != skip:
-                h = layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed)
-        norm = inner.final_layernorm if hasattr(inner, "final_layernorm") else inner.norm
+                h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache))
+        norm = self.decoder.final_layernorm if hasattr(self.decoder, "final_layernorm") else self.decoder.norm
         return norm(h)[0]
+
+    def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""
+        return F.cross_entropy(self.head(hidden).float(), target, reduction="none")
+
+    def code_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the picture codes, in their own order, float32. hidden: [N, D]; returns [N, codebook]."""
+        at, bias = self.layout.codes_at, self.head.bias
+        return F.linear(hidden, self.head.weight[at], None if bias is None else bias[at]).float()
 
 
 @dataclass(frozen=True)
@@ -117,8 +163,7 @@ def losses(model: UnifiedModel, packed: Packed, skip: int | None = None) -> Loss
     if not sum(counts):
         raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
     where = packed.labelled
-    logits = model.head(model(packed, skip)[where]).float()
-    entropy = F.cross_entropy(logits, packed.target[where], reduction="none")
+    entropy = model.nll(model(packed, skip)[where], packed.target[where])
     scale = torch.tensor([1 / n if n else 0.0 for n in counts], device=entropy.device)
     per_task = torch.zeros(len(Task), device=entropy.device).index_add(0, packed.task[where], entropy) * scale
     total = (per_task * torch.tensor([COEFFICIENTS[t] for t in Task], device=entropy.device)).sum()

@@ -1,42 +1,65 @@
-"""Build, save and load models: a folder with the backbone in its stock key layout and the routers beside it.
+"""Build, load and save models: folders of released models as they are, with the routers beside the weights.
 
-    model = build_model("showo-tiny", words, codebook_size=256, grid=(6, 6))
-    save_model(folder, model, image_tokenizer)
-    model, image_tokenizer = load_model(folder)          # routed again if it was routed
-    model, image_tokenizer = load_model(shipped("showo-tiny"))
+    model, image_tokenizer = from_pretrained("show-o", text="phi-1_5", image_tokenizer="magvitv2", device="cuda", dtype=torch.bfloat16)
+    model, image_tokenizer = from_pretrained(shipped("showo-tiny"))      # routed again if it was saved routed
+    save_pretrained(folder, model, image_tokenizer)
+    inspect(folder)                                                      # what a folder holds, without loading it
 
-    config.json               kind and sizes            model.safetensors      backbone ("showo." in front for Show-o)
-    image_tokenizer/          see image_tokenizer.py    routers.safetensors    with plan.yaml and router.json, if routed
+    config.json, weights      in the model's original layout             routers.safetensors    with plan.yaml and router.json, if routed
+    image_tokenizer/          see image_tokenizer.py, if there is one
+
+A folder that cannot be used raises `CheckpointError`, whose message names the file, what was found and what was expected.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 
+import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import Emu3ForCausalLM, PhiForCausalLM
+from safetensors.torch import save_file
+from transformers.initialization import no_init_weights
 
 from ..config import MODELS, ParameterError
 from ..layers import MoDLayer, apply_mod
 from ..plan import CapacityPlan
 from ..router import RouterConfig
-from . import emu3, showo
+from . import chameleon, emu3, janus, showo
 from .backbone import UnifiedModel
-from .image_tokenizer import ImageTokenizer, load_image_tokenizer
-from .text import WordTokenizer
+from .family import Family
+from .image_tokenizer import ImageTokenizer, load_image_tokenizer, stock_image_tokenizer
+from .text import HubText, Text, WordTokenizer
+from .weights import CheckpointError, Weights, compare, fill, read_json
 
-PREFIX = {"showo": "showo.", "emu3": ""}
+FAMILIES = (showo.FAMILY, emu3.FAMILY, chameleon.FAMILY, janus.FAMILY)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
 
-class CheckpointError(ParameterError):
-    """A checkpoint folder that cannot be used: the message names the file, what was found and what was expected."""
+@dataclass(frozen=True)
+class NoText:
+    """Stands in where a folder has no text tokenizer: the model can be analysed and routed, but no text written."""
+
+    size: int
+    eot: int
+    folder: Path
+
+    def encode(self, text: str) -> list[int]:
+        """Raises `CheckpointError`: there is no tokenizer."""
+        raise CheckpointError(f"{self.folder} has no text tokenizer, so {text[:40]!r} cannot be written. Give from_pretrained(text=...) the folder of one "
+                              "(Show-o: Phi-1.5's; Emu3: the converted model's).")
+
+    def decode(self, ids: object) -> str:
+        """Raises `CheckpointError`, as `encode`."""
+        return self.encode(str(ids))
+
+    def token(self, i: int) -> str:
+        """The id itself."""
+        return f"#{i}"
 
 
 def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, grid: tuple[int, int] = (6, 6),
@@ -45,51 +68,67 @@ def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, gri
     text = WordTokenizer(words)
     torch.manual_seed(seed)
     if name == "showo-tiny":
-        layout = showo.ShowoLayout(text, codebook_size, grid, text_budget)
-        return UnifiedModel(PhiForCausalLM(showo.tiny_showo_config(layout.vocab_size)), layout)
+        return showo.tiny(text, codebook_size, grid, text_budget)
     if name == "emu3-tiny":
-        layout = emu3.Emu3Layout(text, codebook_size, grid, text_budget)
-        return UnifiedModel(Emu3ForCausalLM(emu3.tiny_emu3_config(layout.vocab_size, pad=layout.pad, bos=layout.bos, eos=layout.eos)), layout)
+        return emu3.tiny(text, codebook_size, grid, text_budget)
     raise ParameterError(f"There is no model {name!r}. Allowed: {', '.join(MODELS)}.")
 
 
-def save_model(folder: str | Path, model: UnifiedModel, image_tokenizer: ImageTokenizer) -> Path:
-    """Write the model and its picture tokenizer; config.json is written last, so a half-written folder does not load."""
-    folder, layout = Path(folder), model.layout
+def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None, image_tokenizer: str | Path | None = None,
+                    text_budget: int | None = None, device: torch.device | str = "cpu",
+                    dtype: torch.dtype | None = None) -> tuple[UnifiedModel, ImageTokenizer | None]:
+    """The model in a folder, in eval mode and routed if it was saved routed, and its picture tokenizer if one is at hand.
+
+    text: a tokenizer, or the folder of transformers' tokenizer; default: the one in the folder, if any. image_tokenizer: folder of
+    MAGVIT-v2 or Emu3's vision tokenizer; default: the one inside the folder. text_budget: Show-o's T, which its config.json does
+    not say (128; 381 in the released models tuned on LLaVA). dtype: default as stored. Weights are read one tensor at a time,
+    straight to `device`, after a check that they fit its memory. Raises `CheckpointError`.
+    """
+    folder = Path(folder)
+    family, config = _recognise(folder)
+    weights = Weights(folder)
+    dtype = dtype or next((d for d in weights.dtypes.values() if d.is_floating_point), torch.float32)
+    _room(folder, weights, family, dtype, torch.device(device))
+    if text_budget is not None:
+        config = {**config, "text_budget": text_budget}
+    layout = family.layout(config, _text(folder, config, family, text))
+    with _empty(device, dtype):
+        model = family.build(config, layout, weights.shapes)
+    fill(model, weights, family.ours)
+    _load_routers(folder, model)
+    inside = stock_image_tokenizer(weights.under("model.vqmodel.") or weights.under("vqmodel."))
+    if image_tokenizer is not None or (folder / "image_tokenizer").is_dir():
+        return model.eval(), load_image_tokenizer(image_tokenizer or folder / "image_tokenizer")
+    return model.eval(), inside
+
+
+def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: ImageTokenizer | None = None) -> Path:
+    """Write the model in its original key layout, its routers beside it, and its picture tokenizer.
+
+    config.json is written last, so a half-written folder does not load.
+    """
+    folder, family = Path(folder), next(f for f in FAMILIES if f.name == model.layout.kind)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.lm.state_dict().items()}
-    save_file({PREFIX[layout.kind] + k: v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors")
-    routed = {i: layer for i, layer in enumerate(model.layers) if isinstance(layer, MoDLayer)}
+    (folder / "config.json").unlink(missing_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file({family.theirs(k): v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+    routed = [layer for layer in model.layers if isinstance(layer, MoDLayer)]
     if routed:
         save_file({k: v for k, v in state.items() if ".router." in k}, folder / "routers.safetensors")
         plan_of(model).save(folder / "plan.yaml")
-        (folder / "router.json").write_text(json.dumps(asdict(next(iter(routed.values())).router.config), indent=1))
+        (folder / "router.json").write_text(json.dumps(asdict(routed[0].router.config), indent=1))
     else:
         for name in ("routers.safetensors", "plan.yaml", "router.json"):
             (folder / name).unlink(missing_ok=True)
-    image_tokenizer.save(folder / "image_tokenizer")
-    config = {"name": f"{layout.kind}-tiny", "words": layout.text.words, "codebook_size": layout.codebook_size, "grid": layout.grid,
-              "text_budget": layout.text_budget}
+    if image_tokenizer is not None:
+        image_tokenizer.save(folder / "image_tokenizer")
+    config, text = family.describe(model), model.layout.text
+    if isinstance(text, HubText):
+        text.tokenizer.save_pretrained(folder)
+    elif isinstance(text, WordTokenizer):
+        config["words"] = text.words
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
-
-
-def load_model(folder: str | Path) -> tuple[UnifiedModel, ImageTokenizer]:
-    """The model (routed if it was saved routed) and its picture tokenizer. Raises `CheckpointError` naming what is wrong."""
-    folder = Path(folder)
-    config = _read(folder / "config.json", lambda p: json.loads(p.read_text()))
-    try:
-        model = build_model(config["name"], tuple(config["words"]), config["codebook_size"], tuple(config["grid"]), config["text_budget"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} lacks or garbles {error}; "
-                              "a checkpoint of unimod has name, words, codebook_size, grid and text_budget.") from None
-    prefix = PREFIX[model.layout.kind]
-    state = {k.removeprefix(prefix): v for k, v in _read(folder / "model.safetensors", load_file).items()}
-    if (folder / "plan.yaml").exists():
-        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig(**_read(folder / "router.json", lambda p: json.loads(p.read_text()))))
-        state |= _read(folder / "routers.safetensors", load_file)
-    _fill(model.lm, state, folder)
-    return model.eval(), load_image_tokenizer(folder / "image_tokenizer")
 
 
 def shipped(name: str) -> Path:
@@ -106,20 +145,124 @@ def plan_of(model: UnifiedModel) -> CapacityPlan:
     return CapacityPlan({task: tuple(row[i] for row in rows) for i, task in enumerate(("t2i", "mmu", "lm"))})
 
 
-def _read(path: Path, reader: Callable) -> dict:
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds, found out without loading it."""
+
+    folder: str
+    kind: str
+    layers: int
+    width: int
+    vocabulary: int
+    codebook: int
+    parameters: int
+    """In the weights of the model itself."""
+    dtypes: tuple[str, ...]
+    files: tuple[str, ...]
+    weights_gb: float
+    """As stored, in 10^9 bytes."""
+    load_bf16_gb: float
+    load_fp32_gb: float
+    train_gb: float
+    """Weights, gradients and AdamW's two moments in fp32; activations come on top."""
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shape: tuple[str, ...]
+    text: str
+    image_tokenizer: str
+    routed: str
+
+    @property
+    def loads(self) -> bool:
+        """Whether the weights fit the configuration."""
+        return not (self.missing or self.unexpected or self.shape)
+
+    def __str__(self) -> str:
+        def some(entries: tuple[str, ...]) -> str:
+            return f"{len(entries)}" + (f": {'; '.join(entries[:4])}{'; ...' if len(entries) > 4 else ''}" if entries else "")
+        rows = {"kind": self.kind, "layers x width": f"{self.layers} x {self.width}", "vocabulary": f"{self.vocabulary}, {self.codebook} of them picture codes",
+                "parameters": f"{self.parameters:,}", "stored": f"{self.weights_gb:.3f} GB in {', '.join(self.files[:3])} ({', '.join(self.dtypes)})",
+                "to load": f"{self.load_bf16_gb:.3f} GB in bf16, {self.load_fp32_gb:.3f} GB in fp32", "to train": f"{self.train_gb:.3f} GB and activations",
+                "missing keys": some(self.missing), "unexpected keys": some(self.unexpected), "other shapes": some(self.shape), "text tokenizer": self.text,
+                "picture tokenizer": self.image_tokenizer, "routers": self.routed}
+        return "\n".join(f"{name:18s} {value}" for name, value in rows.items())
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Look at a folder: its kind, sizes, keys that do not fit, routers. Raises `CheckpointError` when it is not a model's."""
+    folder = Path(folder)
+    family, config = _recognise(folder)
+    weights = Weights(folder)
+    layout = family.layout(config, _text(folder, config, family, None))
+    with torch.device("meta"):
+        model = family.build(config, layout, weights.shapes)
+    _, problems = compare(model.state_dict(), weights, family.ours)
+    count = sum(p.numel() for p in model.parameters())
+    plan = CapacityPlan.load(folder / "plan.yaml") if (folder / "plan.yaml").exists() else None
+    inside = next((name for name in ("model.vqmodel.", "vqmodel.") if len(weights.under(name))), None)
+    routers = "routers.safetensors" if (folder / "routers.safetensors").exists() else "but routers.safetensors is missing"
+    return Inspection(
+        str(folder), family.name, len(model.layers), model.width, model.layout.vocab_size, model.layout.codebook_size, count,
+        tuple(sorted({str(d).removeprefix("torch.") for d in weights.dtypes.values()})), tuple(p.name for p in weights.files),
+        sum(p.stat().st_size for p in weights.files) / 1e9, 2 * count / 1e9, 4 * count / 1e9, 16 * count / 1e9,
+        **{k: tuple(v) for k, v in problems.items()}, text="none" if isinstance(model.layout.text, NoText) else type(model.layout.text).__name__,
+        image_tokenizer="image_tokenizer/" if (folder / "image_tokenizer").is_dir() else f"inside ({inside})" if inside else "none",
+        routed="none" if plan is None else f"{len(plan.routed())} of {plan.layers} layers, {routers}")
+
+
+def _recognise(folder: Path) -> tuple[Family, dict]:
+    config = read_json(folder / "config.json")
+    for family in FAMILIES:
+        if family.recognises(config):
+            return family, config
+    says = {k: config[k] for k in ("_class_name", "model_type", "architectures") if k in config} or f"the settings {', '.join(sorted(config)[:8])}"
+    raise CheckpointError(f"{folder / 'config.json'} is not of a model that is known here: it says {says}. Expected one of: "
+                          f"{'; '.join(f.folder for f in FAMILIES)}.")
+
+
+def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | None) -> Text:
+    if "words" in config:
+        return WordTokenizer(config["words"])
+    size, eot, name = family.text(config)
+    if text is None and any((folder / file).exists() for file in TOKENIZER_FILES):
+        text = folder
+    if text is None:
+        return NoText(size, eot, folder)
+    if not isinstance(text, (str, Path)):
+        return text
     try:
-        return reader(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a checkpoint folder holds config.json, model.safetensors and image_tokenizer/.") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); the file is damaged. Copy it again or train anew.") from None
+        return HubText.load(text, size, name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"text={str(text)!r} is not a tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
 
 
-def _fill(module: nn.Module, state: dict, folder: Path) -> None:
-    own = module.state_dict()
-    wrong = [f"{k}: shape {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
-    for label, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys()), ("", wrong)):
-        if keys:
-            raise CheckpointError(f"{folder} does not fit its config.json: {len(keys)} {label} entries, such as {sorted(keys)[0]}. "
-                                  "Use the config.json the weights were saved with.")
-    module.load_state_dict(state)
+def _load_routers(folder: Path, model: UnifiedModel) -> None:
+    if not (folder / "plan.yaml").exists():
+        return
+    path = folder / "routers.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove plan.yaml to load the dense model.")
+    apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig(**read_json(folder / "router.json")))
+    routers = torch.nn.ModuleDict({str(i): layer.router for i, layer in enumerate(model.layers) if isinstance(layer, MoDLayer)})
+    fill(routers, Weights(folder, path), lambda key: key.partition("layers.")[2].replace(".router.", ".", 1))
+
+
+def _room(folder: Path, weights: Weights, family: Family, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises `CheckpointError` when the weights cannot fit the memory that is free on the device."""
+    needed = sum(torch.Size(shape).numel() for key, shape in weights.shapes.items() if family.ours(key)) * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available if device.type == "cpu" else needed
+    if needed > free:
+        raise CheckpointError(f"{folder} needs {needed / 1e9:.1f} GB in {dtype}, {device} has {free / 1e9:.1f} GB free. "
+                              "Load it in dtype=torch.bfloat16, or on a larger device.")
+
+
+@contextmanager
+def _empty(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside get their memory on the device in the dtype, but no initial values."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), no_init_weights():
+            yield
+    finally:
+        torch.set_default_dtype(before)

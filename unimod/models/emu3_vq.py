@@ -16,6 +16,8 @@ D latent channels, K codes, t frames.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +90,31 @@ class Emu3VQ(LearnedTokenizer):
 
     def stored(self) -> nn.Module:
         return self.model
+
+    @classmethod
+    def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Emu3VQConfig | None:
+        """Sizes as a released file shows them, in transformers' key layout or BAAI's own."""
+        shapes = {cls.key_of(key): shape for key, shape in shapes.items()}
+        if "quantize.embedding.weight" not in shapes or "encoder.time_conv.0.conv.conv.weight" not in shapes:
+            return None
+        codes, latent = shapes["quantize.embedding.weight"]
+        base = shapes["encoder.conv_in.weight"][0]
+        down = {tuple(map(int, re.findall(r"\d+", key)[:2])): shape[0] for key, shape in shapes.items()
+                if re.fullmatch(r"encoder\.down_block\.down\.\d+\.block\.\d+\.conv1\.weight", key)}
+        levels = range(1 + max(level for level, _ in down))
+        return Emu3VQConfig(
+            codes, latent, base, tuple(down[level, 0] // base for level in levels), sum(level == 0 for level, _ in down),
+            tuple(level for level in levels if f"encoder.down_block.down.{level}.attn.0.q_proj.weight" in shapes),
+            2 ** sum(bool(re.fullmatch(r"encoder\.time_conv\.\d+\.conv\.conv\.weight", key)) for key in shapes))
+
+    @staticmethod
+    def key_of(key: str) -> str:
+        """BAAI's names as transformers': down, up and mid have longer ones, attention's norm stands beside it, its 1 x 1 convolutions are linear."""
+        key = re.sub(r"^encoder\.down\.", "encoder.down_block.down.", re.sub(r"^decoder\.up\.", "decoder.up_block.up.", key))
+        key = re.sub(r"^(encoder|decoder)\.mid\.", r"\1.middle_block.", key)
+        key = re.sub(r"\.attn_1\.norm\.", ".attn_norm.", re.sub(r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1.", key))
+        key = re.sub(r"(\.attn(?:_1|\.\d+)\.)([qkv])\.", r"\1\2_proj.", key)
+        return re.sub(r"(\.attn(?:_1|\.\d+)\.)proj_out\.", r"\1out_proj.", key)
 
     def latents(self, x: Tensor) -> Tensor:
         e = self.model.encoder

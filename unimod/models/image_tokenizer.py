@@ -24,7 +24,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -32,9 +33,10 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .weights import CheckpointError, Weights, fill, read_json
 
 MEMBERS = {
     "dictionary": ("unimod.models.patches", "PatchDictionary"),
@@ -75,8 +77,11 @@ class FitReport(ReconstructionReport):
     """Plain words when the result is not what one would hope for; empty otherwise."""
 
 
-class ImageTokenizer(nn.Module):
-    """Base of the three: checks, batching, files. A member gives `Config`, `fit`, `_codes` and `_pixels`."""
+class ImageTokenizer(nn.Module, ABC):
+    """Base of the three: checks, batching, files. A member gives `Config`, `fit`, `_codes` and `_pixels`.
+
+    One that was released in a layout of its own also gives `config_of` and `key_of`.
+    """
 
     name: ClassVar[str]
     Config: ClassVar[type]
@@ -85,9 +90,19 @@ class ImageTokenizer(nn.Module):
     downsample: int
     """Pixels along one side of a token."""
 
+    @classmethod
+    def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> object | None:
+        """The config that a released file of these shapes has; None when it is not of this member."""
+        return None
+
+    @staticmethod
+    def key_of(key: str) -> str:
+        """The entry of `stored().state_dict()` that a key of a released file fills."""
+        return key
+
+    @abstractmethod
     def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None) -> FitReport:
         """Learn from uint8 pictures [N, 3, H, W] within the budget; `seed` settles every draw; `log` gets a line of progress now and then."""
-        raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> int64 [B, h, w] with h = H / downsample, on the device of `images`. ValueError for any other input."""
@@ -111,8 +126,9 @@ class ImageTokenizer(nn.Module):
         """Write tokenizer.json (name and config) and tokenizer.safetensors into `folder`, made if missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name, "config": asdict(self.config)}, indent=1) + "\n")
+        (folder / CONFIG_FILE).unlink(missing_ok=True)                 # written last: half a folder does not load
         save_file({key: value.contiguous() for key, value in self.stored().state_dict().items()}, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name, "config": asdict(self.config)}, indent=1) + "\n")
 
     def stored(self) -> nn.Module:
         """The module whose state dict is the file."""
@@ -237,29 +253,38 @@ def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokeni
 
 
 def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
-    """The tokenizer that `save(folder)` wrote. FileNotFoundError or ValueError names the file and what was expected in it."""
-    config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: expected a folder as ImageTokenizer.save writes it, {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        config = json.loads(config_path.read_text())
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["config"].items()}
-        tokenizer = build_image_tokenizer(config["name"], **options)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'{config_path}: expected {{"name": ..., "config": {{...}}}} as ImageTokenizer.save writes it; {error}') from error
-    try:
-        found = load_file(weights_path)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_path}: expected a safetensors file, found something else or a part of one; {error}") from error
-    expected = tokenizer.stored().state_dict()
-    wrong = sorted(key for key in expected.keys() | found.keys() if _kind(expected.get(key)) != _kind(found.get(key)))
-    if wrong:
-        key, others = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        kinds = f"'{key}' is {_kind(found.get(key))}, {CONFIG_FILE} expects {_kind(expected.get(key))}{others}"
-        raise ValueError(f"{weights_path}: {kinds}; the two files are not of one save")
-    tokenizer.stored().load_state_dict(found)
-    return tokenizer.eval()
+    """The tokenizer in a folder: one that `save` wrote, Show-o's MAGVIT-v2 or Emu3's vision tokenizer as they were released.
+
+    Raises `CheckpointError` that names the file, what was found and what was expected.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG_FILE).is_file():
+        config = read_json(folder / CONFIG_FILE)
+        try:
+            options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["config"].items()}
+            tokenizer = build_image_tokenizer(config["name"], **options)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f'{folder / CONFIG_FILE}: expected {{"name": ..., "config": {{...}}}} as ImageTokenizer.save writes it; {error}') from error
+        fill(tokenizer.stored(), Weights(folder), lambda key: key)
+        return tokenizer.eval()
+    weights = Weights(folder)
+    found = stock_image_tokenizer(weights)
+    if found is None:
+        raise CheckpointError(f"{folder} is not a picture tokenizer: it has no {CONFIG_FILE}, and its weights ({', '.join(sorted(weights.shapes)[:3])}, ...) "
+                              "are neither MAGVIT-v2's (quantize.power_vals) nor Emu3's (quantize.embedding.weight and temporal convolutions).")
+    return found
+
+
+def stock_image_tokenizer(weights: Weights) -> ImageTokenizer | None:
+    """The tokenizer that released weights are of, its sizes read off their shapes; None when they are of no known kind."""
+    for module, member in MEMBERS.values():
+        cls = getattr(importlib.import_module(module), member)
+        config = cls.config_of(weights.shapes)
+        if config is not None:
+            tokenizer = cls(config)
+            fill(tokenizer.stored(), weights, cls.key_of)
+            return tokenizer.eval()
+    return None
 
 
 def at_least_one(**values: int) -> None:
@@ -267,10 +292,6 @@ def at_least_one(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
-
-
-def _kind(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def main(argv: list[str] | None = None) -> None:

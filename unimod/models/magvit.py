@@ -15,6 +15,7 @@ N latent vectors, D bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -192,6 +193,23 @@ class MagVitV2(LearnedTokenizer):
         self.config = config
         self.codebook_size, self.downsample = 2**config.bits, 2 ** (len(config.encoder_blocks) - 1)
         self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), LookupFree(config.bits)
+
+    @classmethod
+    def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> MagVitConfig | None:
+        """Widths, levels and bits as the released layout shows them; its norms have 32 groups."""
+        if "quantize.power_vals" not in shapes or "encoder.conv_in.weight" not in shapes:
+            return None
+        ch = shapes["encoder.conv_in.weight"][0]
+        levels = range(1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down.")))
+
+        def blocks(part: str, i: int) -> int:
+            return sum(key.startswith(f"{part}.{i}.block.") and key.endswith(".conv1.weight") for key in shapes)
+
+        def multiplier(part: str, i: int) -> int:
+            return shapes[f"{part}.{i}.block.0.conv2.weight"][0] // ch
+
+        return MagVitConfig(ch, *(tuple(of(part, i) for i in levels) for of in (multiplier, blocks) for part in ("encoder.down", "decoder.up")),
+                            bits=shapes["quantize.power_vals"][0], groups=32)
 
     def latents(self, x: Tensor) -> Tensor:
         return self.encoder(x)

@@ -7,18 +7,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-from functools import partial
+import math
 
 import torch
-from torch import Tensor
-from transformers import PhiConfig
+from torch import Tensor, nn
+from transformers import PhiConfig, PhiForCausalLM
 
-from ..tokens import IGNORE, Modality, Task, TokenSequence, prefix_hi, suffix_hi
-from .text import WordTokenizer
+from ..tokens import FEATURE, IGNORE, Modality, Task, TokenSequence, prefix_hi, suffix_hi
+from .backbone import UnifiedModel
+from .family import Family, Shapes, agree, setting, settings
+from .layout import Layout, Turns, shifted
+from .text import Text
 
 SPECIAL = ("pad", "soi", "eoi", "sov", "eov", "t2i_task", "mmu_task", "t2v", "v2v", "lvg")
 """Special tokens in the order in which they follow the text vocabulary; the image codes come next, the mask token is last."""
+
+SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+"""What the CLIP-ViT variant is tuned with after the task token (LLaVA's; 28 tokens of Phi's tokenizer)."""
 
 
 def showo_config(vocab_size: int = 58498, width: int = 2048, layers: int = 24, heads: int = 32, ffn: int = 8192,
@@ -31,24 +37,29 @@ def showo_config(vocab_size: int = 58498, width: int = 2048, layers: int = 24, h
                      rope_parameters={"rope_type": "default", "rope_theta": rope_theta, "partial_rotary_factor": 0.5})
 
 
-class ShowoLayout:
+def clip_projector(features: int, width: int) -> nn.Sequential:
+    """The projector of the CLIP-ViT variant (`mm_projector`): linear, exact GELU, linear."""
+    return nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+
+
+class ShowoLayout(Layout):
     """Writes Show-o's sequences without their padding; positions count the left pads that the reference has.
 
-    text_budget is the reference's T: a t2i text part, task token included, takes T + 1 places and is padded on the left, an
-    mmu conversation at most T. `grid` is the picture's (rows, columns) of tokens.
+    text_budget is the reference's T: a t2i text part, task token included, takes T + 1 places and is padded on the left, the text
+    of an understanding row at most T.
     """
 
     kind = "showo"
     causal_images = False
+    drop_caption = 0.1
 
-    def __init__(self, text: WordTokenizer, codebook_size: int, grid: tuple[int, int], text_budget: int) -> None:
-        self.text, self.codebook_size, self.grid, self.text_budget = text, codebook_size, grid, text_budget
-        for i, name in enumerate(SPECIAL):
-            setattr(self, name, text.size + i)
+    def __init__(self, text: Text, codebook_size: int, grid: tuple[int, int], text_budget: int) -> None:
         self.image_offset = text.size + len(SPECIAL)
         self.mask = self.image_offset + codebook_size
-        self.vocab_size = self.mask + 1
-        self.image_tokens = grid[0] * grid[1]
+        special = {name: text.size + i for i, name in enumerate(SPECIAL)}
+        super().__init__(text, special, self.image_offset + torch.arange(codebook_size), grid, text_budget, self.mask + 1)
+        self._modality[self.mask] = Modality.IMAGE
+        self.stop = text.eot
 
     def t2i(self, caption: str, codes: Tensor, masked: Tensor) -> TokenSequence:
         """Text to image. codes: int64 [N] (raster order), masked: bool [N], the slots shown as mask tokens and predicted.
@@ -56,67 +67,107 @@ class ShowoLayout:
         [t2i] [sot] text [eot] [soi] N codes [eoi]; the text is causal, the picture segment sees everything. Targets are not
         shifted and include soi and eoi, as in the reference.
         """
-        front = self._fit([self.t2i_task, self.text.eot, *self.text.encode(caption), self.text.eot], self.text_budget + 1)
-        n, image = len(front), codes + self.image_offset
+        front = self._ended([self.t2i_task, *self._begun(caption)], self.text_budget + 1)
+        n, image = len(front), self.code_ids[codes]
         ids = torch.cat([torch.tensor([*front, self.soi]), torch.where(masked, self.mask, image), torch.tensor([self.eoi])])
         target = torch.full_like(ids, IGNORE)
         target[n], target[-1] = self.soi, self.eoi
         target[n + 1:-1] = torch.where(masked, image, IGNORE)
         position = torch.arange(len(ids)) + self.text_budget + 1 - n
-        return self._sequence(Task.T2I, ids, position, suffix_hi(n, len(ids)), target, ((len(ids), "topk"),))
+        return self._sequence(Task.T2I, ids, suffix_hi(n, len(ids)), target, [(len(ids), "topk")], position)
 
-    def mmu(self, codes: Tensor, turns: Seq[tuple[str, str]], open_ended: bool = False) -> TokenSequence:
-        """Understanding. [mmu] [soi] N codes [eoi], then "USER: q ASSISTANT: a" [eot] per turn; the picture is a fully visible prefix.
+    def mmu(self, picture: Tensor, turns: Turns, open_ended: bool = False, system: str = "") -> TokenSequence:
+        """A conversation about a picture, as in LLaVA: the picture's prefix, then "USER: q ASSISTANT: a" [eot] per turn.
 
-        Targets are the answers and their eot. With `open_ended` the last answer is left for the model to go on from (its text
-        so far may be empty). From "ASSISTANT:" on a turn is text that decoding generates: routed layers keep it (rule "keep"),
-        and every question competes among its own tokens, so that no choice depends on a token still to come.
+        picture: codes int64 [N], or features float [F, D_v] of a vision tower (the CLIP-ViT variant, with the `system` prompt
+        it was tuned with: `SYSTEM_PROMPT`). Targets are the answers and their eot; a conversation is cut at T tokens, but not an
+        `open_ended` one, whose last answer is left for the model to go on from (its text so far may be empty).
         """
-        head = torch.tensor([self.mmu_task, self.soi])
-        ids, parts, learned = [], [(self.image_tokens + 3, "topk")], []
-        for i, (question, answer) in enumerate(turns):
-            asked = self.text.encode(f"USER: {question}")
-            said = self.text.encode(f"ASSISTANT: {answer}")
-            if not (open_ended and i == len(turns) - 1):
-                said.append(self.text.eot)
-            if len(ids) + len(asked) + len(said) > self.text_budget and ids:
-                break
-            ids += asked + said
-            learned += [False] * (len(asked) + 1) + [True] * (len(said) - 1)
-            parts += [(len(asked), "topk"), (len(said), "keep")]
-        full = torch.cat([head, codes + self.image_offset, torch.tensor([self.eoi, *ids])])
-        answer_token = torch.cat([torch.zeros(self.image_tokens + 3, dtype=torch.bool), torch.tensor(learned, dtype=torch.bool)])
-        return self._sequence(Task.MMU, full, torch.arange(len(full)), prefix_hi(self.image_tokens + 3, len(full)), shifted(full, answer_token), tuple(parts))
+        ids, learned, parts = self._turns(turns, lambda _, question: f"USER: {question}", open_ended)
+        if picture.is_floating_point():
+            return self._with_features(picture, self.text.encode(system) if system else [], ids, learned, parts)
+        return self._with_codes(picture, ids, learned, parts)
+
+    def mmu_caption(self, codes: Tensor, text: str, open_ended: bool = False) -> TokenSequence:
+        """A picture and a text that is learned from its first token on: [mmu] [soi] N codes [eoi] [sot] text [eot].
+
+        The reference's captioning text is "USER: \\n" question " ASSISTANT: " caption. `open_ended` leaves out the eot and every
+        target: its way to ask a question, with the text "USER: \\n" question " ASSISTANT:". All text is kept by routed layers.
+        """
+        ids = self._begun(text)
+        ids = ids if open_ended else self._ended(ids, self.text_budget)
+        return self._with_codes(codes, ids, [not open_ended] * len(ids), [(len(ids), "keep")])
 
     def lm(self, text: str) -> TokenSequence:
-        """Plain text: [sot] text [eot], causal, every next token a target."""
-        ids = torch.tensor([self.text.eot, *self.text.encode(text), self.text.eot][: self.text_budget + self.image_tokens + 3])
+        """Plain text: [sot] text [eot], causal, every next token a target; a long text is cut at the length of the other tasks."""
+        ids = torch.tensor([*self._begun(text), self.text.eot][: self.text_budget + self.image_tokens + 3])
         target = shifted(ids, torch.ones_like(ids, dtype=torch.bool))
-        return self._sequence(Task.LM, ids, torch.arange(len(ids)), prefix_hi(0, len(ids)), target, ((len(ids), "topk"),))
+        return self._sequence(Task.LM, ids, prefix_hi(0, len(ids)), target, [(len(ids), "topk")])
 
-    def token(self, i: int) -> str:
-        """Name of a token id for a label."""
-        if i < self.text.size:
-            return self.text.token(i)
-        if i < self.image_offset:
-            return f"<|{SPECIAL[i - self.text.size].removesuffix('_task')}|>"
-        return "[mask]" if i == self.mask else f"code {i - self.image_offset}"
+    def _with_codes(self, codes: Tensor, ids: list[int], learned: list[bool], parts: list) -> TokenSequence:
+        """[mmu] [soi] codes [eoi], all of which see one another, and causal text."""
+        full = torch.cat([torch.tensor([self.mmu_task, self.soi]), self.code_ids[codes], torch.tensor([self.eoi, *ids])])
+        prefix = len(codes) + 3
+        target = shifted(full, torch.tensor([False] * prefix + learned))
+        return self._sequence(Task.MMU, full, prefix_hi(prefix, len(full)), target, [(prefix, "topk"), *parts])
 
-    def _fit(self, ids: list[int], budget: int) -> list[int]:
-        """Too long a text keeps its beginning and still ends in eot."""
-        return ids if len(ids) <= budget else [*ids[: budget - 1], self.text.eot]
+    def _with_features(self, features: Tensor, system: list[int], ids: list[int], learned: list[bool], parts: list) -> TokenSequence:
+        """[mmu] system [soi] features [eoi] text, causal but for the features, which everything sees.
 
-    def _sequence(self, task: Task, ids: Tensor, position: Tensor, hi: Tensor, target: Tensor, parts: tuple) -> TokenSequence:
-        modality = torch.full_like(ids, Modality.TEXT)
-        modality[ids >= self.image_offset] = Modality.IMAGE
-        modality[(ids >= self.text.size) & (ids < self.image_offset)] = Modality.SPECIAL
-        return TokenSequence(task, ids, position, modality, hi, target, parts)
+        They are packed first and keep their positions, so that what the tokens before them see is one interval too.
+        """
+        f, front = len(features), len(system) + 2
+        full = torch.tensor([FEATURE] * f + [self.mmu_task, *system, self.soi, self.eoi, *ids])
+        position = torch.cat([torch.arange(front, front + f), torch.arange(front), torch.arange(front + f, len(full))])
+        hi = torch.arange(1, len(full) + 1)
+        hi[:f] = f + front
+        target = shifted(full, torch.tensor([False] * (f + front + 1) + learned))
+        return self._sequence(Task.MMU, full, hi, target, [(f + front + 1, "topk"), *parts], position, features)
+
+    def _begun(self, text: str) -> list[int]:
+        """Ids of a text that begins with sot (which is eot), once."""
+        ids = self.text.encode(text)
+        return ids if ids[:1] == [self.text.eot] else [self.text.eot, *ids]
+
+    def _ended(self, ids: list[int], budget: int) -> list[int]:
+        """Ids with an eot; too long a text keeps its beginning and still ends in one."""
+        return [*ids[: budget - 1], self.text.eot]
 
 
-def shifted(ids: Tensor, learned: Tensor) -> Tensor:
-    """Next-token targets: position i predicts token i + 1 where `learned` holds for token i + 1; int64 [n]."""
-    return torch.cat([torch.where(learned[1:], ids[1:], IGNORE), torch.tensor([IGNORE])])
+def tiny(text: Text, codebook_size: int, grid: tuple[int, int], text_budget: int) -> UnifiedModel:
+    """Eight layers of width 128 (1.6 M parameters of layers) with fresh weights; theta 100 suits a hundred tokens."""
+    layout = ShowoLayout(text, codebook_size, grid, text_budget)
+    return UnifiedModel(PhiForCausalLM(showo_config(layout.vocab_size, width=128, layers=8, heads=4, ffn=512, rope_theta=100.0, max_positions=512)), layout)
 
 
-tiny_showo_config = partial(showo_config, width=128, layers=8, heads=4, ffn=512, rope_theta=100.0, max_positions=512)
-"""Eight layers of width 128 (1.6 M parameters of layers); theta 100 suits a hundred tokens."""
+DIMENSIONS = {"vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
+              "intermediate_size": "ffn", "rope_theta": "rope_theta", "max_position_embeddings": "max_positions"}
+"""Settings of the backbone that a folder may have; those of Phi-1.5 hold where it has none."""
+
+
+def _layout(config: dict, text: Text) -> ShowoLayout:
+    side = math.isqrt(setting(config, "num_vq_tokens"))
+    layout = ShowoLayout(text, setting(config, "codebook_size"), config.get("grid", (side, side)), config.get("text_budget", 128))
+    agree(config, (("vocab_size", layout.vocab_size), ("mask_token_id", layout.mask), ("num_vq_tokens", layout.image_tokens)))
+    return layout
+
+
+def _build(config: dict, layout: ShowoLayout, shapes: Shapes) -> UnifiedModel:
+    phi = showo_config(**{"vocab_size": layout.vocab_size, **settings(config, DIMENSIONS)})
+    features = shapes.get("mm_projector.0.weight", (0, 1024))[1] if config.get("w_clip_vit") else 0
+    return UnifiedModel(PhiForCausalLM(phi), layout, clip_projector(features, phi.hidden_size) if features else None)
+
+
+def _describe(model: UnifiedModel) -> dict:
+    layout, phi = model.layout, model.lm.config
+    return {"_class_name": "Showo", "w_clip_vit": model.projector is not None, "vocab_size": layout.vocab_size, "llm_vocab_size": layout.text.size,
+            "llm_model_path": "", "codebook_size": layout.codebook_size, "num_vq_tokens": layout.image_tokens, "mask_token_id": layout.mask,
+            **{k: getattr(phi, k) for k in DIMENSIONS if hasattr(phi, k)}, "rope_theta": phi.rope_parameters["rope_theta"],
+            "grid": list(layout.grid), "text_budget": layout.text_budget}
+
+
+FAMILY = Family("showo", "Show-o: config.json with _class_name Showo, keys that begin with 'showo.'",
+                recognises=lambda config: config.get("_class_name") == "Showo",
+                text=lambda config: (setting(config, "llm_vocab_size"), 50256 if config["llm_vocab_size"] == 50295 else config["llm_vocab_size"] - 1,
+                                     "<|endoftext|>"),
+                layout=_layout, build=_build, describe=_describe, prefixes={"showo.": "lm.", "mm_projector.": "projector."})

@@ -1,15 +1,18 @@
-"""A word-level text tokenizer for the tiny models: known words are one token each, everything else falls back to bytes.
+"""Text tokenizers behind one interface: a word-level one for the tiny models, and any of transformers'.
 
     text = WordTokenizer(("a", "red", "circle"))
     text.decode(text.encode("a red zebra")) == "a red zebra"
-
-Ids: 0..255 bytes, then the words, then <|endoftext|> (which is also Show-o's start of text, as in Phi's vocabulary).
+    text = HubText.load("folder/of/phi-1_5", size=50295)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 MARKERS = ("USER:", "ASSISTANT:")
 """Role names of a conversation, one token each."""
@@ -18,8 +21,64 @@ GLUE = ("?", ".", ",", "*", *"0123456789", "You", "are", "a", "helpful", "assist
 _PIECE = re.compile("|".join(map(re.escape, MARKERS)) + r"|\w+|[^\w\s]")
 
 
+class Text(Protocol):
+    """What a layout needs of a text tokenizer. Text ids are 0 .. size - 1; eot is <|endoftext|>."""
+
+    size: int
+    eot: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, no special token added."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids up to the first eot; ids outside the text vocabulary are left out."""
+        ...
+
+    def token(self, i: int) -> str:
+        """One token for a label in a figure."""
+        ...
+
+
+class HubText:
+    """A tokenizer of transformers; `size` leaves out what a model puts behind the text vocabulary."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, eot: str = "<|endoftext|>") -> None:
+        self.tokenizer, self.size = tokenizer, size
+        self.eot = tokenizer.convert_tokens_to_ids(eot)
+        if self.eot is None:
+            raise ValueError(f"This tokenizer has no token {eot!r}, which ends a text; it is not the model's own.")
+
+    @classmethod
+    def load(cls, where: str | Path, size: int, eot: str = "<|endoftext|>") -> HubText:
+        """From a folder (or a hub name, where there is a network). OSError or ValueError when there is no tokenizer."""
+        return cls(AutoTokenizer.from_pretrained(where), size, eot)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, no special token added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids up to the first eot; ids outside the text vocabulary are left out."""
+        kept = []
+        for i in ids:
+            if i == self.eot:
+                break
+            if 0 <= i < self.size:
+                kept.append(i)
+        return self.tokenizer.decode(kept).strip()
+
+    def token(self, i: int) -> str:
+        """One token for a label in a figure."""
+        return self.tokenizer.decode([i])
+
+
 class WordTokenizer:
-    """Lossless up to the amount of white space. `words` are the data's own; markers and punctuation are added."""
+    """Known words are one token each, everything else falls back to bytes; lossless up to the amount of white space.
+
+    Ids: 0..255 bytes, then the words, then <|endoftext|> (which is also Show-o's start of text, as in Phi's vocabulary).
+    `words` are the data's own; markers and punctuation are added.
+    """
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words = tuple(dict.fromkeys([*MARKERS, *GLUE, *words]))

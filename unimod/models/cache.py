@@ -1,0 +1,63 @@
+"""Keys and values of what the layers have processed, so that a token generated later costs one token.
+
+    cache = KVCache(rows=len(sequences), room=longest + new)
+    h = model(pack(sequences), cache=cache)                 # the known tokens, with their own intervals
+    h = model(appended(...), cache=cache)                   # then at most one token per row, which sees all of its row
+
+Every layer has its own length per row: a routed layer writes the tokens it keeps and no others. Positions are the original ones,
+because keys are stored after their rotary embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.attention import interval_attention
+from ..tokens import Packed
+
+
+class KVCache:
+    """Room for `room` tokens of each of `rows` rows, allocated per layer when the layer first runs."""
+
+    def __init__(self, rows: int, room: int) -> None:
+        self.rows, self.room = rows, room
+        self.keys: dict[int, Tensor] = {}
+        """Per layer [B, H_kv, room, d]."""
+        self.values: dict[int, Tensor] = {}
+        self.used: dict[int, Tensor] = {}
+        """Tokens of each row that a layer holds: int64 [B], on the model's device."""
+        self._most: dict[int, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are in use."""
+        return sum(2 * int(n.sum()) * k.shape[1] * k.shape[3] * k.element_size() for n, k in zip(self.used.values(), self.keys.values()))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
+        """Write k and v and attend: by the intervals when the layer runs first, else over everything its row has.
+
+        q: [H, T, d]; k, v: [H_kv, T, d]. Returns [T, H, d]. Raises RuntimeError when a row is fed several tokens after the first time.
+        """
+        first = layer not in self.keys
+        if first:
+            for store in (self.keys, self.values):
+                store[layer] = k.new_zeros(self.rows, k.shape[0], self.room, k.shape[2])
+            self.used[layer] = torch.zeros(self.rows, dtype=torch.long, device=k.device)
+        elif max(packed.lengths) > 1:
+            raise RuntimeError(f"Rows of {max(packed.lengths)} tokens cannot follow cached ones; append one token per row at a time.")
+        row, used = packed.row, self.used[layer]
+        place = used[row] + torch.arange(len(row), device=row.device) - packed.lo if first else used[row]
+        self.keys[layer][row, :, place] = k.transpose(0, 1)
+        self.values[layer][row, :, place] = v.transpose(0, 1)
+        used.index_add_(0, row, torch.ones_like(row))
+        if first:
+            self._most[layer] = max(packed.lengths)
+            return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scale)
+        most = self._most[layer] = min(self._most[layer] + 1, self.room)      # known on the host, at least what any row holds
+        keys, values = (store[layer][:, :, :most] if len(row) == self.rows else store[layer][row, :, :most] for store in (self.keys, self.values))
+        allow = torch.arange(most, device=row.device) < used[row, None]
+        out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None], scale=scale,
+                                             enable_gqa=q.shape[0] != k.shape[0])
+        return out[:, :, 0]
