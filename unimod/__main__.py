@@ -1,4 +1,4 @@
-"""The command line: `python -m unimod {list,check,run,report,train-tiny}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,inspect,train-tiny}`; each command explains itself with --help.
 
     python -m unimod run all -f params/default.yaml
 """
@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from . import report, workbook
@@ -34,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
     command = add(commands, "report", write_report, "write the report of runs that are done")
     command.add_argument("runs", help="folder of all runs, or of one run")
+
+    command = add(commands, "inspect", inspect, "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing")
+    command.add_argument("folder", help="folder with config.json and the weights")
+    command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
     command.add_argument("name", choices=MODELS)
@@ -91,6 +97,16 @@ def run(args: argparse.Namespace) -> None:
 def write_report(args: argparse.Namespace) -> None:
     """Write the report and say where it is."""
     print(f"report: {report.write_report(Path(args.runs))}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Say what a folder holds. Raises `ParameterError` (after saying it) when its weights do not fit its configuration."""
+    from .models.checkpoint import inspect as look  # torch is not needed by most other commands
+
+    found = look(args.folder)
+    print(json.dumps(asdict(found), indent=1) if args.json else found)
+    if not found.loads:
+        raise ParameterError(f"{args.folder} cannot be loaded: its weights do not fit its config.json (see the keys above).")
 
 
 def train_tiny(args: argparse.Namespace) -> None:

@@ -142,7 +142,8 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
         gumbel = -(-torch.rand(count, n, generator=generator).clamp(min=1e-20).log()).clamp(min=1e-20).log()
         temperature *= 1 - ratio
         score = confidence.clamp(min=1e-20).log() + temperature * gumbel
-        m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=math.floor(n * math.cos(math.pi / 2 * ratio))).clamp(min=1, max=n - 1)
+        left = int(n * torch.cos(torch.tensor(ratio) * math.pi / 2))   # in float32, whose rounding decides at whole numbers
+        m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=left).clamp(min=1, max=n - 1)
         unknown = (score < score.sort(-1).values.gather(-1, m)) & ~untouched
         codes = sampled
     return codes

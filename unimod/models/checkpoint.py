@@ -32,7 +32,8 @@ from ..router import RouterConfig
 from . import chameleon, emu3, janus, showo
 from .backbone import UnifiedModel
 from .family import Family
-from .image_tokenizer import ImageTokenizer, load_image_tokenizer, stock_image_tokenizer
+from .image_tokenizer import CONFIG_FILE, ImageTokenizer, load_image_tokenizer, stock_image_tokenizer
+from .layout import Layout
 from .text import HubText, Text, WordTokenizer
 from .weights import CheckpointError, Weights, compare, fill, read_json
 
@@ -91,10 +92,10 @@ def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None
     _room(folder, weights, family, dtype, torch.device(device))
     if text_budget is not None:
         config = {**config, "text_budget": text_budget}
-    layout = family.layout(config, _text(folder, config, family, text))
+    layout = _layout(folder, config, family, text)
     with _empty(device, dtype):
         model = family.build(config, layout, weights.shapes)
-    fill(model, weights, family.ours)
+    fill(model, weights, family.ours, family.theirs)
     _load_routers(folder, model)
     inside = stock_image_tokenizer(weights.under("model.vqmodel.") or weights.under("vqmodel."))
     if image_tokenizer is not None or (folder / "image_tokenizer").is_dir():
@@ -193,10 +194,10 @@ def inspect(folder: str | Path) -> Inspection:
     folder = Path(folder)
     family, config = _recognise(folder)
     weights = Weights(folder)
-    layout = family.layout(config, _text(folder, config, family, None))
+    layout = _layout(folder, config, family, None)
     with torch.device("meta"):
         model = family.build(config, layout, weights.shapes)
-    _, problems = compare(model.state_dict(), weights, family.ours)
+    _, problems = compare(model.state_dict(), weights, family.ours, family.theirs)
     count = sum(p.numel() for p in model.parameters())
     plan = CapacityPlan.load(folder / "plan.yaml") if (folder / "plan.yaml").exists() else None
     inside = next((name for name in ("model.vqmodel.", "vqmodel.") if len(weights.under(name))), None)
@@ -211,13 +212,28 @@ def inspect(folder: str | Path) -> Inspection:
 
 
 def _recognise(folder: Path) -> tuple[Family, dict]:
+    expected = "; ".join(f.folder for f in FAMILIES)
+    if not (folder / "config.json").is_file():
+        if (folder / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{folder} holds a picture tokenizer, not a model; give it as image_tokenizer= beside a model's folder.")
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing" if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder / 'config.json'} is missing; found: {found}. Expected a model's folder: {expected}.")
     config = read_json(folder / "config.json")
     for family in FAMILIES:
         if family.recognises(config):
             return family, config
     says = {k: config[k] for k in ("_class_name", "model_type", "architectures") if k in config} or f"the settings {', '.join(sorted(config)[:8])}"
-    raise CheckpointError(f"{folder / 'config.json'} is not of a model that is known here: it says {says}. Expected one of: "
-                          f"{'; '.join(f.folder for f in FAMILIES)}.")
+    raise CheckpointError(f"{folder / 'config.json'} is not of a model that is known here: it says {says}. Expected one of: {expected}.")
+
+
+def _layout(folder: Path, config: dict, family: Family, text: str | Path | Text | None) -> Layout:
+    try:
+        return family.layout(config, _text(folder, config, family, text))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} has a setting of the wrong kind ({type(error).__name__}: {error}). "
+                              "Use the config.json that belongs to the weights.") from None
 
 
 def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | None) -> Text:

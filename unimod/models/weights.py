@@ -2,7 +2,7 @@
 
     weights = Weights(folder)              # CheckpointError when there is nothing to read, a shard is missing, a file damaged
     weights.shapes["lm_head.weight"]       # (58498, 2048)
-    fill(module, weights, rename)          # into the module's own device and dtype
+    fill(module, weights, ours)            # into the module's own device and dtype
 
 Understood are safetensors and torch's own files (read with `weights_only`, so that no code in a pickle ever runs), each whole or
 in shards with an index.
@@ -117,16 +117,18 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def compare(expected: dict[str, Tensor], weights: Weights, rename: Callable[[str], str | None]) -> tuple[dict[str, str], dict[str, list[str]]]:
+def compare(expected: dict[str, Tensor], weights: Weights, ours: Callable[[str], str | None],
+            theirs: Callable[[str], str] = str) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Which file key fills which entry of a state dict, and what does not fit.
 
-    rename: file key -> key of the state dict, or None for what belongs to another part. Returns {state key: file key} and the lists
-    "missing" (state keys), "unexpected" (file keys) and "shape" (sentences).
+    ours: file key -> key of the state dict, or None for what belongs to another part; theirs: back again. Returns {state key: file
+    key} and the lists "missing", "unexpected" (file keys) and "shape" (sentences).
     """
-    source = {ours: key for key in weights.shapes if (ours := rename(key)) is not None}
+    source = {entry: key for key in weights.shapes if (entry := ours(key)) is not None}
     wrong = [f"{source[k]} has shape {list(weights.shapes[source[k]])}, config.json asks for {list(expected[k].shape)}"
              for k in sorted(expected.keys() & source.keys()) if not _fits(tuple(expected[k].shape), weights.shapes[source[k]])]
-    return source, {"missing": sorted(expected.keys() - source.keys()), "unexpected": sorted(source[k] for k in source.keys() - expected.keys()),
+    missing = sorted(theirs(k) for k in expected.keys() - source.keys())
+    return source, {"missing": missing, "unexpected": sorted(source[k] for k in source.keys() - expected.keys()),
                     "shape": wrong}
 
 
@@ -135,13 +137,13 @@ def _fits(asked: tuple[int, ...], found: tuple[int, ...]) -> bool:
     return asked == found or (len(asked) == 2 and found == (*asked, 1, 1))
 
 
-def fill(module: nn.Module, weights: Weights, rename: Callable[[str], str | None]) -> None:
-    """Copy the weights into a module tensor by tensor, to its own device and dtype.
+def fill(module: nn.Module, weights: Weights, ours: Callable[[str], str | None], theirs: Callable[[str], str] = str) -> None:
+    """Copy the weights into a module tensor by tensor, to its own device and dtype. The names are as in `compare`.
 
     Raises `CheckpointError` when an entry is missing, unexpected or of another shape; the module is untouched then.
     """
     own = module.state_dict(keep_vars=True)
-    source, problems = compare(own, weights, rename)
+    source, problems = compare(own, weights, ours, theirs)
     said = [f"{len(entries)} {label} ({'; '.join(entries[:3])}{'; ...' if len(entries) > 3 else ''})" for label, entries in
             (("missing", problems["missing"]), ("unexpected", problems["unexpected"]), ("of another shape", problems["shape"])) if entries]
     if said:
