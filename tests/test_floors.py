@@ -13,7 +13,7 @@ FLOORS = [
     ("ops",),
     ("plan", "router", "layers"),
     ("models",),
-    ("data", "flops", "capture", "generate", "train", "evaluate", "analysis"),
+    ("data", "flops", "capture", "generate", "train", "evaluate", "analysis", "presets"),
     ("bench", "tiny", "session", "arms", "run", "teach", "views"),
     ("request", "execute", "report", "workbook", "__main__"),
 ]

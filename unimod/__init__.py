@@ -8,7 +8,8 @@ from importlib import import_module
 _HOME = {
     "Packed": "tokens", "pack": "tokens", "Task": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "router", "Routing": "router",
     "TaskRouter": "router", "MoDLayer": "layers", "apply_mod": "layers", "remove_mod": "layers", "from_pretrained": "models.checkpoint",
-    "shipped": "models.checkpoint", "capture": "capture", "train": "train",
+    "save_pretrained": "models.checkpoint", "inspect": "models.checkpoint", "shipped": "models.checkpoint", "answer": "generate", "draw": "generate",
+    "extend": "generate", "calibrate": "generate", "capture": "capture", "train": "train",
 }
 __all__ = sorted(_HOME)
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m unimod {list,check,run,report,inspect,train-tiny}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,inspect,plan,train-tiny}`; each command explains itself with --help.
 
     python -m unimod run all -f params/default.yaml
 """
@@ -39,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = add(commands, "inspect", inspect, "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing")
     command.add_argument("folder", help="folder with config.json and the weights")
+    command.add_argument("--json", action="store_true", help="as one JSON object")
+
+    command = add(commands, "plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
+    command.add_argument("plan", help="a maker (last_half, interleaved, paper_showo, paper_emu3, dense) or a YAML file")
+    command.add_argument("--model", required=True, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
+    command.add_argument("--saving", type=float, default=0.3, help="share of the stack that a maker should save (default 0.3)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
@@ -107,6 +113,28 @@ def inspect(args: argparse.Namespace) -> None:
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if not found.loads:
         raise ParameterError(f"{args.folder} cannot be loaded: its weights do not fit its config.json (see the keys above).")
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Print a plan and its savings."""
+    from .flops import savings  # torch is not needed by most other commands
+    from .plan import make_plan
+    from .presets import preset
+
+    model, rows = preset(args.model)
+    tokens = {row.task.name.lower(): len(row.ids) for row in rows}
+    plan = make_plan(args.plan, len(model.layers), args.saving)
+    saved = asdict(savings(model, plan, rows))
+    if args.json:
+        print(json.dumps({"model": args.model, "plan": args.plan, "layers": plan.layers, "tokens": tokens,
+                          "capacity": plan.capacity, "savings": saved}))
+        return
+    print(plan)
+    print(f"kinds  {' '.join(plan.kind(i) for i in range(plan.layers))}")
+    print(f"on {args.model}, one row of {' and one of '.join(f'{n} {task} tokens' for task, n in tokens.items())}:")
+    for name, what in (("paper", "kept tokens, as the paper counts"), ("full", "with attention's quadratic term, routers, head, text that is kept by rule"),
+                       ("measured", "torch's counter, forward and backward")):
+        print(f"  {name:9s} {saved[name]:6.1%} saved   {what}")
 
 
 def train_tiny(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a batch costs, counted from host-known sizes: no forward is needed and nothing is measured.
+"""What a batch costs, counted from host-known sizes: no forward is needed; `measured` asks torch's own counter for comparison.
 
     cost = count(model, packed)
     cost.stack, cost.total, cost.dense_stack, cost.dense_total          # forward FLOPs
@@ -11,14 +11,18 @@ the head 2 D V per labelled token. Norms, activations and the embedding lookup a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from .layers import MoDLayer
-from .models.backbone import UnifiedModel
-from .tokens import Packed, Segment
+from .layers import MoDLayer, apply_mod, remove_mod
+from .models.backbone import UnifiedModel, losses
+from .plan import CapacityPlan
+from .router import RouterConfig
+from .tokens import Packed, Segment, TokenSequence, pack
 
 BACKWARD = 2
 """A backward pass costs twice its forward."""
@@ -71,6 +75,41 @@ def count(model: UnifiedModel, packed: Packed) -> Cost:
         dense += _layer(layer.layer if routed else layer, [(s, s.length) for s in packed.segments])
     head = 2.0 * model.head.weight.numel() * sum(packed.target_counts)
     return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers))
+
+
+def measured(model: UnifiedModel, rows: Sequence[TokenSequence]) -> float:
+    """FLOPs of real forwards and backwards, one per row, as torch's counter sees them on the meta device: all shapes, no numbers.
+
+    The model may be on any device; a copy is used where it holds numbers.
+    """
+    model = model if model.device.type == "meta" else deepcopy(model).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        for row in rows:
+            losses(model, pack([row]).to("meta")).total.backward()
+    return float(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Share of FLOPs that a plan saves on a batch, three ways."""
+
+    paper: float
+    """Kept tokens per layer, both tasks weighing the same: quadratic term, head and kept-by-rule tokens ignored (as the paper counts)."""
+    full: float
+    """`count`: attention's quadratic term, routers and head included; tokens kept by rule count as kept."""
+    measured: float
+    """`measured`: torch's counter, forward and backward."""
+
+
+def savings(model: UnifiedModel, plan: CapacityPlan, rows: Sequence[TokenSequence], config: RouterConfig | None = None) -> Savings:
+    """What a plan saves on rows of a dense model, which is left as it was. Raises `ParameterError` as `apply_mod`."""
+    dense = measured(model, rows)
+    apply_mod(model, plan, config)
+    try:
+        cost, routed = count(model, pack(rows)), measured(model, rows)
+    finally:
+        remove_mod(model)
+    return Savings((plan.saving("t2i") + plan.saving("mmu")) / 2, 1 - cost.total / cost.dense_total, 1 - routed / dense)
 
 
 def _layer(layer: nn.Module, kept: Iterable[tuple[Segment, int]]) -> float:

@@ -176,20 +176,21 @@ def slots_of(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, by: int, **options: object) -> Tensor:
     """Extrapolate pictures by masked decoding: codes int64 [B, h, w] grow by `by` rows or columns on a side.
 
-    The model's window keeps the picture's edge and draws the rest; options go to `draw`. Raises ValueError for an unknown side or
-    more than the window has.
+    A window keeps the picture's edge and draws the rest: the whole picture, or as much of it along the growth as the model's own grid
+    has. Options go to `draw`. Raises ValueError for an unknown side or no less than the window.
     """
-    b, h, w = codes.shape
     along = 1 if side in ("top", "bottom") else 2
-    if side not in SIDES or not 0 < by < codes.shape[along]:
-        raise ValueError(f"side={side!r}, by={by}: side is one of {', '.join(SIDES)}, and by is less than the picture's {codes.shape[along]} slots.")
+    size = min(codes.shape[along], model.layout.grid[along - 1])
+    if side not in SIDES or not 0 < by < size:
+        raise ValueError(f"side={side!r}, by={by}: side is one of {', '.join(SIDES)}, and by is less than the window's {size} slots.")
     first = side in ("left", "top")
-    edge = codes.narrow(along, 0 if first else by, codes.shape[along] - by)
+    edge = codes.narrow(along, 0 if first else codes.shape[along] - size + by, size - by)
     fresh = torch.zeros_like(codes.narrow(along, 0, by))
     order = (fresh, edge) if first else (edge, fresh)
     masked = torch.cat([torch.full_like(x, x is fresh, dtype=torch.bool) for x in order], along)
-    window = draw(model, captions, codes=torch.cat(order, along).flatten(1), masked=masked.flatten(1), grid=(h, w), **options).view(b, h, w)
-    new = window.narrow(along, 0 if first else codes.shape[along] - by, by)
+    known = torch.cat(order, along)
+    window = draw(model, captions, codes=known.flatten(1), masked=masked.flatten(1), grid=tuple(known.shape[1:]), **options).view(known.shape)
+    new = window.narrow(along, 0 if first else size - by, by)
     return torch.cat([new, codes] if first else [codes, new], along)
 
 

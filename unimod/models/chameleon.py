@@ -1,6 +1,8 @@
-"""Chameleon (and Lumina-mGPT, which has its architecture): transformers' stock model, causal, pictures as ids of one vocabulary.
+"""Chameleon: transformers' stock model, causal, pictures as ids of one vocabulary.
 
     model, _ = from_pretrained("chameleon-7b")              # config.json with model_type chameleon
+
+Lumina-mGPT has the same architecture and loads too, but writes a picture's size and line ends into its sequences, which is not done here.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocab
 
 from ..tokens import Task, TokenSequence, prefix_hi
 from .backbone import UnifiedModel
+from .emu3 import Emu3Layout
 from .family import Family, Shapes, setting, special_ids
 from .layout import Layout, Turns, shifted
 from .text import Text
+from .weights import CheckpointError
 
 NAMES = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "boi": "<racm3:break>", "eoi": "<eoss>", "sep": "<reserved08706>"}
 """Special tokens in the vocabulary map: begin and end of a picture, and what ends a turn."""
@@ -28,6 +32,7 @@ class ChameleonLayout(Layout):
     kind = "chameleon"
     causal_images = True
     drop_caption = 0.1
+    lm = Emu3Layout.lm
 
     def t2i(self, caption: str, codes: Tensor, *, prompt: bool = False) -> TokenSequence:
         """Text to image: [bos] text [sep] [boi] codes [eoi] [eos]; targets are the codes. `prompt`: as in `Emu3Layout.t2i`."""
@@ -45,31 +50,33 @@ class ChameleonLayout(Layout):
         target = shifted(full, torch.tensor([False] * len(head) + learned))
         return self._sequence(Task.MMU, full, prefix_hi(0, len(full)), target, [(len(head), "topk"), *parts])
 
-    def lm(self, text: str) -> TokenSequence:
-        """Plain text: [bos] text [eos], every next token a target."""
-        ids = torch.tensor([self.bos, *self.text.encode(text)[: self.text_budget], self.eos])
-        return self._sequence(Task.LM, ids, prefix_hi(0, len(ids)), shifted(ids, torch.ones_like(ids, dtype=torch.bool)), [(len(ids), "topk")])
-
     def _role(self) -> list[int]:
         return [self.sep]
 
 
 def _layout(config: dict, text: Text) -> ChameleonLayout:
-    ids = ChameleonImageVocabularyMapping(setting(config, "vocabulary_map")).img2bpe
-    code_ids = torch.tensor([ids[code] for code in range(len(ids))])
+    """Ids are the vocabulary map's: the released config.json gives <s> the id of <pad>."""
+    words = setting(config, "vocabulary_map")
+    named = {f"{name}_token_id": words[spelled] for name, spelled in NAMES.items() if spelled in words}
+    ids = ChameleonImageVocabularyMapping(words).img2bpe
+    if not ids or set(ids) != set(range(len(ids))):
+        raise CheckpointError(f"config.json's vocabulary_map names {len(ids)} picture codes (IMGIMG..Z); expected the codes 0, 1, ... without a gap.")
     side = math.isqrt(config.get("image_seq_length", 1024))
-    layout = ChameleonLayout(text, special_ids(config, NAMES, text), code_ids, config.get("grid", (side, side)), config.get("text_budget", 1024),
-                             setting(config, "vocab_size"))
+    layout = ChameleonLayout(text, special_ids({**config, **named}, NAMES, text), torch.tensor([ids[code] for code in range(len(ids))]),
+                             config.get("grid", (side, side)), config.get("text_budget", 1024), setting(config, "vocab_size"))
     layout.stop = layout.eos
     return layout
 
 
 def _build(config: dict, layout: ChameleonLayout, shapes: Shapes) -> UnifiedModel:
-    return UnifiedModel(ChameleonForConditionalGeneration(ChameleonConfig(**{**config, "attention_dropout": 0.0})), layout)
+    whole = ChameleonConfig(**config)
+    whole.dtype = whole.vq_config.dtype = None              # the parts, too, get the dtype that is asked for
+    whole.attention_dropout = 0.0
+    return UnifiedModel(ChameleonForConditionalGeneration(whole), layout)
 
 
 FAMILY = Family("chameleon", "Chameleon or Lumina-mGPT: config.json with model_type chameleon",
                 recognises=lambda config: config.get("model_type") == "chameleon",
-                text=lambda config: (config["vocab_size"], config.get("eos_token_id", 2), "</s>"), layout=_layout, build=_build,
+                text=lambda config: (setting(config, "vocab_size"), config.get("eos_token_id", 2), "</s>"), layout=_layout, build=_build,
                 describe=lambda model: {**model.lm.config.to_dict(), "grid": list(model.layout.grid), "text_budget": model.layout.text_budget},
                 prefixes={"": "lm."})

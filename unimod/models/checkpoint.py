@@ -146,6 +146,15 @@ def plan_of(model: UnifiedModel) -> CapacityPlan:
     return CapacityPlan({task: tuple(row[i] for row in rows) for i, task in enumerate(("t2i", "mmu", "lm"))})
 
 
+def outline(folder: str | Path) -> tuple[UnifiedModel, Family, Weights]:
+    """A folder's model on the meta device (shapes, no values), its family, and the weights it could be filled with. Raises `CheckpointError`."""
+    folder = Path(folder)
+    family, config = _recognise(folder)
+    weights, layout = Weights(folder), _layout(folder, config, family, None)
+    with torch.device("meta"):
+        return family.build(config, layout, weights.shapes), family, weights
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What a folder holds, found out without loading it."""
@@ -192,11 +201,7 @@ class Inspection:
 def inspect(folder: str | Path) -> Inspection:
     """Look at a folder: its kind, sizes, keys that do not fit, routers. Raises `CheckpointError` when it is not a model's."""
     folder = Path(folder)
-    family, config = _recognise(folder)
-    weights = Weights(folder)
-    layout = _layout(folder, config, family, None)
-    with torch.device("meta"):
-        model = family.build(config, layout, weights.shapes)
+    model, family, weights = outline(folder)
     _, problems = compare(model.state_dict(), weights, family.ours, family.theirs)
     count = sum(p.numel() for p in model.parameters())
     plan = CapacityPlan.load(folder / "plan.yaml") if (folder / "plan.yaml").exists() else None

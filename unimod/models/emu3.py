@@ -27,8 +27,6 @@ RELEASED = {"pad": 151643, "eol": 151846, "eof": 151847, "bos": 151849, "eos": 1
 NAMES = {"pad": "<|endoftext|>", "eol": "<|extra_200|>", "eof": "<|extra_201|>", "bos": "<|extra_203|>", "eos": "<|extra_204|>",
          "img": "<|image token|>", "boi": "<|image start|>", "eoi": "<|image end|>"}
 """Their names in the tokenizer; visual code c is "<|visual token cccccc|>", six digits."""
-POSITIVE = " masterpiece, film grained, best quality."
-"""What the released demonstration writes behind every caption that it draws."""
 
 
 def emu3_config(vocab_size: int = 184622, width: int = 4096, layers: int = 32, heads: int = 32, kv_heads: int = 8, ffn: int = 14336,
@@ -48,7 +46,7 @@ def grid_of(ratio: str, area: int = 518400, downsample: int = 8) -> tuple[int, i
     """
     try:
         w, h = (float(part) for part in ratio.split(":"))
-        side = math.sqrt(area / (w * h)) / downsample
+        side = math.sqrt(area / (w * h)) / downsample if w > 0 else math.nan
         return round(h * side), round(w * side)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"ratio {ratio!r} is not 'width:height' with two positive numbers, such as '4:3'.") from None
@@ -142,7 +140,7 @@ def _special(config: dict, text: Text | None = None) -> dict[str, int]:
 
 def _layout(config: dict, text: Text) -> Emu3Layout:
     special = _special(config, text)
-    offset = (config.get("vocabulary_map") or {}).get("<|visual token 000000|>", special["eoi"] + 1)
+    offset = config.get("image_offset", (config.get("vocabulary_map") or {}).get("<|visual token 000000|>", special["eoi"] + 1))
     codebook = _language(config).get("vocab_size", 184622) - offset
     return Emu3Layout(text, codebook, config.get("grid", (90, 90)), config.get("text_budget", 1024), special, offset)
 
@@ -154,7 +152,7 @@ def _build(config: dict, layout: Emu3Layout, shapes: Shapes) -> UnifiedModel:
 def _describe(model: UnifiedModel) -> dict:
     layout = model.layout
     return {**model.lm.config.to_dict(), "architectures": ["Emu3ForCausalLM"], **{f"{name}_token_id": layout.special[name] for name in SPECIAL},
-            "grid": list(layout.grid), "text_budget": layout.text_budget}
+            "image_offset": layout.image_offset, "grid": list(layout.grid), "text_budget": layout.text_budget}
 
 
 def _text(config: dict) -> tuple[int, int, str]:

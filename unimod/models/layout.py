@@ -77,10 +77,11 @@ class Layout:
         names = {v: k for k, v in self.special.items()}
         return f"<|{names[i].removesuffix('_task')}|>" if i in names else self.text.token(i)
 
-    def _turns(self, turns: Turns, ask: Callable[[int, str], str], open_ended: bool) -> tuple[list[int], list[bool], list[tuple[int, str]]]:
+    def _turns(self, turns: Turns, ask: Callable[[int, str], str], open_ended: bool,
+               budget: int | None = None) -> tuple[list[int], list[bool], list[tuple[int, str]]]:
         """Write a conversation: ids, which of them are learned (an answer and its stop token), and parts.
 
-        A conversation is cut at text_budget tokens; not so with `open_ended`, where the last answer is left for the model to go on
+        A conversation is cut at `budget` tokens (default: text_budget); not so with `open_ended`, where the last answer is left for the model to go on
         from. From the answer's role (" ASSISTANT:") on a turn is text that decoding generates: routed layers keep it, and every
         question competes among its own tokens, so that no choice depends on a token still to come.
         """
@@ -93,7 +94,7 @@ class Layout:
             ids += asked + role + said
             learned += [False] * (len(asked) + len(role)) + [True] * len(said)
             parts += [(len(asked), "topk"), (len(role) + len(said), "keep")]
-        end = len(ids) if open_ended else self.text_budget
+        end = len(ids) if open_ended else self.text_budget if budget is None else budget
         return ids[:end], learned[:end], _cut(parts, end)
 
     def _role(self) -> list[int]:

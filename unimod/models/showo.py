@@ -11,7 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import CLIPVisionModel, PhiConfig, PhiForCausalLM
 
 from ..tokens import FEATURE, IGNORE, Modality, Task, TokenSequence, prefix_hi, suffix_hi
 from .backbone import UnifiedModel
@@ -40,6 +40,16 @@ def showo_config(vocab_size: int = 58498, width: int = 2048, layers: int = 24, h
 def clip_projector(features: int, width: int) -> nn.Sequential:
     """The projector of the CLIP-ViT variant (`mm_projector`): linear, exact GELU, linear."""
     return nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+
+
+@torch.no_grad()
+def clip_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
+    """What the CLIP-ViT variant sees of pictures: the patches of the last layer but one.
+
+    tower: openai/clip-vit-large-patch14-336 in the released models; pixels: float [B, 3, H, W], as its image processor makes them.
+    Returns [B, F, D_v] (there 576 x 1024), one row of which is `ShowoLayout.mmu`'s picture.
+    """
+    return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
 
 
 class ShowoLayout(Layout):
@@ -80,12 +90,20 @@ class ShowoLayout(Layout):
         """A conversation about a picture, as in LLaVA: the picture's prefix, then "USER: q ASSISTANT: a" [eot] per turn.
 
         picture: codes int64 [N], or features float [F, D_v] of a vision tower (the CLIP-ViT variant, with the `system` prompt
-        it was tuned with: `SYSTEM_PROMPT`). Targets are the answers and their eot; a conversation is cut at T tokens, but not an
-        `open_ended` one, whose last answer is left for the model to go on from (its text so far may be empty).
+        it was tuned with: `SYSTEM_PROMPT`). Targets are the answers and their eot; a conversation is cut at T tokens, beside features
+        where the row is as long as those of the other tasks, but not an `open_ended` one, whose last answer is left for the model to
+        go on from (its text so far may be empty). Raises ValueError when features leave no room.
         """
-        ids, learned, parts = self._turns(turns, lambda _, question: f"USER: {question}", open_ended)
+        prompt, budget = [], self.text_budget
         if picture.is_floating_point():
-            return self._with_features(picture, self.text.encode(system) if system else [], ids, learned, parts)
+            prompt = self.text.encode(system) if system else []
+            budget += self.image_tokens - len(picture) - len(prompt)
+            if budget < 1 and not open_ended:
+                raise ValueError(f"{len(picture)} features and {len(prompt)} tokens of system prompt leave no room for a conversation in rows of "
+                                 f"{self.text_budget} + {self.image_tokens} + 3 tokens; load the model with a larger text_budget (Show-o's own: 512 or 576).")
+        ids, learned, parts = self._turns(turns, lambda _, question: f"USER: {question}", open_ended, budget)
+        if picture.is_floating_point():
+            return self._with_features(picture, prompt, ids, learned, parts)
         return self._with_codes(picture, ids, learned, parts)
 
     def mmu_caption(self, codes: Tensor, text: str, open_ended: bool = False) -> TokenSequence:
