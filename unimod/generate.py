@@ -72,7 +72,7 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
         said: list[list[int]] = [[] for _ in growing.rows]
         live, hidden = list(range(len(said))), growing.hidden
         for left in reversed(range(max_new)):
-            chosen = _pick(model.head(hidden).float().cpu(), top_k, temperature, generator)
+            chosen = _pick(model.text_logits(hidden).cpu(), top_k, temperature, generator)
             going = [j for j, token in enumerate(chosen.tolist()) if token != model.layout.stop]
             live, chosen = [live[j] for j in going], chosen[going]
             for i, token in zip(live, chosen.tolist()):

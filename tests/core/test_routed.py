@@ -50,6 +50,19 @@ def test_capacity_one_and_identity_layers_change_nothing(model, packed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("gate", ["tanh", "sigmoid", "raw"])
+def test_only_tokens_that_were_up_for_choice_are_weighted(model, packed, gate):
+    """Text that is kept by rule, and a task that the layer leaves dense, pass as in the dense layer: weight exactly 1."""
+    apply_mod(model, CapacityPlan({"mmu": [.5] + [1.0] * 7}), RouterConfig(gate=gate, std=0.5))
+    with record_routing() as log:
+        model(packed)
+    chosen = torch.cat([torch.full((s.length,), s.task == Task.MMU and s.rule != "keep") for s in log[0].segments])
+    assert chosen.any() and not chosen.all()
+    assert torch.equal(log[0].weight[~chosen], torch.ones(int((~chosen).sum())))
+    assert (log[0].weight[chosen] != 1).all()
+
+
+@torch.no_grad()
 def test_the_tanh_gate_starts_as_the_identity_of_the_layer(model, packed):
     apply_mod(model, CapacityPlan({"t2i": [.5] + [1.0] * 7}), RouterConfig(std=0.0))
     with record_routing() as log:

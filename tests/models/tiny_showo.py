@@ -33,13 +33,16 @@ CONFIG = ref.Config(layers=3, heads=4)
 
 
 def make_model(seed=0):
-    """Weights large enough that attention is not uniform, and none of them 0 or 1."""
+    """Weights large enough that neither attention nor the next token is near uniform, biases and gains that are not 0 or 1."""
     torch.manual_seed(seed)
     phi = showo_config(LAYOUT.vocab_size, width=64, layers=CONFIG.layers, heads=CONFIG.heads, ffn=128, max_positions=64)
     model = UnifiedModel(PhiForCausalLM(phi), LAYOUT, clip_projector(FEATURE_WIDTH, 64)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4) if p.ndim > 1 else p.add_(0.3 * torch.randn_like(p))
+        for layer in model.layers:
+            layer.self_attn.q_layernorm.weight.mul_(2)
+        model.head.weight.mul_(3)
     return model
 
 

@@ -135,6 +135,10 @@ class UnifiedModel(nn.Module):
         """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""
         return F.cross_entropy(self.head(hidden).float(), target, reduction="none")
 
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the vocabulary where an answer goes on, float32. hidden: [N, D]; returns [N, V]."""
+        return self.head(hidden).float()
+
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the picture codes, in their own order, float32. hidden: [N, D]; returns [N, codebook]."""
         at, bias = self.layout.codes_at, self.head.bias

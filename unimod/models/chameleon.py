@@ -26,6 +26,14 @@ NAMES = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "boi": "<racm3:break>", "e
 """Special tokens in the vocabulary map: begin and end of a picture, and what ends a turn."""
 
 
+class Chameleon(UnifiedModel):
+    """An answer never goes on with a picture code, as in transformers."""
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """As the base's, with picture codes at -inf."""
+        return super().text_logits(hidden).index_fill(1, self.layout.code_ids.to(hidden.device), -torch.inf)
+
+
 class ChameleonLayout(Layout):
     """Writes [bos] text with pictures as [boi] codes [eoi] inside; a turn ends in [sep], which the answer follows."""
 
@@ -72,7 +80,7 @@ def _build(config: dict, layout: ChameleonLayout, shapes: Shapes) -> UnifiedMode
     whole = ChameleonConfig(**config)
     whole.dtype = whole.vq_config.dtype = None              # the parts, too, get the dtype that is asked for
     whole.attention_dropout = 0.0
-    return UnifiedModel(ChameleonForConditionalGeneration(whole), layout)
+    return Chameleon(ChameleonForConditionalGeneration(whole), layout)
 
 
 FAMILY = Family("chameleon", "Chameleon or Lumina-mGPT: config.json with model_type chameleon",

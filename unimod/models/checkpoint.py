@@ -32,7 +32,7 @@ from ..router import RouterConfig
 from . import chameleon, emu3, janus, showo
 from .backbone import UnifiedModel
 from .family import Family
-from .image_tokenizer import CONFIG_FILE, ImageTokenizer, load_image_tokenizer, stock_image_tokenizer
+from .image_tokenizer import CONFIG_FILE, ImageTokenizer, load_image_tokenizer, stock_image_tokenizer, stock_kind
 from .layout import Layout
 from .text import HubText, Text, WordTokenizer
 from .weights import CheckpointError, Weights, compare, fill, read_json
@@ -97,10 +97,10 @@ def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None
         model = family.build(config, layout, weights.shapes)
     fill(model, weights, family.ours, family.theirs)
     _load_routers(folder, model)
-    inside = stock_image_tokenizer(weights.under("model.vqmodel.") or weights.under("vqmodel."))
     if image_tokenizer is not None or (folder / "image_tokenizer").is_dir():
-        return model.eval(), load_image_tokenizer(image_tokenizer or folder / "image_tokenizer")
-    return model.eval(), inside
+        return model.eval(), load_image_tokenizer(image_tokenizer or folder / "image_tokenizer").to(device)
+    inside = stock_image_tokenizer(weights.under("model.vqmodel.") or weights.under("vqmodel."))
+    return model.eval(), inside and inside.to(device)
 
 
 def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: ImageTokenizer | None = None) -> Path:
@@ -205,7 +205,7 @@ def inspect(folder: str | Path) -> Inspection:
     _, problems = compare(model.state_dict(), weights, family.ours, family.theirs)
     count = sum(p.numel() for p in model.parameters())
     plan = CapacityPlan.load(folder / "plan.yaml") if (folder / "plan.yaml").exists() else None
-    inside = next((name for name in ("model.vqmodel.", "vqmodel.") if len(weights.under(name))), None)
+    inside = next((name for name in ("model.vqmodel.", "vqmodel.") if stock_kind(weights.under(name).shapes)), None)
     routers = "routers.safetensors" if (folder / "routers.safetensors").exists() else "but routers.safetensors is missing"
     return Inspection(
         str(folder), family.name, len(model.layers), model.width, model.layout.vocab_size, model.layout.codebook_size, count,

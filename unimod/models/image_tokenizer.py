@@ -275,16 +275,25 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
     return found
 
 
-def stock_image_tokenizer(weights: Weights) -> ImageTokenizer | None:
-    """The tokenizer that released weights are of, its sizes read off their shapes; None when they are of no known kind."""
+def stock_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[type[ImageTokenizer], object] | None:
+    """The member that released weights of these shapes are of, and its config; None when they are of no known kind."""
     for module, member in MEMBERS.values():
         cls = getattr(importlib.import_module(module), member)
-        config = cls.config_of(weights.shapes)
+        config = cls.config_of(shapes)
         if config is not None:
-            tokenizer = cls(config)
-            fill(tokenizer.stored(), weights, cls.key_of)
-            return tokenizer.eval()
+            return cls, config
     return None
+
+
+def stock_image_tokenizer(weights: Weights) -> ImageTokenizer | None:
+    """The tokenizer that released weights are of, its sizes read off their shapes; None when they are of no known kind."""
+    found = stock_kind(weights.shapes)
+    if found is None:
+        return None
+    cls, config = found
+    tokenizer = cls(config)
+    fill(tokenizer.stored(), weights, cls.key_of)
+    return tokenizer.eval()
 
 
 def at_least_one(**values: int) -> None:
