@@ -15,9 +15,10 @@ from unimod.__main__ import main
 from unimod.data.batches import Batches
 from unimod.data.scenes import Scenes
 from unimod.layers import apply_mod
-from unimod.models import showo
+from unimod.models import emu3, showo
 from unimod.models.backbone import UnifiedModel
 from unimod.models.checkpoint import CheckpointError, NoText, build_model, from_pretrained, inspect, plan_of, save_pretrained, shipped
+from unimod.models.emu3_vq import EMU3, Emu3VQ
 from unimod.models.image_tokenizer import load_image_tokenizer
 from unimod.models.weights import Weights
 from unimod.plan import last_half
@@ -192,6 +193,27 @@ def test_the_real_show_o_has_the_notes_numbers():
     clip = on_meta(REAL_SHOWO | {"w_clip_vit": True})
     assert [tuple(p.shape) for p in clip.projector.parameters()] == [(2048, 1024), (2048,), (2048, 2048), (2048,)]
     assert round(sum(p.numel() for p in clip.parameters()) * 4 / 1e9, 2) == 5.82, "the size of the published file"
+
+
+def test_the_real_emu3_has_the_notes_numbers():
+    config = {"model_type": "Emu3", "vocab_size": 184622}
+    layout = emu3.FAMILY.layout(config, NoText(151643, 151643, ""))
+    with torch.device("meta"):
+        model, vision = emu3.FAMILY.build(config, layout, {}), Emu3VQ(EMU3)
+    pattern = {}
+    for key, value in model.state_dict().items():
+        pattern.setdefault(re.sub(r"\.\d+\.", ".N.", emu3.FAMILY.theirs(key)), set()).add(tuple(value.shape))
+    layer = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
+             "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336), "input_layernorm": (4096,),
+             "post_attention_layernorm": (4096,)}
+    expected = {f"model.layers.N.{name}.weight": {shape} for name, shape in layer.items()}
+    expected |= {"model.embed_tokens.weight": {(184622, 4096)}, "model.norm.weight": {(4096,)}, "lm_head.weight": {(184622, 4096)}}
+    assert pattern == expected, "BAAI's own names; the two others differ in their beginnings"
+    for key in ("model.text_model.layers.3.mlp.up_proj.weight", "text_model.model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"):
+        assert emu3.FAMILY.ours(key) == "lm.model.layers.3.mlp.up_proj.weight"
+    assert len(model.layers) == 32 and round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 8.49
+    assert Emu3VQ.config_of({k: tuple(v.shape) for k, v in vision.stored().state_dict().items()}) == EMU3
+    assert round(sum(p.numel() for p in vision.parameters()) / 1e6) == 271
 
 
 # ---- wrong folders ----
