@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
-    command.add_argument("plan", help="a maker (last_half, interleaved, paper_showo, paper_emu3, dense) or a YAML file")
+    command.add_argument("plan", help="a maker (last_half, interleaved, random, cosine_decay, paper_showo, paper_emu3, dense) or a YAML file")
     command.add_argument("--model", required=True, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
     command.add_argument("--saving", type=float, default=0.3, help="share of the stack that a maker should save (default 0.3)")
     command.add_argument("--json", action="store_true", help="as one JSON object")

@@ -17,7 +17,9 @@ MMU layer, for both a Shared layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +120,20 @@ def interleaved(layers: int, saving: float = 0.3) -> CapacityPlan:
     return _uniform(layers, range(1, layers, 2), saving)
 
 
+def random_layers(layers: int, saving: float = 0.3, seed: int = 0) -> CapacityPlan:
+    """Half of the layers, drawn by `seed`, at one capacity: a control for every rule that chooses layers."""
+    return _uniform(layers, sorted(random.Random(seed).sample(range(layers), layers // 2)), saving)
+
+
+def cosine_decay(layers: int, saving: float = 0.0) -> CapacityPlan:
+    """p-MoD's falling capacity (arXiv 2412.04449): c_l = 0.5 cos(pi l / (L - 1)) + 0.5, dense above 0.85 and at least 0.15.
+
+    The formula fixes what is saved; `saving` has no effect.
+    """
+    falling = [0.5 * math.cos(math.pi * i / max(1, layers - 1)) + 0.5 for i in range(layers)]
+    return CapacityPlan({task: [1.0 if c > 0.85 else max(0.15, c) for c in falling] for task in TASKS})
+
+
 def dense(layers: int, saving: float = 0.0) -> CapacityPlan:
     """Every layer keeps every token; `saving` is accepted as by the other makers and has no effect."""
     return CapacityPlan({TASKS[0]: (1.0,) * layers})
@@ -140,18 +156,18 @@ def paper_emu3(layers: int = 32, saving: float = 0.4) -> CapacityPlan:
     return CapacityPlan({task: [1.0] * half + [0.2] * (layers - half) for task in ("t2i", "mmu")})
 
 
-def from_arank(arank: Mapping[str, list[float]], saving: float = 0.3) -> CapacityPlan:
+def from_arank(arank: Mapping[str, list[float]], saving: float = 0.3, highest: bool = False) -> CapacityPlan:
     """The layer switch of UniMoD with its missing formula stated.
 
     arank: per task, one number per layer: ARank divided by the sequence length. For each task the half of the layers with
     the lowest values is routed; their capacities are proportional to ARank, c_l = clip(s * a_l, FLOOR, 1), and s is found by
-    bisection so that the task saves exactly `saving` (or as much as half the layers can give). Raises `ParameterError` when
-    half of the layers cannot save that much.
+    bisection so that the task saves exactly `saving`. With `highest` the other half of the layers is routed: the control that
+    tells whether a low rank is what makes a layer cheap to skip. Raises `ParameterError` when half of the layers cannot save that much.
     """
     rows = {}
     for task, values in arank.items():
         layers = len(values)
-        chosen = sorted(range(layers), key=lambda i: values[i])[: layers // 2]
+        chosen = sorted(range(layers), key=lambda i: values[i], reverse=highest)[: layers // 2]
         if saving * layers > len(chosen) * (1 - FLOOR):
             raise ParameterError(f"saving={saving:g} is more than half of the layers can save; ask for less than {len(chosen) * (1 - FLOOR) / layers:.2f}.")
         low, high = 0.0, 1 / max(min(values), 1e-9)
@@ -164,7 +180,8 @@ def from_arank(arank: Mapping[str, list[float]], saving: float = 0.3) -> Capacit
 
 
 MAKERS: dict[str, Callable[..., CapacityPlan]] = {
-    "dense": dense, "last_half": last_half, "interleaved": interleaved, "paper_showo": paper_showo, "paper_emu3": paper_emu3,
+    "dense": dense, "last_half": last_half, "interleaved": interleaved, "random": random_layers, "cosine_decay": cosine_decay,
+    "paper_showo": paper_showo, "paper_emu3": paper_emu3,
 }
 
 
@@ -183,7 +200,7 @@ def make_plan(name_or_file: str, layers: int, saving: float = 0.3) -> CapacityPl
     return plan
 
 
-def _uniform(layers: int, where: range, saving: float) -> CapacityPlan:
+def _uniform(layers: int, where: Sequence[int], saving: float) -> CapacityPlan:
     kept = 1 - saving * layers / len(where)
     if kept < FLOOR:
         raise ParameterError(f"saving={saving:g} is more than {len(where)} of {layers} layers can save; "

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimod.config import ParameterError
-from unimod.plan import CapacityPlan, from_arank, interleaved, last_half, make_plan, paper_emu3, paper_showo
+from unimod.plan import CapacityPlan, cosine_decay, from_arank, interleaved, last_half, make_plan, paper_emu3, paper_showo, random_layers
 
 
 def test_the_papers_runs_save_what_the_paper_counts():
@@ -15,7 +15,7 @@ def test_the_papers_runs_save_what_the_paper_counts():
     assert showo.kind(0) == "dense" and showo.kind(12) == "T2I" and showo.kind(23) == "Shared"
 
 
-@pytest.mark.parametrize("maker", [last_half, interleaved])
+@pytest.mark.parametrize("maker", [last_half, interleaved, random_layers])
 def test_makers_save_what_they_are_asked_for(maker):
     plan = maker(8, 0.3)
     assert all(plan.saving(t) == pytest.approx(0.3) for t in plan.capacity) and len(plan.routed()) == 4
@@ -23,15 +23,26 @@ def test_makers_save_what_they_are_asked_for(maker):
         maker(8, 0.49)
 
 
-@given(st.lists(st.floats(0.05, 1), min_size=8, max_size=8), st.lists(st.floats(0.05, 1), min_size=8, max_size=8), st.sampled_from([0.1, 0.2, 0.3]))
-def test_arank_plans_meet_the_budget_in_the_lowest_half(t2i, mmu, saving):
-    plan = from_arank({"t2i": t2i, "mmu": mmu}, saving)
+@given(st.lists(st.floats(0.05, 1), min_size=8, max_size=8), st.lists(st.floats(0.05, 1), min_size=8, max_size=8), st.sampled_from([0.1, 0.2, 0.3]), st.booleans())
+def test_arank_plans_meet_the_budget_in_the_lowest_or_the_highest_half(t2i, mmu, saving, highest):
+    plan = from_arank({"t2i": t2i, "mmu": mmu}, saving, highest)
     for task, values in (("t2i", t2i), ("mmu", mmu)):
         assert plan.saving(task) == pytest.approx(saving, abs=1e-6)
         routed = [i for i, c in enumerate(plan.capacity[task]) if c < 1]
-        assert len(routed) <= 4 and max(values[i] for i in routed) <= sorted(values)[3]
+        assert len(routed) <= 4
+        assert min(values[i] for i in routed) >= sorted(values)[4] if highest else max(values[i] for i in routed) <= sorted(values)[3]
         order = sorted(routed, key=lambda i: values[i])
         assert all(plan.capacity[task][a] <= plan.capacity[task][b] + 1e-9 for a, b in zip(order, order[1:]))
+
+
+def test_random_layers_are_settled_by_their_seed():
+    assert random_layers(8, 0.3, 1) == random_layers(8, 0.3, 1) and len({random_layers(8, 0.3, seed).routed() for seed in range(5)}) > 1
+
+
+def test_the_cosine_of_p_mod_by_hand():
+    row = cosine_decay(9).capacity["mmu"]
+    assert row[:3] == (1, 1, 1) and row[4] == pytest.approx(0.5) and row[6] == row[8] == 0.15
+    assert row[3] == pytest.approx(0.5 * 0.3826834 + 0.5) and list(row) == sorted(row, reverse=True)
 
 
 def test_a_plan_survives_its_file(tmp_path):
