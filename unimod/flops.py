@@ -68,9 +68,9 @@ def count(model: UnifiedModel, packed: Packed) -> Cost:
     dense = 0.0
     for layer in model.layers:
         routed = isinstance(layer, MoDLayer)
-        segments = [(s, layer.router.kept(s)) for s in packed.segments] if routed else [(s, s.length) for s in packed.segments]
+        segments = list(zip(packed.segments, layer.router.kept(packed) if routed else [s.length for s in packed.segments]))
         stack += _layer(layer.layer if routed else layer, segments)
-        stack += 2 * layer.router.proj.weight.numel() * len(packed) if routed else 0
+        stack += layer.router.flops() * len(packed) if routed else 0
         kept_tokens += sum(k for _, k in segments)
         dense += _layer(layer.layer if routed else layer, [(s, s.length) for s in packed.segments])
     head = 2.0 * model.head.weight.numel() * sum(packed.target_counts)

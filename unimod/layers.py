@@ -9,7 +9,7 @@ The state dict keeps the backbone's stock keys; router keys stand beside them (`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class MoDLayer(nn.Module):
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
-    for kept tokens and x for all others.
+    for kept tokens and x for all others. A router whose gate is for the MLP branch multiplies the output of `layer.mlp` instead.
     """
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
@@ -58,8 +58,20 @@ class MoDLayer(nn.Module):
             return hidden_states
         x = hidden_states[:, i]
         cos, sin = position_embeddings
-        y = layer_output(self.layer(x, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs))
-        return hidden_states.index_copy(1, i, y + (routing.weight - 1)[:, None] * (y - x))
+        w, on_mlp = routing.weight[:, None].to(x.dtype), self.router.config.branch == "mlp"
+        with _scaled(self.layer.mlp, w) if on_mlp else nullcontext():
+            y = layer_output(self.layer(x, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs))
+        return hidden_states.index_copy(1, i, (y if on_mlp else y + (w - 1) * (y - x)).to(hidden_states.dtype))
+
+
+@contextmanager
+def _scaled(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Multiply what a module puts out while inside."""
+    hook = module.register_forward_hook(lambda _, args, out: out * weight)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def layer_output(out: Tensor | tuple) -> Tensor:
@@ -75,9 +87,14 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     """
     if plan.layers != len(model.layers):
         raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
+    config = config or RouterConfig()
+    first = None
     for i in plan.routed():
         old = model.layers[i]
         router = TaskRouter(model.width, plan.at(i), config).to(next(old.parameters()))
+        if config.across and config.score == "learned":
+            first = first or router
+            router.proj = first.proj
         model.layers[i] = MoDLayer(old, router, i).train(old.training)
     return model
 
@@ -87,6 +104,13 @@ def remove_mod(model: nn.Module) -> nn.Module:
     for i, layer in enumerate(model.layers):
         if isinstance(layer, MoDLayer):
             model.layers[i] = layer.layer
+    return model
+
+
+def train_routers_only(model: nn.Module) -> nn.Module:
+    """Freeze everything but the routers (Router-Tuning, arXiv 2410.13184), in place; returns the model."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(".router." in name)
     return model
 
 

@@ -11,31 +11,66 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ParameterError
 from .ops.select import segment_topk
-from .tokens import Packed, Segment, Task
+from .tokens import KINDS, Packed, Segment, Task
 
-GATES = ("tanh", "sigmoid", "raw")
+GATES = ("tanh", "sigmoid", "raw", "none")
+BRANCHES = ("update", "mlp")
+SCORES = ("learned", "random")
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens are scored and how the score enters the layer's update."""
+    """How tokens are scored, which of them may be dropped, and how the score enters the layer's update."""
 
     shared: bool = False
     """One router for all tasks (MoD) instead of one per task (UniMoD)."""
+    across: bool = False
+    """The same weights in all routed layers (gamma-MoD) instead of each layer's own."""
+    score: str = "learned"
+    """learned, or random: no weights, a fresh draw at every training step and every token kept in evaluation (TREAD)."""
+    hidden: int = 0
+    """Width of a hidden layer (SiLU); 0 scores by a linear map."""
+    normalised: bool = False
+    """Score the layer-normalised input instead of the raw one."""
     gate: str = "tanh"
-    """What multiplies the update: tanh 1 + gain * tanh(score) (p-MoD; the identity at the start), sigmoid(score), or the raw score (MoD)."""
+    """What multiplies the update: tanh 1 + gain * tanh(score) (p-MoD; the identity at the start), sigmoid(score), the raw score (MoD), or none: 1."""
+    branch: str = "update"
+    """What the gate multiplies: the whole update of the layer, or its MLP's part of it (gamma-MoD, p-MoD)."""
     gain: float = 0.2
     """Reach of the tanh gate."""
     std: float = 1.0e-3
     """Spread of the initial weights: exactly zero would tie in the top-k and keep the first tokens."""
+    keep: tuple[str, ...] = ()
+    """Tokens that are never dropped: any of `tokens.KINDS`. The capacity is of the others."""
 
     def __post_init__(self) -> None:
-        if self.gate not in GATES:
-            raise ParameterError(f"gate={self.gate!r} is not known. Allowed: {', '.join(GATES)}.")
+        object.__setattr__(self, "keep", tuple(self.keep))
+        for name, allowed in (("gate", GATES), ("branch", BRANCHES), ("score", SCORES)):
+            if getattr(self, name) not in allowed:
+                raise ParameterError(f"{name}={getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}.")
+        for kind in self.keep:
+            if kind not in KINDS:
+                raise ParameterError(f"keep={self.keep!r}: {kind!r} is not known. Allowed: {', '.join(KINDS)}.")
+        if self.hidden < 0:
+            raise ParameterError(f"hidden={self.hidden} is not a width. Give 0 for a linear map, or a positive number.")
+        if self.score == "random" and self.gate != "none":
+            raise ParameterError(f"gate={self.gate!r} needs a learned score; a random one goes with gate='none'.")
+
+
+PRESETS = {
+    "unimod": RouterConfig(),
+    "mod": RouterConfig(shared=True, gate="raw", std=0.02),
+    "gamma-mod": RouterConfig(shared=True, across=True, gate="sigmoid", branch="mlp", keep=("question",)),
+    "p-mod": RouterConfig(shared=True, branch="mlp", keep=("text", "special")),
+    "random": RouterConfig(score="random", gate="none"),
+}
+"""Published methods: UniMoD (arXiv 2502.06474), Mixture-of-Depths (2404.02258), gamma-MoD (2410.13859; its softmax over two logits is a sigmoid of
+their difference), p-MoD (2412.04449; without its scaling of skipped tokens) and random routing (2501.04765). The plan is chosen apart."""
 
 
 @dataclass(frozen=True)
@@ -58,41 +93,55 @@ class TaskRouter(nn.Module):
     """Scores and selects the tokens of one layer.
 
     `capacity` maps t2i, mmu and lm to the fraction of a segment that is kept; 1 leaves the task alone. The number kept is
-    known on the host: k = max(1, round(capacity * n)) of a segment of n tokens.
+    known on the host: of a segment with n tokens, a of which are never dropped, k = a + max(1, round(capacity * (n - a))).
     """
 
     def __init__(self, width: int, capacity: Mapping[str, float], config: RouterConfig | None = None) -> None:
         super().__init__()
         self.config = config or RouterConfig()
         self.capacity = tuple(capacity[task.name.lower()] for task in Task)
-        self.proj = nn.Linear(width, 1 if self.config.shared else len(Task))
-        nn.init.normal_(self.proj.weight, std=self.config.std)
-        nn.init.zeros_(self.proj.bias)
+        if self.config.score == "learned":
+            self.proj = scorer(width, self.config)
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
 
     def forward(self, h: Tensor, packed: Packed) -> Routing:
         """Route h: [T, D] under `packed`. Raises RuntimeError for a threshold segment before `calibrate` was called."""
-        scores = self.proj(h)                                                       # [T, 1] or [T, tasks]
-        score = scores[:, 0] if self.config.shared else scores.gather(1, packed.task[:, None])[:, 0]
-        lengths = tuple(s.length for s in packed.segments)
-        keep = tuple(self.kept(s) for s in packed.segments)
-        index, last = segment_topk(score.detach(), lengths, keep)
+        score = self.scores(h, packed)
+        lengths, keep = tuple(s.length for s in packed.segments), self.kept(packed)
+        always, _ = packed.always(self.config.keep)
+        ranked = score.detach().masked_fill(always, torch.inf)
+        index, last = segment_topk(ranked, lengths, keep)
         segments = tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
         if any(self._by_threshold(s) for s in packed.segments):
-            index, segments = self._apply_threshold(score.detach(), index, packed)
-        free = torch.tensor([self.capacity[s.task] < 1 and s.rule != "keep" for s in segments])
-        chosen = torch.repeat_interleave(free, torch.tensor([s.length for s in segments])).to(h.device)
+            index, segments = self._apply_threshold(ranked, index, packed)
+        free = torch.tensor([self._chooses(s) for s in segments])
+        chosen = torch.repeat_interleave(free, torch.tensor([s.length for s in segments])).to(h.device) & ~always[index]
         weight = torch.where(chosen, self._gate(score[index]), 1.0)
         return Routing(index, weight, score, segments, last)
 
-    def kept(self, segment: Segment) -> int:
-        """Tokens of the segment that are processed (before a threshold is applied)."""
-        if segment.rule != "topk" or segment.length == 0:
-            return segment.length
-        return max(1, math.floor(self.capacity[segment.task] * segment.length + 0.5))
+    def scores(self, h: Tensor, packed: Packed) -> Tensor:
+        """One score per token: [T]."""
+        if self.config.score == "random":
+            return torch.rand(len(packed), device=h.device, dtype=h.dtype)
+        scores = self.proj(F.layer_norm(h, h.shape[-1:]) if self.config.normalised else h)   # [T, 1] or [T, tasks]
+        return scores[:, 0] if self.config.shared else scores.gather(1, packed.task[:, None])[:, 0]
+
+    def kept(self, packed: Packed) -> tuple[int, ...]:
+        """Tokens of each segment that are processed (before a threshold is applied)."""
+        _, counts = packed.always(self.config.keep)
+        return tuple(a + max(1, math.floor(self.capacity[s.task] * (s.length - a) + 0.5)) if self._chooses(s) and s.rule == "topk" and a < s.length
+                     else s.length for s, a in zip(packed.segments, counts))
+
+    def flops(self) -> int:
+        """FLOPs of one token's scores."""
+        return sum(2 * p.numel() for p in self.parameters() if p.ndim > 1)
+
+    def _chooses(self, segment: Segment) -> bool:
+        """Whether a segment's tokens compete at all."""
+        return self.capacity[segment.task] < 1 and segment.rule != "keep" and (self.training or self.config.score != "random")
 
     def _by_threshold(self, segment: Segment) -> bool:
-        return segment.rule == "threshold" and self.capacity[segment.task] < 1
+        return segment.rule == "threshold" and self._chooses(segment)
 
     def _apply_threshold(self, score: Tensor, index: Tensor, packed: Packed) -> tuple[Tensor, tuple[Segment, ...]]:
         """Drop the tokens of threshold segments that score below their task's threshold; the sizes are read from the device."""
@@ -100,8 +149,7 @@ class TaskRouter(nn.Module):
         if torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
         stay, segments, at = torch.ones_like(index, dtype=torch.bool), [], 0
-        for s in packed.segments:
-            n = self.kept(s)
+        for s, n in zip(packed.segments, self.kept(packed)):
             if self._by_threshold(s):
                 stay[at:at + n] = score[index[at:at + n]] >= self.threshold[s.task]
             segments.append(replace(s, length=int(stay[at:at + n].sum())))
@@ -111,4 +159,13 @@ class TaskRouter(nn.Module):
     def _gate(self, score: Tensor) -> Tensor:
         if self.config.gate == "tanh":
             return 1 + self.config.gain * torch.tanh(score)
-        return torch.sigmoid(score) if self.config.gate == "sigmoid" else score
+        return {"sigmoid": torch.sigmoid, "raw": torch.Tensor.clone, "none": torch.ones_like}[self.config.gate](score)
+
+
+def scorer(width: int, config: RouterConfig) -> nn.Module:
+    """From a token's hidden state to one score, or to one per task: a linear map, or one behind a hidden layer."""
+    outputs = 1 if config.shared else len(Task)
+    last = nn.Linear(config.hidden or width, outputs)
+    nn.init.normal_(last.weight, std=config.std)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(width, config.hidden), nn.SiLU(), last) if config.hidden else last

@@ -52,6 +52,10 @@ threshold: each token for itself against a calibrated score; causal, for picture
 """
 
 
+KINDS = ("image", "text", "special", "question", "labelled")
+"""Kinds of tokens that a router may be told never to drop: of a modality, the text of an mmu row, or those that have a target."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of consecutive tokens of one row that compete for the same places in a routed layer."""
@@ -142,6 +146,18 @@ class Packed:
         """Targets per task, on the host."""
         return tuple(torch.bincount(self.task[self.labelled], minlength=len(Task)).tolist())
 
+    def always(self, kinds: tuple[str, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """The tokens of any of these `KINDS`: bool [T], and how many there are in each segment, on the host. Worked out once per batch."""
+        found: dict = self.__dict__.setdefault("_always", {})
+        if kinds not in found:
+            host = self.__dict__.get("_host", self)
+            mask = torch.zeros(len(host), dtype=torch.bool)
+            for kind in kinds:
+                mask |= _KIND[kind](host)
+            counts = tuple(int(part.sum()) for part in mask.split([s.length for s in host.segments])) if kinds else (0,) * len(host.segments)
+            found[kinds] = mask.to(self.ids.device), counts
+        return found[kinds]
+
     def take(self, idx: Tensor, segments: Seq[Segment]) -> Packed:
         """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
 
@@ -163,7 +179,7 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
         moved = replace(self, **{f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
-        moved.__dict__.update(labelled=self.labelled.to(device), target_counts=self.target_counts)
+        moved.__dict__.update(labelled=self.labelled.to(device), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
         return moved
 
     def __str__(self) -> str:
@@ -173,6 +189,15 @@ class Packed:
             targets = int((self.target[where] != IGNORE).sum())
             lines.append(f"{b:3d}  {task.name.lower():4s}  {self.lengths[b]:6d}  {count[0]:4d}  {count[1]:5d}  {count[2]:7d}  {targets:7d}")
         return "\n".join(lines)
+
+
+_KIND = {
+    "image": lambda p: p.modality == Modality.IMAGE,
+    "text": lambda p: p.modality == Modality.TEXT,
+    "special": lambda p: p.modality == Modality.SPECIAL,
+    "question": lambda p: (p.modality == Modality.TEXT) & (p.task == Task.MMU),
+    "labelled": lambda p: p.target != IGNORE,
+}
 
 
 def pack(sequences: Seq[TokenSequence]) -> Packed:

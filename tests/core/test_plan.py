@@ -23,7 +23,10 @@ def test_makers_save_what_they_are_asked_for(maker):
         maker(8, 0.49)
 
 
-@given(st.lists(st.floats(0.05, 1), min_size=8, max_size=8), st.lists(st.floats(0.05, 1), min_size=8, max_size=8), st.sampled_from([0.1, 0.2, 0.3]), st.booleans())
+ARANK = st.lists(st.floats(0.05, 1), min_size=8, max_size=8)
+
+
+@given(ARANK, ARANK, st.sampled_from([0.1, 0.2, 0.3]), st.booleans())
 def test_arank_plans_meet_the_budget_in_the_lowest_or_the_highest_half(t2i, mmu, saving, highest):
     plan = from_arank({"t2i": t2i, "mmu": mmu}, saving, highest)
     for task, values in (("t2i", t2i), ("mmu", mmu)):

@@ -111,7 +111,7 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
     folder, family = Path(folder), next(f for f in FAMILIES if f.name == model.layout.kind)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}           # a clone each: routers may share weights
     save_file({family.theirs(k): v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors", metadata={"format": "pt"})
     routed = [layer for layer in model.layers if isinstance(layer, MoDLayer)]
     if routed:
