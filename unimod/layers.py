@@ -9,8 +9,9 @@ The state dict keeps the backbone's stock keys; router keys stand beside them (`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class MoDLayer(nn.Module):
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
-    for kept tokens and x for all others. A router whose gate is for the MLP branch multiplies the output of `layer.mlp` instead.
+    for kept tokens and x for all others. A router whose gate is for the MLP branch puts the output of `layer.mlp` in place of y - x.
     """
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
@@ -41,6 +42,15 @@ class MoDLayer(nn.Module):
         self._parameters, self._buffers = layer._parameters, layer._buffers
         self._modules = {**layer._modules, "router": router}
         self.number = number
+        self.checkpointing_of(layer)
+        layer.gradient_checkpointing = False                # it is this layer, gate included, that is recomputed
+        self._mlp: Tensor | None = None
+        self._tap = layer.mlp.register_forward_hook(self._keep) if router.config.branch == "mlp" else None
+
+    def checkpointing_of(self, layer: nn.Module) -> None:
+        """Recompute in the backward pass as that layer does (transformers sets both attributes on every module)."""
+        self.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)
+        self._gradient_checkpointing_func = getattr(layer, "_gradient_checkpointing_func", None)
 
     def train(self, mode: bool = True) -> MoDLayer:
         """Also the layer that is not registered."""
@@ -58,20 +68,26 @@ class MoDLayer(nn.Module):
             return hidden_states
         x = hidden_states[:, i]
         cos, sin = position_embeddings
-        w, on_mlp = routing.weight[:, None].to(x.dtype), self.router.config.branch == "mlp"
-        with _scaled(self.layer.mlp, w) if on_mlp else nullcontext():
-            y = layer_output(self.layer(x, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs))
-        return hidden_states.index_copy(1, i, (y if on_mlp else y + (w - 1) * (y - x)).to(hidden_states.dtype))
+        run = partial(self._through, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
+        y, mlp = self._gradient_checkpointing_func(run, x) if self.gradient_checkpointing and self.training else run(x)
+        gated = y - x if mlp is None else mlp
+        return hidden_states.index_copy(1, i, (y + (routing.weight[:, None].to(x.dtype) - 1) * gated).to(x.dtype))
 
+    def _through(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """The layer's output on the kept tokens, and its MLP's where that is gated."""
+        y = layer_output(self.layer(x, **kwargs))
+        mlp, self._mlp = self._mlp, None
+        return y, mlp
 
-@contextmanager
-def _scaled(module: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Multiply what a module puts out while inside."""
-    hook = module.register_forward_hook(lambda _, args, out: out * weight)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def _keep(self, module: nn.Module, args: tuple, out: Tensor) -> None:
+        self._mlp = out
+
+    def release(self) -> nn.Module:
+        """The stock layer as it was before it was wrapped, with its present weights."""
+        if self._tap:
+            self._tap.remove()
+        MoDLayer.checkpointing_of(self.layer, self)
+        return self.layer
 
 
 def layer_output(out: Tensor | tuple) -> Tensor:
@@ -103,7 +119,7 @@ def remove_mod(model: nn.Module) -> nn.Module:
     """Put the stock layers back, in place; their weights are the ones trained meanwhile. Returns the model."""
     for i, layer in enumerate(model.layers):
         if isinstance(layer, MoDLayer):
-            model.layers[i] = layer.layer
+            model.layers[i] = layer.release()
     return model
 
 

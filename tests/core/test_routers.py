@@ -133,6 +133,17 @@ def test_routers_across_layers_are_one_and_survive_a_file(tmp_path, model, packe
     assert again.layers[5].router.config == PRESETS["gamma-mod"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_removed_without_a_trace(model, packed, name):
+    dense = model(packed)
+    stock = [(len(m._forward_hooks), len(m._modules)) for m in model.modules()]
+    apply_mod(model, last_half(8), PRESETS[name])
+    model(packed)
+    assert torch.equal(remove_mod(model)(packed), dense)
+    assert [(len(m._forward_hooks), len(m._modules)) for m in model.modules()] == stock
+
+
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "random"])
 def test_every_preset_trains_its_routers_and_saves_flops(model, packed, name):
     apply_mod(model, last_half(8), PRESETS[name])

@@ -1,0 +1,66 @@
+"""Routed models together with what people train with: checkpointing, bf16, deepcopy."""
+
+import copy
+
+import pytest
+import torch
+
+from unimod.layers import apply_mod, record_routing
+from unimod.models.backbone import losses
+from unimod.plan import last_half
+from unimod.router import PRESETS, RouterConfig
+
+
+def gradients(model, packed):
+    loss = losses(model, packed).total
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], PRESETS["random"]], ids=["unimod", "gamma-mod", "random"])
+def test_checkpointing_recomputes_routed_layers_with_the_same_tokens(model, packed, config, reentrant):
+    apply_mod(model, last_half(8), config).train()
+    torch.manual_seed(0)
+    loss, plain = gradients(model, packed)
+    ran = []
+    model.layers[5].layer.mlp.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape[1]))
+    model.lm.activation_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(0)
+    again, recomputed = gradients(model, packed)
+    assert len(ran) == 2 and ran[0] == ran[1] < len(packed), "forward and once more in the backward pass, both routed"
+    assert torch.equal(again, loss) and recomputed.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(recomputed[name], value, msg=lambda said, name=name: f"{name}: {said}")
+    model.lm.activation_checkpointing_disable()
+    ran.clear()
+    gradients(model, packed)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["p-mod"], RouterConfig(gate="sigmoid", hidden=8, normalised=True)],
+                         ids=["unimod", "p-mod", "hidden"])
+def test_autocast_and_bf16_weights_run_and_stay_near(model, packed, config):
+    for p in model.parameters():
+        p.data.mul_(0.5)
+    apply_mod(model, last_half(8), config).train()
+    loss, grads = gradients(model, packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses(model, packed).total
+    mixed.backward()
+    assert mixed.item() == pytest.approx(loss.item(), rel=0.05) and {n for n, p in model.named_parameters() if p.grad is not None} == grads.keys()
+    half = losses(copy.deepcopy(model).to(torch.bfloat16), packed).total
+    assert half.item() == pytest.approx(loss.item(), rel=0.05)
+
+
+def test_a_deepcopy_is_independent_and_equal(model, packed):
+    apply_mod(model, last_half(8), PRESETS["gamma-mod"]).eval()
+    twin = copy.deepcopy(model)
+    with torch.no_grad(), record_routing() as log:
+        before = model(packed)
+        assert torch.equal(twin(packed), before) and len(log) == 4
+        twin.layers[5].router.proj.weight.add_(1)
+        assert torch.equal(model(packed), before)
+        assert twin.layers[4].router.proj is twin.layers[7].router.proj, "shared routers stay shared in the copy"
