@@ -6,10 +6,9 @@ The names below are imported when they are first used, so that `import unimod` c
 from importlib import import_module
 
 _HOME = {
-    "Packed": "tokens", "pack": "tokens", "Task": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "router", "Routing": "router",
-    "TaskRouter": "router", "MoDLayer": "layers", "apply_mod": "layers", "remove_mod": "layers", "from_pretrained": "models.checkpoint",
-    "save_pretrained": "models.checkpoint", "inspect": "models.checkpoint", "shipped": "models.checkpoint", "answer": "generate", "draw": "generate",
-    "extend": "generate", "calibrate": "generate", "capture": "capture", "train": "train",
+    "pack": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "router", "apply_mod": "layers", "remove_mod": "layers",
+    "from_pretrained": "models.checkpoint", "save_pretrained": "models.checkpoint", "shipped": "models.checkpoint", "inspect": "models.checkpoint",
+    "answer": "generate", "draw": "generate", "extend": "generate", "capture": "capture", "train": "train",
 }
 __all__ = sorted(_HOME)
 

@@ -47,6 +47,9 @@ class RouterConfig:
     """Spread of the initial weights: exactly zero would tie in the top-k and keep the first tokens."""
     keep: tuple[str, ...] = ()
     """Tokens that are never dropped: any of `tokens.KINDS`. The capacity is of the others."""
+    predictor: bool = False
+    """A second scorer that learns, on a stopped gradient, whether the first will keep a token; it decides where a token must be judged by itself
+    (Mixture-of-Depths, section 3.5)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
@@ -58,8 +61,8 @@ class RouterConfig:
                 raise ParameterError(f"keep={self.keep!r}: {kind!r} is not known. Allowed: {', '.join(KINDS)}.")
         if self.hidden < 0:
             raise ParameterError(f"hidden={self.hidden} is not a width. Give 0 for a linear map, or a positive number.")
-        if self.score == "random" and self.gate != "none":
-            raise ParameterError(f"gate={self.gate!r} needs a learned score; a random one goes with gate='none'.")
+        if self.score == "random" and (self.gate != "none" or self.predictor):
+            raise ParameterError(f"gate={self.gate!r}, predictor={self.predictor}: both need a learned score; a random one goes with gate='none' alone.")
 
 
 PRESETS = {
@@ -83,6 +86,10 @@ class Routing:
     """[K]: factor on each kept token's update; exactly 1 for a token that was not up for choice."""
     score: Tensor
     """[T]: the raw scores."""
+    open: Tensor
+    """bool [T]: the tokens that were up for choice."""
+    predicted: Tensor | None
+    """[T]: logits of the predictor, if there is one, that a token is kept."""
     segments: tuple[Segment, ...]
     """The segments of the kept tokens, for `Packed.take`."""
     last: Tensor
@@ -102,28 +109,35 @@ class TaskRouter(nn.Module):
         self.capacity = tuple(capacity[task.name.lower()] for task in Task)
         if self.config.score == "learned":
             self.proj = scorer(width, self.config)
+        if self.config.predictor:
+            self.predict = scorer(width, self.config)
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
 
     def forward(self, h: Tensor, packed: Packed) -> Routing:
         """Route h: [T, D] under `packed`. Raises RuntimeError for a threshold segment before `calibrate` was called."""
-        score = self.scores(h, packed)
+        score, predicted = self.scores(h, packed), None
+        if self.config.predictor:
+            predicted = self._of_task(self.predict(h.detach()), packed)
         lengths, keep = tuple(s.length for s in packed.segments), self.kept(packed)
         always, _ = packed.always(self.config.keep)
         ranked = score.detach().masked_fill(always, torch.inf)
         index, last = segment_topk(ranked, lengths, keep)
         segments = tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
         if any(self._by_threshold(s) for s in packed.segments):
-            index, segments = self._apply_threshold(ranked, index, packed)
-        free = torch.tensor([self._chooses(s) for s in segments])
-        chosen = torch.repeat_interleave(free, torch.tensor([s.length for s in segments])).to(h.device) & ~always[index]
-        weight = torch.where(chosen, self._gate(score[index]), 1.0)
-        return Routing(index, weight, score, segments, last)
+            index, segments = self._apply_threshold(self._passes(ranked, predicted, packed) | always, index, packed)
+        free = torch.tensor([self._chooses(s) for s in packed.segments])
+        up = torch.repeat_interleave(free, torch.tensor(lengths)).to(h.device) & ~always
+        weight = torch.where(up[index], self._gate(score[index]), 1.0)
+        return Routing(index, weight, score, up, predicted, segments, last)
 
     def scores(self, h: Tensor, packed: Packed) -> Tensor:
         """One score per token: [T]."""
         if self.config.score == "random":
             return torch.rand(len(packed), device=h.device, dtype=h.dtype)
-        scores = self.proj(F.layer_norm(h, h.shape[-1:]) if self.config.normalised else h)   # [T, 1] or [T, tasks]
+        return self._of_task(self.proj(F.layer_norm(h, h.shape[-1:]) if self.config.normalised else h), packed)
+
+    def _of_task(self, scores: Tensor, packed: Packed) -> Tensor:
+        """[T, 1] or [T, tasks] -> [T]."""
         return scores[:, 0] if self.config.shared else scores.gather(1, packed.task[:, None])[:, 0]
 
     def kept(self, packed: Packed) -> tuple[int, ...]:
@@ -143,15 +157,21 @@ class TaskRouter(nn.Module):
     def _by_threshold(self, segment: Segment) -> bool:
         return segment.rule == "threshold" and self._chooses(segment)
 
-    def _apply_threshold(self, score: Tensor, index: Tensor, packed: Packed) -> tuple[Tensor, tuple[Segment, ...]]:
-        """Drop the tokens of threshold segments that score below their task's threshold; the sizes are read from the device."""
+    def _passes(self, score: Tensor, predicted: Tensor | None, packed: Packed) -> Tensor:
+        """Which tokens a decision of their own lets through: those the predictor expects to be kept, or above their task's threshold: bool [T]."""
+        if predicted is not None:
+            return predicted > 0
         tasks = {s.task for s in packed.segments if self._by_threshold(s)}
         if torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
+        return score >= self.threshold[packed.task]
+
+    def _apply_threshold(self, passes: Tensor, index: Tensor, packed: Packed) -> tuple[Tensor, tuple[Segment, ...]]:
+        """Drop the tokens of threshold segments that do not pass; the sizes are read from the device."""
         stay, segments, at = torch.ones_like(index, dtype=torch.bool), [], 0
         for s, n in zip(packed.segments, self.kept(packed)):
             if self._by_threshold(s):
-                stay[at:at + n] = score[index[at:at + n]] >= self.threshold[s.task]
+                stay[at:at + n] = passes[index[at:at + n]]
             segments.append(replace(s, length=int(stay[at:at + n].sum())))
             at += n
         return index[stay], tuple(segments)

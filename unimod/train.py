@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from .auxiliary import membership, prediction
 from .config import ParameterError
 from .data.batches import Batches
 from .flops import BACKWARD, count
+from .layers import record_routing
 from .models.backbone import UnifiedModel, losses
 from .tokens import Task
 
@@ -37,6 +39,8 @@ class TrainConfig:
     """Factor on it for routers."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly."""
+    membership: float = 0.0
+    """Weight of the auxiliary loss that pushes kept and dropped tokens' scores apart (`auxiliary.membership`)."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
@@ -78,8 +82,10 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
             group["lr"] = group["peak"] * config.lr_at(step)
         packed = batches.train(step).to(accelerator.device)
         model.train()
-        loss = losses(model, packed)
-        accelerator.backward(loss.total)
+        with record_routing() as log_of_routers:
+            loss = losses(model, packed)
+        beside = prediction(log_of_routers) + (config.membership * membership(log_of_routers) if config.membership else 0)
+        accelerator.backward(loss.total + beside.to(loss.total.device))
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,52 @@
+"""Losses on routers themselves, beside the model's own.
+
+    with record_routing() as log:
+        loss = losses(model, packed).total
+    loss = loss + 0.01 * membership(log) + prediction(log)
+
+A token is a member of its segment's top-k or not; only tokens that were up for choice count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .router import Routing
+
+
+def membership(log: Mapping[int, Routing]) -> Tensor:
+    """Binary cross entropy of sigmoid(score) against membership, in nats, averaged over tokens and then layers.
+
+    Pushes scores apart around 0, so that sigmoid(score) > 0.5 is a causal rule (Mixture-of-Depths, arXiv 2404.02258, section 3.5);
+    with weight 0.01 and a sigmoid gate it is gamma-MoD's auxiliary cross entropy (arXiv 2410.13859).
+    """
+    return _mean([_against_members(routing.score, routing) for routing in log.values()])
+
+
+def prediction(log: Mapping[int, Routing]) -> Tensor:
+    """The same of the predictors' logits, for routers that have one; their input's gradient is stopped, so nothing else is moved."""
+    return _mean([_against_members(routing.predicted, routing) for routing in log.values() if routing.predicted is not None])
+
+
+@torch.no_grad()
+def accuracy(log: Mapping[int, Routing]) -> dict[int, float]:
+    """Share of tokens up for choice whose predictor says what top-k then does, per layer that has a predictor."""
+    return {layer: float(((r.predicted > 0) == _members(r))[r.open].float().mean()) for layer, r in log.items() if r.predicted is not None and r.open.any()}
+
+
+def _members(routing: Routing) -> Tensor:
+    return torch.zeros_like(routing.open).index_fill(0, routing.index, True)
+
+
+def _against_members(logits: Tensor, routing: Routing) -> Tensor:
+    """Mean over open tokens, 0 where there is none; their number is not read from the device."""
+    each = F.binary_cross_entropy_with_logits(logits.float(), _members(routing).float(), reduction="none")
+    return (each * routing.open).sum() / routing.open.sum().clamp(min=1)
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).mean() if parts else torch.zeros(())
