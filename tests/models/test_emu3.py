@@ -189,7 +189,10 @@ def test_an_understanding_row_is_the_released_template(model):
     assert written(ask.ids) == f"<bos>You are a helpful assistant. USER: {block}Describe it. ASSISTANT:" and (ask.target == IGNORE).all()
     row = model.layout.mmu(torch.arange(6).view(2, 3), [("A?", "yes"), ("B", "no")])
     assert written(row.ids) == f"<bos>You are a helpful assistant. USER: {block}A?. ASSISTANT: yes<eos>USER: B. ASSISTANT: no<eos>"
-    assert len(model.layout.mmu(torch.arange(6).view(2, 3), [("A?", "yes"), ("B", "noo")]).ids) == len(row.ids), "a conversation is cut at the budget"
+    long = model.layout.mmu(torch.arange(6).view(2, 3), [("A?", "yes"), ("B", "noo"), ("C", "no")])
+    assert written(long.ids) == f"<bos>You are a helpful assistant. USER: {block}A?. ASSISTANT: yes<eos>", "it ends before the turn that does not fit"
+    whole = model.layout.mmu(torch.arange(6).view(2, 3), [("A?", "yes"), ("B", "noo"), ("C", "")], open_ended=True)
+    assert written(whole.ids).endswith("USER: B. ASSISTANT: noo<eos>USER: C. ASSISTANT:"), "but what is asked is never left out"
     assert written(row.target[row.target != IGNORE]) == " yes<eos> no<eos>"
     assert [rule for _, rule in row.parts] == ["topk", "topk", "keep", "topk", "keep"]
 

@@ -85,8 +85,8 @@ class Emu3Layout(Layout):
     def mmu(self, codes: Tensor, turns: Turns, open_ended: bool = False) -> TokenSequence:
         """Understanding: [bos] "You are a helpful assistant. USER: " picture block "q. ASSISTANT: a" [eos], then further turns.
 
-        Targets are the answers and their eos; a conversation is cut at text_budget tokens, unless `open_ended` leaves the last
-        answer to the model. Routing as in Show-o's layout: system prompt with picture, and each question, compete among
+        Targets are the answers and their eos; turns after the first are written as long as they fit text_budget, or all when
+        `open_ended` leaves the last answer to the model. Routing as in Show-o's layout: system prompt with picture, and each question, compete among
         themselves; the answers are kept.
         """
         grid = tuple(codes.shape) if codes.dim() == 2 else self.grid

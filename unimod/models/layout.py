@@ -32,6 +32,8 @@ class Layout:
     """Whether pictures are generated token by token; otherwise by masked decoding."""
     drop_caption: ClassVar[float]
     """Share of t2i rows that the model's own training writes without their caption, for guidance."""
+    whole_turns: ClassVar[bool] = True
+    """Whether a conversation that is too long ends before the turn that does not fit, or is cut inside it."""
     stop: int
     """The token that ends an answer."""
 
@@ -81,20 +83,24 @@ class Layout:
                budget: int | None = None) -> tuple[list[int], list[bool], list[tuple[int, str]]]:
         """Write a conversation: ids, which of them are learned (an answer and its stop token), and parts.
 
-        A conversation is cut at `budget` tokens (default: text_budget); not so with `open_ended`, where the last answer is left for the model to go on
-        from. From the answer's role (" ASSISTANT:") on a turn is text that decoding generates: routed layers keep it, and every
-        question competes among its own tokens, so that no choice depends on a token still to come.
+        A conversation ends at `budget` tokens (default: text_budget) as `whole_turns` says, a first whole turn always; not so with
+        `open_ended`, where the last answer is left for the model to go on from. From the answer's role (" ASSISTANT:") on a turn is
+        text that decoding generates: routed layers keep it, and every question competes among its own tokens, so that no choice
+        depends on a token still to come.
         """
         ids, learned, parts = [], [], []
+        budget = self.text_budget if budget is None else budget
         for i, (question, answer) in enumerate(turns):
             asked, role = self.text.encode(ask(i, question)), self._role()
             said = self.text.encode(f" {answer}") if answer else []
             if not (open_ended and i == len(turns) - 1):
                 said = [*said, self.stop]
+            if self.whole_turns and not open_ended and ids and len(ids) + len(asked) + len(role) + len(said) > budget:
+                break
             ids += asked + role + said
             learned += [False] * (len(asked) + len(role)) + [True] * len(said)
             parts += [(len(asked), "topk"), (len(role) + len(said), "keep")]
-        end = len(ids) if open_ended else self.text_budget if budget is None else budget
+        end = len(ids) if open_ended or self.whole_turns else budget
         return ids[:end], learned[:end], _cut(parts, end)
 
     def _role(self) -> list[int]:

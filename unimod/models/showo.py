@@ -62,6 +62,7 @@ class ShowoLayout(Layout):
     kind = "showo"
     causal_images = False
     drop_caption = 0.1
+    whole_turns = False
 
     def __init__(self, text: Text, codebook_size: int, grid: tuple[int, int], text_budget: int) -> None:
         self.image_offset = text.size + len(SPECIAL)
