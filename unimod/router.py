@@ -86,14 +86,14 @@ class Routing:
     """[K]: factor on each kept token's update; exactly 1 for a token that was not up for choice."""
     score: Tensor
     """[T]: the raw scores."""
-    open: Tensor
-    """bool [T]: the tokens that were up for choice."""
-    predicted: Tensor | None
-    """[T]: logits of the predictor, if there is one, that a token is kept."""
     segments: tuple[Segment, ...]
     """The segments of the kept tokens, for `Packed.take`."""
     last: Tensor
     """int64 [S]: the token that each segment took last, whose score is the segment's own threshold."""
+    open: Tensor
+    """bool [T]: the tokens that were up for choice."""
+    predicted: Tensor | None = None
+    """[T]: logits of the predictor, if there is one, that a token is kept."""
 
 
 class TaskRouter(nn.Module):
@@ -128,7 +128,7 @@ class TaskRouter(nn.Module):
         free = torch.tensor([self._chooses(s) for s in packed.segments])
         up = torch.repeat_interleave(free, torch.tensor(lengths)).to(h.device) & ~always
         weight = torch.where(up[index], self._gate(score[index]), 1.0)
-        return Routing(index, weight, score, up, predicted, segments, last)
+        return Routing(index, weight, score, segments, last, up, predicted)
 
     def scores(self, h: Tensor, packed: Packed) -> Tensor:
         """One score per token: [T]."""

@@ -20,7 +20,7 @@ DATA = open_data("scenes")
 
 
 def decision(score, kept, up=(True, True, True), predicted=None):
-    return Routing(torch.tensor(kept), torch.ones(len(kept)), torch.tensor(score, requires_grad=True), torch.tensor(up), predicted, (), torch.tensor([0]))
+    return Routing(torch.tensor(kept), torch.ones(len(kept)), torch.tensor(score, requires_grad=True), (), torch.tensor([0]), torch.tensor(up), predicted)
 
 
 def test_membership_by_hand():

@@ -52,7 +52,7 @@ def made_record(n=200, layers=24):
 def made_kept(task):
     record = made_record()
     index = torch.arange(0, 200, 2)
-    log = {i: Routing(index, torch.ones(100), rand(200), (), index[-1:]) for i in range(12, 24)}
+    log = {i: Routing(index, torch.ones(100), rand(200), (), index[-1:], torch.ones(200, dtype=torch.bool)) for i in range(12, 24)}
     return plan.kept_frame(log, record.whole, 0, (6, 6)).assign(task=task), plan.routing_frame(log, record.whole)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..layers import MoDLayer, record_routing
 from ..models.backbone import UnifiedModel, losses
-from ..router import Routing
+from ..router import RouterConfig, Routing
 from ..tokens import Modality, Packed, Task
 
 BOTH = (Task.T2I, Task.MMU)
@@ -78,6 +78,7 @@ class CompetingRouter(nn.Module):
 
     def __init__(self, width: int, capacity: float, generator: torch.Generator) -> None:
         super().__init__()
+        self.config = RouterConfig(shared=True, gate="none")
         self.proj, self.capacity, self.generator = nn.Linear(width, 1, bias=False), capacity, generator
         nn.init.normal_(self.proj.weight, std=1e-3, generator=generator)
 
@@ -91,7 +92,8 @@ class CompetingRouter(nn.Module):
         segments = packed.segments
         of = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([s.length for s in segments]))[index.cpu()]
         left = torch.bincount(of, minlength=len(segments)).tolist()
-        return Routing(index, 1 + (soft - soft.detach()), score, tuple(replace(s, length=k) for s, k in zip(segments, left)), index[-1:])
+        return Routing(index, 1 + (soft - soft.detach()), score, tuple(replace(s, length=k) for s, k in zip(segments, left)), index[-1:],
+                       torch.ones_like(score, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
