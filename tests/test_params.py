@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unimod.config import ParameterError, Params
+from unimod.config import LAYERS, ROUTERS, ParameterError, Params
+from unimod.plan import MAKERS
+from unimod.router import PRESETS
 from unimod.run import RUNNERS
 
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).resolve().parents[1] / "params").glob("*.yaml"))}
@@ -47,6 +49,8 @@ def test_smoke_is_no_larger_than_default():
     ({"seeds": "0,1,0"}, ["seeds=[0, 1, 0]", "twice"]),
     ({"seeds": [-1]}, ["seeds=-1", "at least 0"]),
     ({"models": "showo-tniy"}, ["'showo-tniy'", "Did you mean 'showo-tiny'"]),
+    ({"arms": "shared@last_halve"}, ["'last_halve'", "Did you mean 'last_half'"]),
+    ({"arms": "sharde@last_half"}, ["'sharde'", "Did you mean 'shared'"]),
     ({"saving": 1}, ["saving=1.0", "between 0 and 1"]),
     ({"checkpoint": "nowhere"}, ["checkpoint='nowhere' is not a folder"]),
     ({"compare": ["nowhere"]}, ["compare='nowhere'", "done.json"]),
@@ -65,3 +69,7 @@ def test_texts_mean_what_they_say():
 
 def test_a_notebook_gathers_what_it_declares():
     assert Params.declared({"seed": 3, "x": 1, "Params": Params}) == Params(seed=3)
+
+
+def test_the_grids_names_are_those_of_the_package():
+    assert set(ROUTERS) - {"separate", "shared"} <= set(PRESETS) and set(LAYERS) <= set(MAKERS)

@@ -6,7 +6,8 @@
 
 MoD has one router and every other layer; UniMoD a router per task and the layers of `params.plan`. MoD's capacity is set so that
 a step of both costs the same. unimod-last-half is the control of a measured plan: the same routers in the second half of the layers, as in the
-paper's own runs. Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
+paper's own runs. Any router may be put on any plan: shared@last_half, separate@interleaved, p-mod@cosine_decay (`config.ROUTERS` and
+`config.LAYERS`). Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .flops import BACKWARD, Cost, count
 from .layers import apply_mod
 from .models.backbone import UnifiedModel
 from .models.checkpoint import save_pretrained
-from .plan import CapacityPlan, dense, interleaved, last_half, make_plan
-from .router import RouterConfig
+from .plan import MAKERS, CapacityPlan, dense, last_half, make_plan
+from .router import PRESETS, RouterConfig
 from .run import write
 from .session import Session, device_of, rows_of
 from .train import TrainConfig, train
@@ -51,18 +52,29 @@ class Arm:
 
 
 def arms_of(params: Params, session: Session) -> list[Arm]:
-    """The arms that `params.arms` names, with costs counted on the session's first training batch."""
+    """The arms that `params.arms` names, with costs counted on the session's first training batch.
+
+    A plan whose saving is free is set so that its step costs what unimod's does; in any case all arms spend the FLOPs of the dense one.
+    """
     packed = session.batches.train(0)
     layers = len(session.model.layers)
 
     def cost(plan: CapacityPlan, router: RouterConfig) -> Cost:
-        return count(apply_mod(copy.deepcopy(session.model), plan, router), packed)
+        return count(apply_mod(copy.deepcopy(session.model), plan, router).train(), packed)
 
     separate, shared = RouterConfig(), RouterConfig(shared=True)
     unimod = make_plan(params.plan, layers, params.saving)
     plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate), "unimod-last-half": (last_half(layers, params.saving), separate)}
-    if "mod" in params.arms:
-        plans["mod"] = (same_cost(lambda s: interleaved(layers, s), lambda plan: cost(plan, shared).stack, cost(unimod, separate).stack), shared)
+    routers = {"separate": separate, "shared": shared, **PRESETS}
+
+    def grid(router: RouterConfig, maker: str) -> tuple[CapacityPlan, RouterConfig]:
+        target = cost(unimod, separate).stack
+        return same_cost(lambda saving: MAKERS[maker](layers, saving), lambda plan: cost(plan, router).stack, target), router
+
+    for name in params.arms:
+        router, at, maker = name.partition("@")
+        if at or name == "mod":
+            plans[name] = grid(routers[router], maker) if at else grid(shared, "interleaved")
     budget = cost(*plans["dense"]).total * params.steps
     prices = {name: cost(*plans[name]) for name in params.arms}
     return [Arm(name, *plans[name], price, round(budget / price.total)) for name, price in prices.items()]
@@ -117,4 +129,4 @@ def read_arms(folders: list[str | Path]) -> list[dict]:
     found = [json.loads(path.read_text()) for folder in folders for path in sorted(Path(folder).rglob("arm.json"))]
     if not found:
         raise ParameterError(f"No finished arm in {', '.join(map(str, folders)) or 'no folder'}: run notebook 07 first, or give its run folder in compare=.")
-    return sorted(found, key=lambda a: (a["model"], ARMS.index(a["arm"]), a["seed"]))
+    return sorted(found, key=lambda a: (a["model"], ARMS.index(a["arm"]) if a["arm"] in ARMS else len(ARMS), a["arm"], a["seed"]))

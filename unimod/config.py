@@ -21,6 +21,10 @@ DATA = ("scenes", "digits", "folder")
 LEVELS = ("default", "jitter", "sizes", "backgrounds", "free", "hard")
 IMAGE_TOKENIZERS = ("dictionary", "magvit", "emu3vq")
 ARMS = ("dense", "mod", "unimod", "unimod-last-half")
+ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "random")
+"""Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method (`router.PRESETS`)."""
+LAYERS = ("last_half", "interleaved", "random", "cosine_decay")
+"""Plans of an arm of the grid; an arm is written ROUTER@LAYERS, such as shared@last_half."""
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -94,7 +98,12 @@ class Params:
             if not getattr(self, name):
                 raise ParameterError(f"{name} is empty: name at least one of {', '.join(allowed)}.")
             for value in getattr(self, name):
-                _one_of(name, value, allowed)
+                router, at, layers = value.partition("@")
+                if name == "arms" and at:
+                    _one_of("arms, before @", router, ROUTERS)
+                    _one_of("arms, behind @", layers, LAYERS)
+                else:
+                    _one_of(name, value, allowed)
         for name in ("samples", "steps", "batch", "eval_samples"):
             _at_least(name, getattr(self, name), 1)
         for name in ("layer", "head", "seed"):
