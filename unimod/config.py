@@ -67,7 +67,7 @@ class Params:
     saving: float = 0.3
     """Share of the layer stack's token computations that a plan made by a maker saves (0.3 = 30 %)."""
     arms: list[str] = field(default_factory=lambda: list(ARMS[:3]))
-    """07: what is trained and compared."""
+    """07: what is trained and compared: any of `ARMS`, or ROUTER@LAYERS."""
     steps: int = 60
     """07: steps of the dense arm; routed arms get as many steps as the same FLOPs pay for."""
     batch: int = 16

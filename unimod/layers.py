@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from .config import ParameterError
@@ -60,11 +61,11 @@ class MoDLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
         routing = self.router(hidden_states[0], packed)
-        log = _LOG.get()
+        log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
         i = routing.index
-        if not len(i):                                      # a threshold may turn every token away
+        if not any(s.length for s in routing.segments):     # a threshold may turn every token away
             return hidden_states
         x = hidden_states[:, i]
         cos, sin = position_embeddings

@@ -126,7 +126,7 @@ class TaskRouter(nn.Module):
         if any(self._by_threshold(s) for s in packed.segments):
             index, segments = self._apply_threshold(self._passes(ranked, predicted, packed) | always, index, packed)
         free = torch.tensor([self._chooses(s) for s in packed.segments])
-        up = torch.repeat_interleave(free, torch.tensor(lengths)).to(h.device) & ~always
+        up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device) & ~always
         weight = torch.where(up[index], self._gate(score[index]), 1.0)
         return Routing(index, weight, score, segments, last, up, predicted)
 
@@ -143,7 +143,7 @@ class TaskRouter(nn.Module):
     def kept(self, packed: Packed) -> tuple[int, ...]:
         """Tokens of each segment that are processed (before a threshold is applied)."""
         _, counts = packed.always(self.config.keep)
-        return tuple(a + max(1, math.floor(self.capacity[s.task] * (s.length - a) + 0.5)) if self._chooses(s) and s.rule == "topk" and a < s.length
+        return tuple(a + max(1, math.floor(self.capacity[int(s.task)] * (s.length - a) + 0.5)) if self._chooses(s) and s.rule == "topk" and a < s.length
                      else s.length for s, a in zip(packed.segments, counts))
 
     def flops(self) -> int:
@@ -152,7 +152,7 @@ class TaskRouter(nn.Module):
 
     def _chooses(self, segment: Segment) -> bool:
         """Whether a segment's tokens compete at all."""
-        return self.capacity[segment.task] < 1 and segment.rule != "keep" and (self.training or self.config.score != "random")
+        return self.capacity[int(segment.task)] < 1 and segment.rule != "keep" and (self.training or self.config.score != "random")
 
     def _by_threshold(self, segment: Segment) -> bool:
         return segment.rule == "threshold" and self._chooses(segment)

@@ -123,7 +123,7 @@ class Packed:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each row, on the host: [B]."""
         n = [0] * (self.segments[-1].row + 1)

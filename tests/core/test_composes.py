@@ -64,3 +64,21 @@ def test_a_deepcopy_is_independent_and_equal(model, packed):
         twin.layers[5].router.proj.weight.add_(1)
         assert torch.equal(model(packed), before)
         assert twin.layers[4].router.proj is twin.layers[7].router.proj, "shared routers stay shared in the copy"
+
+
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], RouterConfig(std=0.5, predictor=True, keep=("special",))],
+                         ids=["unimod", "gamma-mod", "predictor"])
+def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
+    apply_mod(model, last_half(8), config).train()
+    layer = model.layers[5]
+    with torch.no_grad():
+        h = model.embed(packed)[None]
+        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
+    arguments = {"packed": packed, "position_embeddings": rotary, "attention_mask": None, "position_ids": packed.position[None], "cache": None}
+    packed.always(config.keep)                              # as the model does before its layers run
+    weight, found = layer.mlp.fc1.weight if hasattr(layer.mlp, "fc1") else layer.mlp.up_proj.weight, []
+    torch.compiler.reset()
+    for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        out = run(h, **arguments)
+        found.append((out, torch.autograd.grad(out.square().sum(), (weight, layer.router.proj.weight))))
+    torch.testing.assert_close(found[0], found[1])

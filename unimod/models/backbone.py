@@ -46,7 +46,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if dropout:
         raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
     q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
-    observer = _OBSERVER.get()
+    observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
         observer(module, q, k, packed)
     if cache is not None:
@@ -124,6 +124,9 @@ class UnifiedModel(nn.Module):
         """
         h = self.embed(packed)[None]
         position = packed.position[None]
+        for layer in self.layers:
+            if hasattr(layer, "router"):
+                packed.always(layer.router.config.keep)     # host sizes, worked out once and before a layer that may be compiled
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         for i, layer in enumerate(self.layers):
             if i != skip:

@@ -24,9 +24,9 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
         low, high = lo.view(-1, n) - start[:, None], hi.view(-1, n) - start[:, None]
     else:
         size = torch.tensor(lengths)
-        row = torch.repeat_interleave(torch.arange(len(lengths)), size)
+        row = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths))
         begin = size.cumsum(0) - size
-        unpad = (row * n + torch.arange(len(row)) - begin[row]).to(q.device)
+        unpad = (row * n + torch.arange(sum(lengths)) - begin[row]).to(q.device)
         batch = [x.new_zeros(x.shape[0], len(lengths) * n, x.shape[2]).index_copy(1, unpad, x).unflatten(1, (-1, n)).transpose(0, 1) for x in (q, k, v)]
         offset = begin[row].to(q.device)
         low = lo.new_zeros(len(lengths) * n).index_copy(0, unpad, lo - offset).view(-1, n)

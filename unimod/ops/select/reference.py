@@ -16,11 +16,11 @@ def segment_topk(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...])
     if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
         raise ValueError(f"segment_topk: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
     size, k = torch.tensor(lengths), torch.tensor(keep)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), size).to(score.device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths)).to(score.device)
     order = torch.argsort(score, descending=True, stable=True)
     order = order[torch.argsort(segment[order], stable=True)]    # by segment, best first
     start = size.cumsum(0) - size
-    slot = torch.arange(int(k.sum())) - torch.repeat_interleave(k.cumsum(0) - k, k) + torch.repeat_interleave(start, k)
+    slot = torch.arange(sum(keep)) + torch.repeat_interleave(start - (k.cumsum(0) - k), k, output_size=sum(keep))
     index = order[slot.to(score.device)].sort().values
     last = order[(start + (k - 1).clamp(min=0)).clamp(max=len(score) - 1).to(score.device)]
     return index, last
