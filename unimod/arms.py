@@ -6,7 +6,7 @@
 
 MoD has one router and every other layer; UniMoD a router per task and the layers of `params.plan`. MoD's capacity is set so that
 a step of both costs the same. unimod-last-half is the control of a measured plan: the same routers in the second half of the layers, as in the
-paper's own runs. Any router may be put on any plan: shared@last_half, separate@interleaved, p-mod@cosine_decay (`config.ROUTERS` and
+paper's own runs. Any router may be put on any plan: shared.last_half, separate.interleaved, p-mod.cosine_decay (`config.ROUTERS` and
 `config.LAYERS`). Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
 """
 
@@ -72,7 +72,7 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
         return same_cost(lambda saving: MAKERS[maker](layers, saving), lambda plan: cost(plan, router).stack, target), router
 
     for name in params.arms:
-        router, at, maker = name.partition("@")
+        router, at, maker = name.partition(".")
         if at or name == "mod":
             plans[name] = grid(routers[router], maker) if at else grid(shared, "interleaved")
     budget = cost(*plans["dense"]).total * params.steps

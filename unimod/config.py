@@ -24,7 +24,7 @@ ARMS = ("dense", "mod", "unimod", "unimod-last-half")
 ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "random")
 """Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method (`router.PRESETS`)."""
 LAYERS = ("last_half", "interleaved", "random", "cosine_decay")
-"""Plans of an arm of the grid; an arm is written ROUTER@LAYERS, such as shared@last_half."""
+"""Plans of an arm of the grid; an arm is written ROUTER.LAYERS, such as shared.last_half."""
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -67,7 +67,7 @@ class Params:
     saving: float = 0.3
     """Share of the layer stack's token computations that a plan made by a maker saves (0.3 = 30 %)."""
     arms: list[str] = field(default_factory=lambda: list(ARMS[:3]))
-    """07: what is trained and compared: any of `ARMS`, or ROUTER@LAYERS."""
+    """07: what is trained and compared: any of `ARMS`, or ROUTER.LAYERS."""
     steps: int = 60
     """07: steps of the dense arm; routed arms get as many steps as the same FLOPs pay for."""
     batch: int = 16
@@ -98,10 +98,10 @@ class Params:
             if not getattr(self, name):
                 raise ParameterError(f"{name} is empty: name at least one of {', '.join(allowed)}.")
             for value in getattr(self, name):
-                router, at, layers = value.partition("@")
+                router, at, layers = value.partition(".")
                 if name == "arms" and at:
-                    _one_of("arms, before @", router, ROUTERS)
-                    _one_of("arms, behind @", layers, LAYERS)
+                    _one_of("arms, before the dot", router, ROUTERS)
+                    _one_of("arms, behind the dot", layers, LAYERS)
                 else:
                     _one_of(name, value, allowed)
         for name in ("samples", "steps", "batch", "eval_samples"):

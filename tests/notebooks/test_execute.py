@@ -77,7 +77,7 @@ def test_training_compares_arms_at_equal_flops(smoke):
 
 @pytest.mark.parametrize("data", ["digits", "folder"])
 def test_training_runs_on_real_data(data, tmp_path):
-    words = ["-p", f"data={data}", "-p", "models=showo-tiny", "-p", "arms=dense,unimod"]
+    words = ["-p", f"data={data}", "-p", "models=showo-tiny", "-p", "arms=dense,shared.last_half"]
     if data == "folder":
         entries = []
         for i in range(12):

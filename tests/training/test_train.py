@@ -100,18 +100,18 @@ def test_evaluation_is_deterministic_and_counts_what_it_judged():
 
 def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     model = fresh().eval()
-    names = ["unimod", "shared@last_half", "separate@interleaved", "separate@random", "gamma-mod@last_half", "random@last_half", "p-mod@cosine_decay"]
+    names = ["unimod", "shared.last_half", "separate.interleaved", "separate.random", "gamma-mod.last_half", "random.last_half", "p-mod.cosine_decay"]
     params = Params(models=["showo-tiny"], arms=names, steps=2, batch=2, eval_samples=2)
     session = Session("showo-tiny", model, TOKENIZER, DATA, batches(model))
     arms = {arm.name: arm for arm in arms_of(params, session)}
     assert list(arms) == names
     for name in names[1:4] + names[5:6]:
         assert arms[name].cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02), name
-    assert arms["shared@last_half"].router.shared and not arms["separate@interleaved"].router.shared
-    assert arms["separate@interleaved"].plan.routed() == (1, 3, 5, 7) and arms["gamma-mod@last_half"].router.across
+    assert arms["shared.last_half"].router.shared and not arms["separate.interleaved"].router.shared
+    assert arms["separate.interleaved"].plan.routed() == (1, 3, 5, 7) and arms["gamma-mod.last_half"].router.across
     assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total for arm in arms.values())
-    result = run_arm(params, session, arms["random@last_half"], 0, tmp_path / "random@last_half-0")
-    assert result["arm"] == "random@last_half" and read_arms([tmp_path]) == [result]
+    result = run_arm(params, session, arms["random.last_half"], 0, tmp_path / "random.last_half-0")
+    assert result["arm"] == "random.last_half" and read_arms([tmp_path]) == [result]
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
