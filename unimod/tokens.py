@@ -149,12 +149,14 @@ class Packed:
     def always(self, kinds: tuple[str, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """The tokens of any of these `KINDS`: bool [T], and how many there are in each segment, on the host. Worked out once per batch."""
         found: dict = self.__dict__.setdefault("_always", {})
-        if kinds not in found:
+        if not kinds and kinds not in found:                # the common case: nothing to work out, nothing to move
+            found[kinds] = torch.zeros_like(self.ids, dtype=torch.bool), (0,) * len(self.segments)
+        elif kinds not in found:
             host = self.__dict__.get("_host", self)
             mask = torch.zeros(len(host), dtype=torch.bool)
             for kind in kinds:
                 mask |= _KIND[kind](host)
-            counts = tuple(int(part.sum()) for part in mask.split([s.length for s in host.segments])) if kinds else (0,) * len(host.segments)
+            counts = tuple(int(part.sum()) for part in mask.split([s.length for s in host.segments]))
             found[kinds] = mask.to(self.ids.device), counts
         return found[kinds]
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from unimod.capture import observe
+from unimod.data.batches import Batches
 from unimod.flops import count
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
@@ -176,6 +177,13 @@ def test_answers_equal_transformers_generate_on_a_left_padded_batch(kind, stock,
 
 
 # routing, training, cost, files
+
+def test_training_rows_are_written_and_lose_their_caption_now_and_then(model):
+    codes = torch.arange(9).repeat(200, 1) % CODES
+    rows = Batches(None, None, model.layout).t2i(["a"] * 200, codes, torch.Generator().manual_seed(0))
+    empty = sum(torch.equal(row.ids, model.layout.t2i("", codes[0]).ids) for row in rows)
+    assert 0.4 < empty / 200 / model.layout.drop_caption < 1.8
+
 
 
 @torch.no_grad()

@@ -17,9 +17,6 @@ from torch import Tensor
 from ..tokens import Packed, Task, TokenSequence, pack
 from .sample import Dataset, Sample
 
-DROP_CAPTION = {"showo": 0.1, "emu3": 0.05}
-"""Share of t2i rows trained without their caption, for guidance (Show-o's and Emu3's own values)."""
-
 
 def cosine_mask(u_ratio: Tensor, u_slots: Tensor) -> Tensor:
     """Show-o's masking noise. u_ratio: [B], u_slots: [B, N], both uniform on [0, 1). Returns bool [B, N].
@@ -69,7 +66,7 @@ class Batches:
         masked = None
         if not self.layout.causal_images:
             masked = cosine_mask(torch.rand(len(captions), generator=generator), torch.rand(codes.shape, generator=generator))
-        dropped = torch.rand(len(captions), generator=generator) < DROP_CAPTION[self.layout.kind] * drop
+        dropped = torch.rand(len(captions), generator=generator) < self.layout.drop_caption * drop
         texts = ["" if d else c for d, c in zip(dropped.tolist(), captions)]
         if masked is None:
             return [self.layout.t2i(t, c) for t, c in zip(texts, codes)]

@@ -30,11 +30,6 @@ class KVCache:
         """Tokens of each row that a layer holds: int64 [B], on the model's device."""
         self._most: dict[int, int] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values that are in use."""
-        return sum(2 * int(n.sum()) * k.shape[1] * k.shape[3] * k.element_size() for n, k in zip(self.used.values(), self.keys.values()))
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
         """Write k and v and attend: by the intervals when the layer runs first, else over everything its row has.
 
