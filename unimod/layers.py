@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .config import ParameterError
+from .capacity import LearnedCapacity
+from .config import TASKS, ParameterError
 from .plan import CapacityPlan
-from .router import RouterConfig, Routing, TaskRouter
+from .router import RouterConfig, Routing, TaskRouter, Trail
 from .tokens import Packed
 
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
@@ -32,7 +33,8 @@ class MoDLayer(nn.Module):
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
-    for kept tokens and x for all others. A router whose gate is for the MLP branch puts the output of `layer.mlp` in place of y - x.
+    for kept tokens and x for all others (w * x where the router scales those that it skips). A router whose gate is for the MLP branch puts the
+    output of `layer.mlp` in place of y - x.
     """
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
@@ -58,19 +60,23 @@ class MoDLayer(nn.Module):
         self.layer.training = mode
         return super().train(mode)
 
-    def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], trail: Trail | None = None,
+                **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
-        routing = self.router(hidden_states[0], packed)
+        routing = self.router(hidden_states[0], packed, trail)
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
-        i = routing.index
+        i, x, (cos, sin) = routing.index, hidden_states, position_embeddings
+        if routing.passing is not None:
+            hidden_states = hidden_states * routing.passing[:, None].to(x.dtype)
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
             return hidden_states
-        x = hidden_states[:, i]
-        cos, sin = position_embeddings
-        run = partial(self._through, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
+        before, x = trail and trail.received, x[:, i]
+        run = partial(self._through, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), trail=trail, **kwargs)
         y, mlp = self._gradient_checkpointing_func(run, x) if self.gradient_checkpointing and self.training else run(x)
+        if trail and trail.watched:                         # skipped tokens keep what they received last
+            trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
         gated = y - x if mlp is None else mlp
         return hidden_states.index_copy(1, i, (y + (routing.weight[:, None].to(x.dtype) - 1) * gated).to(x.dtype))
 
@@ -99,27 +105,62 @@ def layer_output(out: Tensor | tuple) -> Tensor:
 def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None) -> nn.Module:
     """Route `model.layers` (an nn.ModuleList of decoder layers of width `model.width`) by the plan, in place; returns the model.
 
-    Layers that the plan leaves dense stay as they are. Raises `ParameterError` when the plan is for another number of layers
-    or the model is routed already.
+    Layers that the plan leaves dense stay as they are. Raises `ParameterError` when the plan is for another number of layers, when it does not
+    suit a router that looks back at earlier layers, or when the model is routed already.
     """
     if plan.layers != len(model.layers):
         raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
     config = config or RouterConfig()
-    first = None
+    _suits(plan, config)
     for i in plan.routed():
         old = model.layers[i]
-        router = TaskRouter(model.width, plan.at(i), config).to(next(old.parameters()))
-        if config.across and config.score == "learned":
-            first = first or router
-            router.proj = first.proj
+        follows = config.reach == "run" and i - 1 in plan.routed()
+        router = TaskRouter(model.width, plan.at(i), config, follows).to(next(old.parameters()))
         model.layers[i] = MoDLayer(old, router, i).train(old.training)
-    return model
+        if config.score == "learned" and (follows or (config.across and i != plan.routed()[0])):
+            router.proj = model.layers[i - 1 if follows else plan.routed()[0]].router.proj
+    return train_routers_only(model) if config.alone else model
+
+
+def _suits(plan: CapacityPlan, config: RouterConfig) -> None:
+    """Refuse a plan that a router which looks back cannot carry out."""
+    routed = plan.routed()
+    if config.score == "attention" and 0 in routed:
+        raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan that leaves it dense.")
+    for task in TASKS:
+        for i, (c, following) in enumerate(zip(plan.capacity[task], plan.capacity[task][1:])):
+            if config.reach == "exit" and following > c:
+                raise ParameterError(f"reach='exit': a token that was dropped never comes back, but {task} keeps {c:g} in layer {i} and {following:g} in "
+                                     f"layer {i + 1}; give capacities that do not rise with depth, such as last_half.")
+            if config.reach == "run" and {i, i + 1} <= set(routed) and following != c:
+                raise ParameterError(f"reach='run': one decision holds for neighbouring routed layers, but {task} keeps {c:g} in layer {i} and "
+                                     f"{following:g} in layer {i + 1}; give them one capacity, such as last_half does.")
+
+
+def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | None = None) -> LearnedCapacity:
+    """Let the capacities of a routed model be learned, in place, starting from one for all: see `capacity.LearnedCapacity`.
+
+    weight: what a token-layer of each task counts, default t2i and mmu the same and lm dense. Returns what is learned, whose `plan()` is the
+    result. Raises `ParameterError` for a saving out of reach, a dense model, or a router whose choice has no edge to learn from.
+    """
+    routed = [layer for layer in model.layers if isinstance(layer, MoDLayer)]
+    if not routed or any(layer.router.config.compete != "segment" or layer.router.config.reach != "layer" for layer in routed):
+        raise ParameterError("Capacities are learned where each layer chooses for itself among the tokens of a segment: call apply_mod with a "
+                             "router of compete='segment' and reach='layer' first.")
+    learned = LearnedCapacity(len(model.layers), [layer.number for layer in routed], weight or {"t2i": 1.0, "mmu": 1.0}, saving)
+    learned.to(next(model.parameters()).device)
+    for row, layer in enumerate(routed):
+        layer.router.learned, layer.router.row = learned, row
+        layer.router.capacity = learned.host(row)
+    return learned
 
 
 def remove_mod(model: nn.Module) -> nn.Module:
-    """Put the stock layers back, in place; their weights are the ones trained meanwhile. Returns the model."""
+    """Put the stock layers back, in place; their weights are the ones trained meanwhile. What a router froze is trained again. Returns the model."""
     for i, layer in enumerate(model.layers):
         if isinstance(layer, MoDLayer):
+            if layer.router.config.alone:
+                model.requires_grad_(True)
             model.layers[i] = layer.release()
     return model
 

@@ -1,7 +1,8 @@
 """Routers: one score per token, from the router of the token's task at this layer.
 
 UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (arXiv 2404.02258) has one. Both are the same
-module with `shared` off or on. What a router returns is a `Routing`, the only currency between router, layer, loss and view.
+module with `shared` off or on, and so are the other published ways to skip layers (`PRESETS`). What a router returns is a `Routing`, the
+only currency between router, layer, loss and view.
 """
 
 from __future__ import annotations
@@ -14,46 +15,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .capacity import LearnedCapacity
 from .config import ParameterError
-from .ops.select import segment_topk
+from .ops.select import segment_rank, segment_topk
 from .tokens import KINDS, Packed, Segment, Task
 
-GATES = ("tanh", "sigmoid", "raw", "none")
+GATES = ("tanh", "sigmoid", "raw", "none", "straight-through")
 BRANCHES = ("update", "mlp")
-SCORES = ("learned", "random")
+SCORES = ("learned", "random", "attention")
+COMPETE = ("segment", "batch", "rows")
+REACH = ("layer", "run", "exit")
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens are scored, which of them may be dropped, and how the score enters the layer's update."""
+    """How tokens are scored, which of them may be dropped, for how long, and how the score enters the layer's update."""
 
     shared: bool = False
     """One router for all tasks (MoD) instead of one per task (UniMoD)."""
     across: bool = False
     """The same weights in all routed layers (gamma-MoD) instead of each layer's own."""
     score: str = "learned"
-    """learned, or random: no weights, a fresh draw at every training step and every token kept in evaluation (TREAD)."""
+    """learned; random: no weights, a fresh draw at every training step and every token kept in evaluation (TREAD); or attention: no weights,
+    the attention that a token received in the layer before (A-MoD)."""
     hidden: int = 0
     """Width of a hidden layer (SiLU); 0 scores by a linear map."""
     normalised: bool = False
     """Score the layer-normalised input instead of the raw one."""
+    noise: float = 0.0
+    """Scale of logistic noise on the scores in training: at 1 the difference of two Gumbel variables, one for keeping and one for dropping."""
     gate: str = "tanh"
-    """What multiplies the update: tanh 1 + gain * tanh(score) (p-MoD; the identity at the start), sigmoid(score), the raw score (MoD), or none: 1."""
+    """What multiplies the update: tanh 1 + gain * tanh(score) (p-MoD; the identity at the start), sigmoid(score), the raw score (MoD), none: 1,
+    or straight-through: 1 forward and sigmoid(score) backward."""
     branch: str = "update"
     """What the gate multiplies: the whole update of the layer, or its MLP's part of it (gamma-MoD, p-MoD)."""
     gain: float = 0.2
     """Reach of the tanh gate."""
+    scale_skipped: bool = False
+    """Multiply skipped tokens by their gate, too (p-MoD)."""
     std: float = 1.0e-3
     """Spread of the initial weights: exactly zero would tie in the top-k and keep the first tokens."""
     keep: tuple[str, ...] = ()
     """Tokens that are never dropped: any of `tokens.KINDS`. The capacity is of the others."""
+    compete: str = "segment"
+    """Who competes for the places: the tokens of a segment; batch: all tokens of all rows and tasks, whatever their rule (an experiment: it looks
+    into other rows and ahead, so nothing can be generated with it); or rows: whole rows, drawn at random in training (layer dropping)."""
+    reach: str = "layer"
+    """How far a decision reaches: the layer; run: all routed layers that follow without a dense one between; exit: a dropped token never comes back."""
     predictor: bool = False
     """A second scorer that learns, on a stopped gradient, whether the first will keep a token; it decides where a token must be judged by itself
     (Mixture-of-Depths, section 3.5)."""
+    alone: bool = False
+    """Everything but the routers is frozen (Router-Tuning)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
-        for name, allowed in (("gate", GATES), ("branch", BRANCHES), ("score", SCORES)):
+        for name, allowed in (("gate", GATES), ("branch", BRANCHES), ("score", SCORES), ("compete", COMPETE), ("reach", REACH)):
             if getattr(self, name) not in allowed:
                 raise ParameterError(f"{name}={getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}.")
         for kind in self.keep:
@@ -61,19 +78,36 @@ class RouterConfig:
                 raise ParameterError(f"keep={self.keep!r}: {kind!r} is not known. Allowed: {', '.join(KINDS)}.")
         if self.hidden < 0:
             raise ParameterError(f"hidden={self.hidden} is not a width. Give 0 for a linear map, or a positive number.")
-        if self.score == "random" and (self.gate != "none" or self.predictor):
-            raise ParameterError(f"gate={self.gate!r}, predictor={self.predictor}: both need a learned score; a random one goes with gate='none' alone.")
+        if not self.noise >= 0:
+            raise ParameterError(f"noise={self.noise} is not a scale. Give 0 for none, or a positive number.")
+        if self.score != "learned" and (self.gate != "none" or self.alone):
+            raise ParameterError(f"score={self.score!r} has nothing to learn, so it goes with gate='none' and alone=False; got gate={self.gate!r}, alone={self.alone}.")
+        if self.score == "random" and self.predictor:
+            raise ParameterError("predictor=True cannot foresee score='random'. Use score='learned' or 'attention'.")
+        if self.compete == "rows" and (self.score != "random" or self.reach != "layer" or self.keep):
+            raise ParameterError("compete='rows' drops whole rows at random, anew in each layer: it goes with score='random', reach='layer' and no keep.")
+        if self.compete == "batch" and (self.predictor or self.reach != "layer"):
+            raise ParameterError("compete='batch' is an experiment on one layer's choice: it goes with predictor=False and reach='layer'.")
+        if self.scale_skipped and self.gate == "none":
+            raise ParameterError("scale_skipped=True needs a gate to scale by; allowed: tanh, sigmoid, raw.")
 
 
 PRESETS = {
     "unimod": RouterConfig(),
     "mod": RouterConfig(shared=True, gate="raw", std=0.02),
     "gamma-mod": RouterConfig(shared=True, across=True, gate="sigmoid", branch="mlp", keep=("question",)),
-    "p-mod": RouterConfig(shared=True, branch="mlp", keep=("text", "special")),
+    "p-mod": RouterConfig(shared=True, branch="mlp", keep=("text", "special"), scale_skipped=True),
+    "a-mod": RouterConfig(score="attention", gate="none"),
+    "router-tuning": RouterConfig(shared=True, alone=True),
     "random": RouterConfig(score="random", gate="none"),
+    "tread": RouterConfig(score="random", gate="none", reach="run"),
+    "early-exit": RouterConfig(reach="exit"),
+    "layer-drop": RouterConfig(score="random", gate="none", compete="rows"),
+    "competitive": RouterConfig(shared=True, gate="straight-through", noise=1.0, compete="batch"),
 }
 """Published methods: UniMoD (arXiv 2502.06474), Mixture-of-Depths (2404.02258), gamma-MoD (2410.13859; its softmax over two logits is a sigmoid of
-their difference), p-MoD (2412.04449; without its scaling of skipped tokens) and random routing (2501.04765). The plan is chosen apart."""
+their difference), p-MoD (2412.04449), A-MoD (2412.20875), Router-Tuning (2410.13184), random routing in one layer and over a span of layers
+(TREAD, 2501.04765), early exit of tokens, layer dropping (LayerDrop, 1909.11556), and UniMoD's competitive experiment. The plan is chosen apart."""
 
 
 @dataclass(frozen=True)
@@ -94,65 +128,134 @@ class Routing:
     """bool [T]: the tokens that were up for choice."""
     predicted: Tensor | None = None
     """[T]: logits of the predictor, if there is one, that a token is kept."""
+    passing: Tensor | None = None
+    """[T]: factor on the tokens that pass by, where it is not 1."""
+
+
+@dataclass
+class Trail:
+    """What one forward hands from layer to layer, for routers that look back."""
+
+    routing: Routing | None = None
+    """What the last routed layer decided."""
+    inside: Tensor | None = None
+    """bool [T]: the tokens that no layer has dropped so far; None: all."""
+    received: Tensor | None = None
+    """[T]: attention received in the last layer that processed the token (`ops.attention.attention_received`)."""
+    watched: bool = False
+    """Whether the layer that runs now must say what attention its tokens received."""
 
 
 class TaskRouter(nn.Module):
     """Scores and selects the tokens of one layer.
 
     `capacity` maps t2i, mmu and lm to the fraction of a segment that is kept; 1 leaves the task alone. The number kept is
-    known on the host: of a segment with n tokens, a of which are never dropped, k = a + max(1, round(capacity * (n - a))).
+    known on the host: of a segment with n tokens, a of which are never dropped, k = a + max(1, round(capacity * (n - a))). A router that
+    `follows` repeats the decision of the layer before it.
     """
 
-    def __init__(self, width: int, capacity: Mapping[str, float], config: RouterConfig | None = None) -> None:
+    def __init__(self, width: int, capacity: Mapping[str, float], config: RouterConfig | None = None, follows: bool = False) -> None:
         super().__init__()
-        self.config = config or RouterConfig()
+        self.config, self.follows = config or RouterConfig(), follows
         self.capacity = tuple(capacity[task.name.lower()] for task in Task)
         if self.config.score == "learned":
             self.proj = scorer(width, self.config)
         if self.config.predictor:
             self.predict = scorer(width, self.config)
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
+        self.learned: LearnedCapacity | None = None
+        self.row = 0
 
-    def forward(self, h: Tensor, packed: Packed) -> Routing:
+    @property
+    def looks_back(self) -> bool:
+        """Whether a decision depends on what earlier layers did."""
+        return self.config.score == "attention" or self.config.reach != "layer"
+
+    def forward(self, h: Tensor, packed: Packed, trail: Trail | None = None) -> Routing:
         """Route h: [T, D] under `packed`. Raises RuntimeError for a threshold segment before `calibrate` was called."""
-        score, predicted = self.scores(h, packed), None
-        if self.config.predictor:
-            predicted = self._of_task(self.predict(h.detach()), packed)
-        lengths, keep = tuple(s.length for s in packed.segments), self.kept(packed)
+        trail = trail or Trail()
+        if self.follows and trail.routing is not None:
+            return trail.routing
+        if self.learned is not None:
+            self.capacity = self.learned.host(self.row)
+        predicted = self._of_task(self.predict(h.detach()), packed) if self.config.predictor else None
+        score, lengths = self.scores(h, packed, trail), tuple(s.length for s in packed.segments)
         always, _ = packed.always(self.config.keep)
         ranked = score.detach().masked_fill(always, torch.inf)
-        index, last = segment_topk(ranked, lengths, keep)
-        segments = tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
+        if trail.inside is not None:
+            ranked = ranked.masked_fill(~(trail.inside | always), -torch.inf)
+        index, last, segments = self._select(ranked, lengths, packed)
         if any(self._by_threshold(s) for s in packed.segments):
-            index, segments = self._apply_threshold(self._passes(ranked, predicted, packed) | always, index, packed)
+            passes = self._passes(ranked, predicted, packed) & (ranked > -torch.inf)
+            index, segments = self._apply_threshold(passes | always, index, packed)
         free = torch.tensor([self._chooses(s) for s in packed.segments])
         up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device) & ~always
-        weight = torch.where(up[index], self._gate(score[index]), 1.0)
-        return Routing(index, weight, score, segments, last, up, predicted)
+        gate = self._gate(score)
+        weight = torch.where(up, gate, 1.0)[index]
+        if self.learned is not None:
+            weight = weight * self._soft_edge(ranked, index, up, lengths, packed)
+        trail.routing = Routing(index, weight, score, segments, last, up, predicted, torch.where(up, gate, 1.0) if self.config.scale_skipped else None)
+        if self.config.reach == "exit":
+            trail.inside = torch.zeros_like(up).index_fill(0, index, True)
+        return trail.routing
 
-    def scores(self, h: Tensor, packed: Packed) -> Tensor:
+    def scores(self, h: Tensor, packed: Packed, trail: Trail) -> Tensor:
         """One score per token: [T]."""
         if self.config.score == "random":
             return torch.rand(len(packed), device=h.device, dtype=h.dtype)
-        return self._of_task(self.proj(F.layer_norm(h, h.shape[-1:]) if self.config.normalised else h), packed)
+        if self.config.score == "attention":
+            if trail.received is None and any(self._chooses(s) and s.rule == "topk" for s in packed.segments):
+                raise RuntimeError("score='attention' looks at the layer before, and none has run: leave the first layer dense, and do not skip it.")
+            return h.new_zeros(len(packed)) if trail.received is None else trail.received
+        score = self._of_task(self.proj(F.layer_norm(h, h.shape[-1:]) if self.config.normalised else h), packed)
+        if self.training and self.config.noise:
+            score = score + self.config.noise * torch.rand_like(score).clamp(1e-6, 1 - 1e-6).logit()
+        return score
 
     def _of_task(self, scores: Tensor, packed: Packed) -> Tensor:
         """[T, 1] or [T, tasks] -> [T]."""
         return scores[:, 0] if self.config.shared else scores.gather(1, packed.task[:, None])[:, 0]
 
-    def kept(self, packed: Packed) -> tuple[int, ...]:
-        """Tokens of each segment that are processed (before a threshold is applied)."""
+    def kept(self, packed: Packed, rows: set[int] | None = None) -> tuple[int, ...]:
+        """Tokens of each segment that are processed, before a threshold is applied. Where whole rows compete, those of `rows` (default: the first
+        ones, for counting); where the whole batch does, each segment's fair share."""
+        if self.config.compete == "rows":
+            rows = self._rows(packed, drawn=False) if rows is None else rows
+            return tuple(s.length if s.row in rows or not self._chooses(s) else 0 for s in packed.segments)
         _, counts = packed.always(self.config.keep)
-        return tuple(a + max(1, math.floor(self.capacity[int(s.task)] * (s.length - a) + 0.5)) if self._chooses(s) and s.rule == "topk" and a < s.length
-                     else s.length for s, a in zip(packed.segments, counts))
+        return tuple(a + share(self.capacity[int(s.task)], s.length - a) if self._chooses(s) and s.rule != "threshold" else s.length
+                     for s, a in zip(packed.segments, counts))
 
     def flops(self) -> int:
         """FLOPs of one token's scores."""
-        return sum(2 * p.numel() for p in self.parameters() if p.ndim > 1)
+        scorers = [part for name, part in self.named_children() if name in ("proj", "predict")]
+        return 0 if self.follows else sum(2 * p.numel() for part in scorers for p in part.parameters() if p.ndim > 1)
+
+    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, tuple[Segment, ...]]:
+        """The kept tokens, the token that each segment took last, and the segments of the kept ones."""
+        if self.config.compete == "batch":                  # who gets how much is read from the device
+            places = sum(self.capacity[int(s.task)] * s.length for s in packed.segments)
+            index, last = segment_topk(ranked, (len(ranked),), (share(places / len(ranked), len(ranked)),))
+            of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[index.cpu()]
+            keep, last = torch.bincount(of, minlength=len(lengths)).tolist(), last.expand(len(lengths))
+        else:
+            keep = self.kept(packed, self._rows(packed, drawn=True) if self.config.compete == "rows" else None)
+            index, last = segment_topk(ranked, lengths, keep)
+        return index, last, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
+
+    def _rows(self, packed: Packed, drawn: bool) -> set[int]:
+        """Of each task's rows the share of its capacity, drawn at random or the first ones."""
+        stay: set[int] = set()
+        for task in Task:
+            mine = [row for row, t in enumerate(packed.tasks) if t == task]
+            order = torch.randperm(len(mine)).tolist() if drawn else range(len(mine))
+            stay |= {mine[i] for i in order[:share(self.capacity[int(task)], len(mine))]}
+        return stay
 
     def _chooses(self, segment: Segment) -> bool:
         """Whether a segment's tokens compete at all."""
-        return self.capacity[int(segment.task)] < 1 and segment.rule != "keep" and (self.training or self.config.score != "random")
+        by_rule = segment.rule == "keep" and self.config.compete == "segment"
+        return self.capacity[int(segment.task)] < 1 and not by_rule and (self.training or self.config.score != "random")
 
     def _by_threshold(self, segment: Segment) -> bool:
         return segment.rule == "threshold" and self._chooses(segment)
@@ -161,6 +264,8 @@ class TaskRouter(nn.Module):
         """Which tokens a decision of their own lets through: those the predictor expects to be kept, or above their task's threshold: bool [T]."""
         if predicted is not None:
             return predicted > 0
+        if self.config.score == "attention":
+            raise RuntimeError("score='attention' cannot judge a token before others have looked at it; token-by-token generation needs predictor=True.")
         tasks = {s.task for s in packed.segments if self._by_threshold(s)}
         if torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
@@ -179,7 +284,23 @@ class TaskRouter(nn.Module):
     def _gate(self, score: Tensor) -> Tensor:
         if self.config.gate == "tanh":
             return 1 + self.config.gain * torch.tanh(score)
+        if self.config.gate == "straight-through":
+            soft = torch.sigmoid(score)
+            return 1 + (soft - soft.detach())
         return {"sigmoid": torch.sigmoid, "raw": torch.Tensor.clone, "none": torch.ones_like}[self.config.gate](score)
+
+    def _soft_edge(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
+        """1 for each kept token, with a gradient that reaches the capacity it owes its place to: [K]."""
+        _, always = packed.always(self.config.keep)
+        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths)).to(ranked.device)[index] for x in (lengths, always))
+        n = (places - fixed).clamp(min=1)
+        soft = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, n)
+        return torch.where(up[index], 1 + (soft - soft.detach()), 1.0)
+
+
+def share(capacity: float, n: int) -> int:
+    """How many of n tokens a capacity keeps: rounded half up, at least one of any."""
+    return min(n, max(1, math.floor(capacity * n + 0.5)))
 
 
 def scorer(width: int, config: RouterConfig) -> nn.Module:

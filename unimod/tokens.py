@@ -137,6 +137,12 @@ class Packed:
         return tuple({segment.row: segment.task for segment in self.segments}.values())
 
     @cached_property
+    def segment(self) -> Tensor:
+        """Number of each token's segment: int64 [T]."""
+        size = torch.tensor([s.length for s in self.segments])
+        return torch.repeat_interleave(torch.arange(len(size)), size, output_size=int(size.sum())).to(self.ids.device)
+
+    @cached_property
     def labelled(self) -> Tensor:
         """The tokens that have a target: int64 [N], ascending."""
         return (self.target != IGNORE).nonzero()[:, 0]

@@ -11,18 +11,31 @@ from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
 from unimod.models.backbone import losses
 from unimod.plan import CapacityPlan, interleaved, last_half
-from unimod.router import RouterConfig
+from unimod.router import PRESETS, RouterConfig
 from unimod.tokens import Task, pack
 
 PLAN = CapacityPlan({"t2i": [1, 1, .5, .5, 1, .2, .2, .6], "mmu": [1, .7, .5, 1, 1, .2, .3, .6]})
 CONFIGS = {"mod": RouterConfig(shared=True), "unimod": RouterConfig(),
            "raw": RouterConfig(gate="raw", std=0.5), "sigmoid": RouterConfig(gate="sigmoid", std=0.5)}
+FALLING = CapacityPlan({"t2i": [1, .8, .5, .5, .5, .2, .2, .2], "mmu": [1, .7, .5, .5, .4, .2, .2, .2]})
+LOOKING = {"a-mod": RouterConfig(score="attention", gate="none", predictor=True), "early-exit": RouterConfig(reach="exit", std=0.5),
+           "run": RouterConfig(reach="run", std=0.5), "p-mod": PRESETS["p-mod"]}
+"""Routers that look back at earlier layers, or touch what they skip."""
 
 
 @pytest.fixture(params=CONFIGS)
 def routed(model, request):
     torch.manual_seed(1)
     return apply_mod(model, PLAN, CONFIGS[request.param])
+
+
+@pytest.fixture(params=[*CONFIGS, *LOOKING])
+def anyhow(model, request):
+    """A model routed by any configuration, on a plan that it can carry out."""
+    torch.manual_seed(1)
+    if request.param in CONFIGS:
+        return apply_mod(model, PLAN, CONFIGS[request.param])
+    return apply_mod(model, last_half(8) if request.param == "run" else FALLING, LOOKING[request.param])
 
 
 @torch.no_grad()
@@ -93,19 +106,19 @@ def test_exactly_k_of_every_segment_are_kept_in_order(routed, packed):
 
 
 @torch.no_grad()
-def test_a_sequence_alone_equals_itself_in_the_batch(routed, rows, packed):
-    routed.double()
-    together = routed(packed)
+def test_a_sequence_alone_equals_itself_in_the_batch(anyhow, rows, packed):
+    anyhow.double()
+    together = anyhow(packed)
     for row, where in zip(rows, packed.rows()):
-        torch.testing.assert_close(routed(pack([row])), together[where], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(anyhow(pack([row])), together[where], atol=1e-9, rtol=1e-9)
 
 
 @torch.no_grad()
-def test_editing_one_sequence_moves_no_other(routed, rows, packed):
-    before = routed(packed)
+def test_editing_one_sequence_moves_no_other(anyhow, rows, packed):
+    before = anyhow(packed)
     edited = copy.deepcopy(rows)
     edited[1].ids[3:9] = 7
-    after = routed(pack(edited))
+    after = anyhow(pack(edited))
     for b, where in enumerate(packed.rows()):
         assert torch.equal(before[where], after[where]) != (b == 1)
 

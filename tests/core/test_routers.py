@@ -12,7 +12,7 @@ from unimod.flops import count
 from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_only
 from unimod.models.backbone import losses
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import PRESETS, RouterConfig, TaskRouter
+from unimod.router import PRESETS, RouterConfig, TaskRouter, Trail
 from unimod.tokens import IGNORE, KINDS, Modality, Task, TokenSequence, pack
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
@@ -28,7 +28,7 @@ class Toy(nn.Module):
         self.mlp = nn.Linear(2, 2, bias=False)
         self.mlp.weight.data = 2 * torch.eye(2)
 
-    def forward(self, hidden_states, packed, position_embeddings):
+    def forward(self, hidden_states, packed, position_embeddings, **_):
         return hidden_states + 10 + self.mlp(hidden_states)
 
 
@@ -42,9 +42,9 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Toy() for _ in range(layers))
 
 
-def three(task=Task.MMU, modality=(Modality.IMAGE,) * 3, rule="topk"):
+def three(task=Task.MMU, modality=(Modality.IMAGE,) * 3, rule="topk", rows=1):
     n = torch.arange(3)
-    return pack([TokenSequence(task, n, n, torch.tensor([int(m) for m in modality]), n + 1, torch.tensor([IGNORE, 5, IGNORE]), ((3, rule),))])
+    return pack([TokenSequence(task, n, n, torch.tensor([int(m) for m in modality]), n + 1, torch.tensor([IGNORE, 5, IGNORE]), ((3, rule),))] * rows)
 
 
 def routed(config, capacity=2 / 3, layers=1):
@@ -55,9 +55,10 @@ def routed(config, capacity=2 / 3, layers=1):
     return stack
 
 
-def run(stack, packed, number=0):
+def run(stack, packed, number=0, trail=None, x=X):
+    nowhere = torch.zeros(1, len(x), 1)
     with record_routing() as log:
-        out = stack.layers[number](X[None], packed=packed, position_embeddings=(torch.zeros(1, 3, 1), torch.zeros(1, 3, 1)))[0]
+        out = stack.layers[number](x[None], packed=packed, position_embeddings=(nowhere, nowhere), trail=trail)[0]
     return out.detach(), log[number]
 
 
@@ -70,14 +71,16 @@ SCORES = X @ W                                              # 0.5, -2.0, 0.5: to
     (PRESETS["mod"], lambda s: X + s * UPDATE),
     (PRESETS["gamma-mod"], lambda s: X + 10 + MLP / (1 + math.exp(-s))),
     (PRESETS["p-mod"], lambda s: X + 10 + (1 + 0.2 * math.tanh(s)) * MLP),
+    (PRESETS["router-tuning"], lambda s: X + (1 + 0.2 * math.tanh(s)) * UPDATE),
     (RouterConfig(gate="none"), lambda s: X + UPDATE),
     (RouterConfig(gate="sigmoid"), lambda s: X + UPDATE / (1 + math.exp(-s))),
-], ids=["unimod", "mod", "gamma-mod", "p-mod", "none", "sigmoid"])
+], ids=["unimod", "mod", "gamma-mod", "p-mod", "router-tuning", "none", "sigmoid"])
 def test_the_formula_on_three_tokens(config, expected):
     out, routing = run(routed(config), three())
     assert routing.index.tolist() == [0, 2] and torch.allclose(routing.score, SCORES)
     torch.testing.assert_close(out[[0, 2]], expected(0.5)[[0, 2]])
-    assert torch.equal(out[1], X[1]), "a dropped token passes by"
+    past = X[1] * (1 + 0.2 * math.tanh(-2)) if config.scale_skipped else X[1]
+    torch.testing.assert_close(out[1], past, atol=0, rtol=1e-6 if config.scale_skipped else 0, msg="a dropped token passes by, scaled in p-MoD alone")
 
 
 def test_the_normalised_score_and_the_hidden_layer_by_hand():
@@ -103,6 +106,80 @@ def test_random_routing_draws_anew_in_training_and_keeps_all_in_evaluation():
     assert not list(stack.layers[0].router.parameters())
     out, routing = run(stack.eval(), three())
     assert routing.index.tolist() == [0, 1, 2] and torch.equal(out, X + UPDATE)
+
+
+def test_attention_received_decides_without_a_gate():
+    """A-MoD: the two tokens that received most, whatever they are; nothing to train."""
+    stack = apply_mod(Stack(2), CapacityPlan({"mmu": [1, 2 / 3]}), PRESETS["a-mod"])
+    out, routing = run(stack, three(), 1, Trail(received=torch.tensor([0.5, 2.0, 1.0])))
+    assert routing.index.tolist() == [1, 2] and torch.equal(out[1:], (X + UPDATE)[1:]) and torch.equal(out[0], X[0])
+    with pytest.raises(RuntimeError, match="leave the first layer dense"):
+        run(stack, three(), 1)
+    with pytest.raises(RuntimeError, match="needs predictor=True"):
+        run(stack, three(rule="threshold"), 1, Trail(received=torch.ones(3)))
+
+
+def test_a_decision_reaches_over_the_whole_run():
+    """TREAD: what layer 0 dropped skips layers 0 to 2, as if all three were one layer; the next run draws anew."""
+    stack = apply_mod(Stack(5), CapacityPlan({"mmu": [1 / 3, 1 / 3, 1 / 3, 1, 1 / 3]}), PRESETS["tread"]).train()
+    found = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        trail = Trail()
+        kept = [tuple(run(stack, three(), i, trail)[1].index.tolist()) for i in (0, 1, 2, 4)]
+        assert kept[0] == kept[1] == kept[2]
+        found.add((kept[0], kept[3]))
+    assert len(found) > 3, "the second run does not follow the first"
+    assert not list(stack.layers[0].router.parameters())
+
+
+def test_a_token_that_left_early_never_comes_back():
+    """Scores are 0.5, -2, 0.5 in the first layer; then the router of the second would rather have the token that has left."""
+    stack = apply_mod(Stack(2), CapacityPlan({"mmu": [2 / 3, 1 / 3]}), PRESETS["early-exit"])
+    for layer, sign in zip(stack.layers, (1, -1)):
+        layer.router.proj.weight.data = sign * W.expand(3, 2).clone()
+    trail = Trail()
+    assert run(stack, three(), 0, trail)[1].index.tolist() == [0, 2]
+    assert trail.inside.tolist() == [True, False, True]
+    out, routing = run(stack, three(), 1, trail)
+    assert routing.score.tolist() == (-SCORES).tolist() and routing.index.tolist() == [0], "the best of those that are still in"
+    torch.testing.assert_close(out[0], (X + (1 + 0.2 * math.tanh(-0.5)) * UPDATE)[0])
+    assert torch.equal(out[1:], X[1:])
+
+
+def test_layer_dropping_drops_whole_rows_in_training_only():
+    stack, packed, x = routed(PRESETS["layer-drop"], capacity=0.5), three(rows=4), X.repeat(4, 1)
+    stack.train()
+    found = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        out, routing = run(stack, packed, x=x)
+        rows = tuple(sorted(set((routing.index // 3).tolist())))
+        assert len(rows) == 2 and [s.length for s in routing.segments] == [3 * (b in rows) for b in range(4)]
+        assert torch.equal(out.view(4, 3, 2)[list(rows)], (X + UPDATE).expand(2, 3, 2))
+        assert torch.equal(out.view(4, 3, 2)[[b for b in range(4) if b not in rows]], X.expand(2, 3, 2))
+        found.add(rows)
+    assert len(found) == 6, "any two of four"
+    assert stack.layers[0].router.kept(packed) == (3, 3, 0, 0), "for counting: as many"
+    assert torch.equal(run(stack.eval(), packed, x=x)[0], x + 10 + 2 * x)
+
+
+def test_one_router_for_the_whole_batch_by_hand():
+    """The competitive experiment: six tokens of two rows and tasks for three places; forward 1, backward a sigmoid."""
+    pieces = [three(task).rows() and TokenSequence(task, n := torch.arange(3), n, n * 0 + 1, n + 1, n, ((3, rule),))
+              for task, rule in ((Task.T2I, "topk"), (Task.MMU, "keep"))]
+    packed, x = pack(pieces), torch.cat([X, -X])             # scores 0.5, -2, 0.5 and -0.5, 2, -0.5
+    stack = apply_mod(Stack(), CapacityPlan({"t2i": [0.5], "mmu": [0.5]}), PRESETS["competitive"]).eval()
+    stack.layers[0].router.proj.weight.data = W[None].clone()
+    out, routing = run(stack, packed, x=x)
+    assert routing.index.tolist() == [0, 2, 4] and [s.length for s in routing.segments] == [2, 1], "the second task wins one place of three"
+    assert torch.equal(routing.weight, torch.ones(3)) and torch.equal(out[4], (x + 10 + 2 * x)[4])
+    (grad,) = torch.autograd.grad(routing.weight.sum(), routing.score)
+    s = torch.sigmoid(torch.tensor([0.5, 0.5, 2.0]))
+    torch.testing.assert_close(grad, torch.zeros(6).index_copy(0, routing.index, s * (1 - s)))
+    torch.manual_seed(0)
+    noisy = torch.stack([run(stack.train(), packed, x=x)[1].score - routing.score for _ in range(300)]).detach()
+    assert abs(noisy.mean()) < 0.2 and noisy.std() == pytest.approx(math.pi / 3**0.5, rel=0.1), "logistic: two Gumbels' difference"
 
 
 @pytest.mark.parametrize("kind, modality, kept", [
@@ -144,32 +221,61 @@ def test_every_preset_is_removed_without_a_trace(model, packed, name):
     assert [(len(m._forward_hooks), len(m._modules)) for m in model.modules()] == stock
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if n != "random"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_its_routers_and_saves_flops(model, packed, name):
     apply_mod(model, last_half(8), PRESETS[name])
     losses(model.train(), packed).total.backward()
-    grads = [layer.router.proj.weight.grad for layer in model.layers[4:7]]
-    assert all(g is not None and g.abs().sum() > 0 for g in grads)
-    assert 0 < count(model, packed).saved < 0.3
+    grads = [p.grad for layer in model.layers[4:7] for n, p in layer.router.named_parameters() if n.endswith("proj.weight")]
+    assert all(g is not None and g.abs().sum() > 0 for g in grads) and bool(grads) == (PRESETS[name].score == "learned")
+    assert 0 < count(model, packed).saved < 0.31
 
 
-def test_router_tuning_trains_routers_only(model, packed):
+@torch.no_grad()
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_a_file(tmp_path, model, packed, name):
+    from unimod.models.checkpoint import from_pretrained, save_pretrained
+
+    apply_mod(model, last_half(8), PRESETS[name])
+    again, _ = from_pretrained(save_pretrained(tmp_path, model))
+    assert torch.equal(again(packed), model(packed)) and again.layers[5].router.config == PRESETS[name]
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("way", ["preset", "call"])
+def test_router_tuning_trains_routers_only(model, packed, way):
     dense = copy.deepcopy(model)
-    train_routers_only(apply_mod(model, last_half(8)))
+    if way == "preset":
+        apply_mod(model, last_half(8), PRESETS["router-tuning"])
+    else:
+        train_routers_only(apply_mod(model, last_half(8)))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if ".router." in n}
     losses(model, packed).total.backward()
     with torch.no_grad():
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0).step()
         assert torch.equal(remove_mod(model)(packed), dense(packed))
+    assert all(p.requires_grad for p in model.parameters()) == (way == "preset"), "a preset thaws what it froze"
 
 
 @pytest.mark.parametrize("options, words", [
     ({"gate": "relu"}, "gate='relu' is not known. Allowed: tanh"), ({"branch": "attention"}, "branch='attention' is not known. Allowed: update, mlp"),
     ({"score": "loss"}, "score='loss' is not known"), ({"keep": ("pictures",)}, f"'pictures' is not known. Allowed: {', '.join(KINDS)}"),
-    ({"hidden": -1}, "hidden=-1 is not a width"), ({"score": "random"}, "a random one goes with gate='none'")])
+    ({"hidden": -1}, "hidden=-1 is not a width"), ({"score": "random"}, "goes with gate='none'"), ({"noise": -1.0}, "noise=-1.0 is not a scale"),
+    ({"compete": "all"}, "compete='all' is not known. Allowed: segment, batch, rows"), ({"reach": "all"}, "Allowed: layer, run, exit"),
+    ({"score": "random", "gate": "none", "predictor": True}, "cannot foresee"), ({"compete": "rows"}, "goes with score='random'"),
+    ({"compete": "batch", "predictor": True}, "is an experiment"), ({"gate": "none", "scale_skipped": True}, "needs a gate to scale by")])
 def test_bad_options_are_refused_before_a_model_is_touched(options, words):
     with pytest.raises(ParameterError, match=words):
         RouterConfig(**options)
+
+
+@pytest.mark.parametrize("name, rows, words", [
+    ("a-mod", [0.5, 1, 1], "layer 0 cannot be routed"), ("early-exit", [1, 0.5, 0.6], "mmu keeps 0.5 in layer 1 and 0.6 in layer 2"),
+    ("early-exit", [0.5, 1, 1], "never comes back"), ("tread", [1, 0.5, 0.4], "mmu keeps 0.5 in layer 1 and 0.4 in layer 2")])
+def test_plans_that_a_router_cannot_carry_out_are_refused(name, rows, words):
+    stack = Stack(3)
+    with pytest.raises(ParameterError, match=words):
+        apply_mod(stack, CapacityPlan({"mmu": rows}), PRESETS[name])
+    assert all(isinstance(layer, Toy) for layer in stack.layers), "and nothing was wrapped"
 
 
 def test_kept_counts_follow_the_batch_to_another_device():

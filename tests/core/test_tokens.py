@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny_rows import CAPTIONS, TURNS, WORDS, make_rows
 
 from unimod.models.checkpoint import build_model
-from unimod.ops.attention import interval_attention
-from unimod.ops.select import segment_topk
+from unimod.ops.attention import attention_received, interval_attention
+from unimod.ops.select import segment_rank, segment_topk
 from unimod.tokens import Segment, Task, pack
 
 SHOWO = build_model("showo-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout
@@ -126,3 +126,33 @@ def test_a_packed_batch_prints_itself_and_knows_its_targets():
     assert sum(packed.target_counts) == len(packed.labelled) > 0
     moved = packed.to("cpu")
     assert moved.target_counts == packed.target_counts and torch.equal(moved.labelled, packed.labelled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["showo-tiny", "emu3-tiny"])
+@pytest.mark.parametrize("heads_kv", [2, 4])
+def test_attention_received_equals_the_sum_over_queries(kind, heads_kv, monkeypatch):
+    """Loop over every query and key; in pieces of a few queries, too; and an even attention gives every token 1."""
+    layout = {"showo-tiny": SHOWO, "emu3-tiny": EMU3}[kind]
+    packed = pack(make_rows(layout))
+    g, n = torch.Generator().manual_seed(0), len(packed)
+    q, k = torch.randn(4, n, 8, generator=g), torch.randn(heads_kv, n, 8, generator=g)
+    arguments = (packed.lo, packed.hi, packed.segment, packed.lengths, 0.7)
+    total, asked = torch.zeros(n), torch.zeros(n)
+    for i in range(n):
+        lo, hi = int(packed.lo[i]), int(packed.hi[i])
+        a = torch.stack([(0.7 * q[h, i] @ k[h * heads_kv // 4, lo:hi].T).softmax(-1) for h in range(4)]).mean(0)
+        for j in range(lo, hi):
+            if packed.segment[j] == packed.segment[i]:
+                total[j] += (hi - lo) * a[j - lo]
+                asked[j] += 1
+    found = attention_received(q, k, *arguments)
+    torch.testing.assert_close(found, total / asked)
+    monkeypatch.setattr("unimod.ops.attention.reference.ENTRIES", 1000)
+    torch.testing.assert_close(attention_received(q, k, *arguments), found)
+    torch.testing.assert_close(attention_received(0 * q, k, *arguments), torch.ones(n))
+
+
+def test_ranks_are_the_places_in_each_segments_order():
+    score = torch.tensor([0.5, 2.0, 0.5, 1.0, -1.0, 3.0])
+    assert segment_rank(score, (3, 0, 2, 1)).tolist() == [1, 0, 2, 0, 1, 0], "the earlier of two equals goes first"

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..layers import layer_output
-from ..ops.attention import interval_attention
+from ..ops.attention import attention_received, interval_attention
+from ..router import Trail
 from ..tokens import FEATURE, Packed, Task
 from .cache import KVCache
 from .layout import Layout
@@ -35,7 +36,8 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", defaul
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
-               dropout: float = 0.0, packed: Packed | None = None, cache: KVCache | None = None, **_: object) -> tuple[Tensor, None]:
+               dropout: float = 0.0, packed: Packed | None = None, cache: KVCache | None = None, trail: Trail | None = None,
+               **_: object) -> tuple[Tensor, None]:
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
     Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once.
@@ -49,6 +51,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
         observer(module, q, k, packed)
+    if trail is not None and trail.watched:
+        trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
     if cache is not None:
         return cache.attend(module.layer_idx, q, k, v, packed, scaling)[None], None
     return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling)[None], None
@@ -124,13 +128,18 @@ class UnifiedModel(nn.Module):
         """
         h = self.embed(packed)[None]
         position = packed.position[None]
-        for layer in self.layers:
-            if hasattr(layer, "router"):
-                packed.always(layer.router.config.keep)     # host sizes, worked out once and before a layer that may be compiled
+        layers = [(i, layer) for i, layer in enumerate(self.layers) if i != skip]
+        routers = [getattr(layer, "router", None) for _, layer in layers]
+        for router in filter(None, routers):
+            packed.always(router.config.keep)               # host sizes, worked out once and before a layer that may be compiled
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
-        for i, layer in enumerate(self.layers):
-            if i != skip:
-                h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache))
+        trail = Trail() if any(router and router.looks_back for router in routers) else None
+        for (_, layer), following in zip(layers, [*routers[1:], None]):
+            if trail is not None:
+                trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
+            h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache, trail=trail))
+        if cache is not None:
+            cache.fresh = False
         norm = self.decoder.final_layernorm if hasattr(self.decoder, "final_layernorm") else self.decoder.norm
         return norm(h)[0]
 

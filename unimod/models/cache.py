@@ -23,6 +23,8 @@ class KVCache:
 
     def __init__(self, rows: int, room: int) -> None:
         self.rows, self.room = rows, room
+        self.fresh = True
+        """Whether no forward has gone through yet."""
         self.keys: dict[int, Tensor] = {}
         """Per layer [B, H_kv, room, d]."""
         self.values: dict[int, Tensor] = {}

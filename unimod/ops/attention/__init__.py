@@ -1,5 +1,5 @@
 """Attention of packed tokens over intervals."""
 
-from .reference import interval_attention
+from .reference import attention_received, interval_attention
 
-__all__ = ["interval_attention"]
+__all__ = ["attention_received", "interval_attention"]

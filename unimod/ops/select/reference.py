@@ -16,11 +16,23 @@ def segment_topk(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...])
     if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
         raise ValueError(f"segment_topk: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
     size, k = torch.tensor(lengths), torch.tensor(keep)
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths)).to(score.device)
-    order = torch.argsort(score, descending=True, stable=True)
-    order = order[torch.argsort(segment[order], stable=True)]    # by segment, best first
+    order = _best_first(score, lengths)
     start = size.cumsum(0) - size
     slot = torch.arange(sum(keep)) + torch.repeat_interleave(start - (k.cumsum(0) - k), k, output_size=sum(keep))
     index = order[slot.to(score.device)].sort().values
     last = order[(start + (k - 1).clamp(min=0)).clamp(max=len(score) - 1).to(score.device)]
     return index, last
+
+
+def segment_rank(score: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Rank of every token in its segment, the best 0: int64 [T]. Arguments as for `segment_topk`."""
+    size = torch.tensor(lengths)
+    slot = torch.arange(sum(lengths)) - torch.repeat_interleave(size.cumsum(0) - size, size, output_size=sum(lengths))
+    return torch.empty_like(slot, device=score.device).index_copy_(0, _best_first(score, lengths), slot.to(score.device))
+
+
+def _best_first(score: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Tokens by segment, best first: int64 [T]."""
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths), output_size=sum(lengths)).to(score.device)
+    order = torch.argsort(score, descending=True, stable=True)
+    return order[torch.argsort(segment[order], stable=True)]

@@ -1,0 +1,91 @@
+"""Learned capacity: keep fractions per layer and task that training moves, while their total stays on a budget.
+
+    learned = learn_capacity(apply_mod(model, plan), saving=0.3)     # all routed layers and tasks start at one capacity
+    ...                                                              # train as usual
+    plan = learned.plan()                                            # an ordinary plan with what was found
+
+Which tokens are kept is not differentiable in how many are. Here a token of rank r among n (0 is the best) that a capacity c keeps carries the
+factor 1 forward, and backward
+
+    m = sigmoid((c n - r - 1/2) / (WIDTH n)),
+
+a soft membership whose slope lives at the edge of the choice: where the last tokens to be kept still lower the loss, the capacity grows.
+Fractions are c = FLOOR + (1 - FLOOR) sigmoid(theta + mu) with one mu for all, such that their weighted mean is the budget at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .config import TASKS, ParameterError
+from .plan import FLOOR, CapacityPlan
+
+WIDTH = 0.1
+"""Width of the soft edge, as a share of the tokens that compete."""
+
+
+class LearnedCapacity(nn.Module):
+    """Fractions of all routed layers, [R, tasks], from parameters `theta` of that shape.
+
+    routed: numbers of the R layers out of `layers`. weight: what a token-layer of each task counts in the budget (0: the task stays dense).
+    saving: share of all token-layers that is saved, so weighted. Raises `ParameterError` when the routed layers cannot save that much.
+    """
+
+    def __init__(self, layers: int, routed: Sequence[int], weight: Mapping[str, float], saving: float) -> None:
+        super().__init__()
+        self.layers, self.routed, self.saving = layers, tuple(routed), saving
+        self.target = 1 - saving * layers / len(routed)
+        if not FLOOR < self.target < 1:
+            raise ParameterError(f"saving={saving:g}: {len(routed)} of {layers} layers can save more than 0 and less than "
+                                 f"{len(routed) * (1 - FLOOR) / layers:.2f}.")
+        share = torch.tensor([float(weight.get(task, 0.0)) for task in TASKS])
+        if not share.sum() > 0 or (share < 0).any():
+            raise ParameterError(f"weight={dict(weight)!r}: give a positive number for at least one of {', '.join(TASKS)}, and none below 0.")
+        self.register_buffer("share", share / share.sum() / len(routed), persistent=False)
+        self.theta = nn.Parameter(torch.zeros(len(routed), len(TASKS)))
+        self._seen: tuple[int, Tensor, list] | None = None
+
+    def fractions(self) -> Tensor:
+        """Keep fractions [R, tasks], differentiable in theta and on the budget."""
+        mu, _ = self._solved()
+        slope = self._at(mu).detach()
+        slope = ((slope - FLOOR) * (1 - slope) / (1 - FLOOR) * self.share).sum()
+        total = (self._at(mu) * self.share).sum()
+        c = self._at(mu - (total - total.detach()) / slope)  # mu's own dependence on theta, by the implicit function theorem
+        return torch.where(self.share > 0, c, 1.0)
+
+    def host(self, row: int) -> tuple[float, ...]:
+        """Fractions of one routed layer as numbers; read from the device once per change of theta."""
+        return self._solved()[1][row]
+
+    def edge(self, row: int, task: Tensor, rank: Tensor, n: Tensor) -> Tensor:
+        """Soft membership of tokens, [K], by their task, their rank and how many compete with them."""
+        c = self.fractions()[row][task]
+        return torch.sigmoid((c * n - rank - 0.5) / (WIDTH * n))
+
+    def plan(self) -> CapacityPlan:
+        """The fractions as a plan."""
+        rows = {task: [1.0] * self.layers for task in TASKS}
+        for row, layer in enumerate(self.routed):
+            for task, c in zip(TASKS, self.host(row)):
+                rows[task][layer] = c
+        return CapacityPlan(rows)
+
+    def _at(self, mu: Tensor) -> Tensor:
+        return FLOOR + (1 - FLOOR) * torch.sigmoid(self.theta + mu)
+
+    @torch.no_grad()
+    def _solved(self) -> tuple[Tensor, list[tuple[float, ...]]]:
+        """mu for the present theta, by bisection, and the fractions that it gives."""
+        if self._seen is None or self._seen[0] != self.theta._version or self._seen[1].device != self.theta.device:
+            low, high = -30 - self.theta.max(), 30 - self.theta.min()
+            for _ in range(50):
+                mu = (low + high) / 2
+                over = (self._at(mu) * self.share).sum() > self.target
+                low, high = torch.where(over, low, mu), torch.where(over, mu, high)
+            found = torch.where(self.share > 0, self._at(mu), 1.0)
+            self._seen = (self.theta._version, mu, [tuple(c) for c in found.tolist()])
+        return self._seen[1:]
