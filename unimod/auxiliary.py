@@ -2,7 +2,7 @@
 
     with record_routing() as log:
         loss = losses(model, packed).total
-    loss = loss + 0.01 * membership(log) + prediction(log)
+    loss = loss + 0.01 * membership(log) + prediction(log) + budget(log)
 
 A token is a member of its segment's top-k or not; only tokens that were up for choice count.
 """
@@ -30,6 +30,22 @@ def membership(log: Mapping[int, Routing]) -> Tensor:
 def prediction(log: Mapping[int, Routing]) -> Tensor:
     """The same of the predictors' logits, for routers that have one; their input's gradient is stopped, so nothing else is moved."""
     return _mean([_against_members(routing.predicted, routing) for routing in log.values() if routing.predicted is not None])
+
+
+def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:
+    """Squared difference between the share of tokens that sigmoid(score) would keep and a budget, over all layers together.
+
+        (sum sigmoid(score_i) / N - share)^2   over the N tokens up for choice in all layers
+
+    share: default what the layers did keep, i.e. the plan's own. Holds scores where a decision of each token for itself, sigmoid(score) > 0.5, costs
+    what was planned, without telling any layer how much of it to spend.
+    """
+    if not log:
+        return torch.zeros(())
+    n = sum(routing.open.sum() for routing in log.values())
+    expected = sum((torch.sigmoid(routing.score.float()) * routing.open).sum() for routing in log.values())
+    kept = sum((_members(routing) & routing.open).sum() for routing in log.values())
+    return (expected / n.clamp(min=1) - (kept / n.clamp(min=1) if share is None else share)).square() * (n > 0)
 
 
 @torch.no_grad()

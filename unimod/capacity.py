@@ -4,12 +4,13 @@
     ...                                                              # train as usual
     plan = learned.plan()                                            # an ordinary plan with what was found
 
-Which tokens are kept is not differentiable in how many are. Here a token of rank r among n (0 is the best) that a capacity c keeps carries the
-factor 1 forward, and backward
+How many tokens are kept is a whole number, through which no gradient flows. So the last of them fade: the token of rank r among n (0 is the
+best) that a capacity c keeps carries the factor
 
-    m = sigmoid((c n - r - 1/2) / (WIDTH n)),
+    m = min(1, (c n - r) / (WIDTH n)),
 
-a soft membership whose slope lives at the edge of the choice: where the last tokens to be kept still lower the loss, the capacity grows.
+and the loss becomes continuous in c: a token enters with weight 0. Where the last tokens to enter still lower the loss, the capacity grows. The
+number that is processed, and so the cost, is that of the plan; the plan that is read off in the end has no faded tokens.
 Fractions are c = FLOOR + (1 - FLOOR) sigmoid(theta + mu) with one mu for all, such that their weighted mean is the budget at every step.
 """
 
@@ -24,7 +25,7 @@ from .config import TASKS, ParameterError
 from .plan import FLOOR, CapacityPlan
 
 WIDTH = 0.1
-"""Width of the soft edge, as a share of the tokens that compete."""
+"""Share of the competing tokens over which the factor falls from 1 to 0; at least one token."""
 
 
 class LearnedCapacity(nn.Module):
@@ -62,9 +63,8 @@ class LearnedCapacity(nn.Module):
         return self._solved()[1][row]
 
     def edge(self, row: int, task: Tensor, rank: Tensor, n: Tensor) -> Tensor:
-        """Soft membership of tokens, [K], by their task, their rank and how many compete with them."""
-        c = self.fractions()[row][task]
-        return torch.sigmoid((c * n - rank - 0.5) / (WIDTH * n))
+        """Factors of kept tokens, [K], by their task, their rank and how many compete with them."""
+        return ((self.fractions()[row][task] * n - rank) / (WIDTH * n).clamp(min=1)).clamp(0, 1)
 
     def plan(self) -> CapacityPlan:
         """The fractions as a plan."""

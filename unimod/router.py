@@ -81,7 +81,8 @@ class RouterConfig:
         if not self.noise >= 0:
             raise ParameterError(f"noise={self.noise} is not a scale. Give 0 for none, or a positive number.")
         if self.score != "learned" and (self.gate != "none" or self.alone):
-            raise ParameterError(f"score={self.score!r} has nothing to learn, so it goes with gate='none' and alone=False; got gate={self.gate!r}, alone={self.alone}.")
+            raise ParameterError(f"score={self.score!r} has nothing to learn, so it goes with gate='none' and alone=False; "
+                                 f"got gate={self.gate!r}, alone={self.alone}.")
         if self.score == "random" and self.predictor:
             raise ParameterError("predictor=True cannot foresee score='random'. Use score='learned' or 'attention'.")
         if self.compete == "rows" and (self.score != "random" or self.reach != "layer" or self.keep):
@@ -193,7 +194,7 @@ class TaskRouter(nn.Module):
         gate = self._gate(score)
         weight = torch.where(up, gate, 1.0)[index]
         if self.learned is not None:
-            weight = weight * self._soft_edge(ranked, index, up, lengths, packed)
+            weight = weight * self._fading(ranked, index, up, lengths, packed)
         trail.routing = Routing(index, weight, score, segments, last, up, predicted, torch.where(up, gate, 1.0) if self.config.scale_skipped else None)
         if self.config.reach == "exit":
             trail.inside = torch.zeros_like(up).index_fill(0, index, True)
@@ -289,13 +290,12 @@ class TaskRouter(nn.Module):
             return 1 + (soft - soft.detach())
         return {"sigmoid": torch.sigmoid, "raw": torch.Tensor.clone, "none": torch.ones_like}[self.config.gate](score)
 
-    def _soft_edge(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
-        """1 for each kept token, with a gradient that reaches the capacity it owes its place to: [K]."""
+    def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
+        """Factor by which each kept token enters while capacities are learned: [K]."""
         _, always = packed.always(self.config.keep)
         places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths)).to(ranked.device)[index] for x in (lengths, always))
-        n = (places - fixed).clamp(min=1)
-        soft = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, n)
-        return torch.where(up[index], 1 + (soft - soft.detach()), 1.0)
+        factor = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, (places - fixed).clamp(min=1))
+        return torch.where(up[index], factor, 1.0)
 
 
 def share(capacity: float, n: int) -> int:

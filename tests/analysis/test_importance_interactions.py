@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from unimod.analysis.importance import importance
-from unimod.analysis.interactions import CompetingRouter, compete, gradient_cosine, joint_or_single
+from unimod.analysis.interactions import compete, gradient_cosine, joint_or_single
 from unimod.models.backbone import losses
+from unimod.router import PRESETS, TaskRouter
 from unimod.tokens import Task
 
 
@@ -61,11 +62,11 @@ def test_gradient_cosine(untouched):
 def test_the_competing_router_keeps_the_best_of_the_whole_batch(world):
     _, batches = world["showo-tiny"]
     packed, width = mixed(batches, 0), 8
-    router = CompetingRouter(width, 0.5, torch.Generator().manual_seed(0)).eval()
+    router = TaskRouter(width, dict.fromkeys(("t2i", "mmu", "lm"), 0.5), PRESETS["competitive"]).eval()
     h = torch.randn(len(packed), width, generator=torch.Generator().manual_seed(1))
     h[packed.task == Task.T2I] += 1e4 * router.proj.weight[0].detach()                  # t2i tokens score higher than any other
     routing = router(h, packed)
-    k = round(len(packed) / 2)
+    k = int(len(packed) / 2 + 0.5)
     assert len(routing.index) == k == sum(s.length for s in routing.segments)
     want = min(1.0, k / int((packed.task == Task.T2I).sum()))
     assert (packed.task[routing.index] == Task.T2I).sum() / (packed.task == Task.T2I).sum() == pytest.approx(want)
@@ -83,7 +84,7 @@ def test_compete(untouched):
     assert torch.equal(found.history, again.history) and found.history.shape == (3, 2)
     held = mixed(batches, 3)
     sizes = torch.tensor([(held.task == t).sum() for t in (Task.T2I, Task.MMU)]).float()
-    torch.testing.assert_close((found.kept * sizes).sum(1), torch.full((2,), float(round(0.5 * len(held)))))
+    torch.testing.assert_close((found.kept * sizes).sum(1), torch.full((2,), float(int(0.5 * len(held) + 0.5))))
     with torch.no_grad():
         torch.testing.assert_close(found.loss[0], losses(model, held).per_task[:2])
     assert len(found.table()) == 2 * 2 * 4 and len(found.steps()) == 6

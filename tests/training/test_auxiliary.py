@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unimod.auxiliary import accuracy, membership, prediction
+from unimod.auxiliary import accuracy, budget, membership, prediction
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.generate import draw
@@ -30,6 +30,16 @@ def test_membership_by_hand():
     membership(log).backward()
     assert log[1].score.grad.tolist() == pytest.approx([-0.25, 0, 0]), "tokens that had no choice learn nothing"
     assert membership({0: decision([1.0, 1.0, 1.0], [0, 1, 2], up=(False,) * 3)}).item() == 0 and prediction(log).item() == 0
+
+
+def test_the_budget_by_hand():
+    log = {0: decision([2.0, -1.0, 0.5], [0, 2]), 1: decision([0.0, 3.0, 1.0], [0, 1], up=(True, False, False))}
+    expected = (sum(1 / (1 + math.exp(-s)) for s in (2.0, -1.0, 0.5)) + 0.5) / 4
+    assert budget(log).item() == pytest.approx((expected - 3 / 4) ** 2), "three of the four that were up for choice were kept"
+    assert budget(log, 0.2).item() == pytest.approx((expected - 0.2) ** 2)
+    budget(log, 0.2).backward()
+    assert (log[0].score.grad > 0).all() and log[1].score.grad[1:].tolist() == [0, 0], "too much: every score that counts goes down"
+    assert budget({}).item() == 0 == budget({0: decision([1.0, 1.0, 1.0], [0, 1, 2], up=(False,) * 3)}).item()
 
 
 def loaded(name, config):

@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..layers import MoDLayer, record_routing
+from ..layers import apply_mod, record_routing
 from ..models.backbone import UnifiedModel, losses
-from ..router import RouterConfig, Routing
+from ..plan import CapacityPlan
+from ..router import PRESETS, Routing
 from ..tokens import Modality, Packed, Task
 
 BOTH = (Task.T2I, Task.MMU)
@@ -67,33 +68,6 @@ def _gradients(model: UnifiedModel, packed: Packed) -> list[Tensor]:
     total = losses(model, packed.to(model.device)).total
     flat = iter(torch.autograd.grad(total, [p for group in weights for p in group], materialize_grads=True))
     return [torch.cat([next(flat).flatten().float() for _ in group]) for group in weights]
-
-
-class CompetingRouter(nn.Module):
-    """One score for all tokens of a batch, whatever their task: the `capacity` best of the whole batch stay.
-
-    Straight-through Gumbel choice: in training the scores get logistic noise (the difference of two Gumbels, one for "keep" and
-    one for "drop"); forward every kept token has weight exactly 1, backward the weight is sigmoid(noisy score).
-    """
-
-    def __init__(self, width: int, capacity: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.config = RouterConfig(shared=True, gate="none")
-        self.proj, self.capacity, self.generator = nn.Linear(width, 1, bias=False), capacity, generator
-        nn.init.normal_(self.proj.weight, std=1e-3, generator=generator)
-
-    def forward(self, h: Tensor, packed: Packed) -> Routing:
-        """Route h: [T, D]; k = round(capacity * T) over the whole batch."""
-        score = self.proj(h)[:, 0]
-        if self.training:
-            score = score + torch.rand(len(score), generator=self.generator).clamp(1e-6, 1 - 1e-6).logit().to(score)
-        index = score.detach().topk(max(1, round(self.capacity * len(score)))).indices.sort().values
-        soft = torch.sigmoid(score[index])
-        segments = packed.segments
-        of = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([s.length for s in segments]))[index.cpu()]
-        left = torch.bincount(of, minlength=len(segments)).tolist()
-        return Routing(index, 1 + (soft - soft.detach()), score, tuple(replace(s, length=k) for s, k in zip(segments, left)), index[-1:],
-                       torch.ones_like(score, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -144,30 +118,31 @@ def compete(
 ) -> Competition:
     """Train one router per layer (default: the last half) for `steps` steps, the model frozen, on batches that mix t2i and mmu.
 
-    The packs are used in turn. Raises ValueError when a batch lacks one of the tasks.
+    The router is the preset "competitive": all tokens of a batch, whatever their task, for the places of all, with a straight-through Gumbel choice. The
+    packs are used in turn. Raises ValueError when a batch lacks one of the tasks.
     """
     for packed in (*packs, held_out):
         if not all(packed.target_counts[t] for t in BOTH):
             raise ValueError("compete() needs t2i and mmu targets in every batch: the tasks cannot compete otherwise.")
     device = model.device
     packs, held_out = [p.to(device) for p in packs], held_out.to(device)
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = copy.deepcopy(model)
     where = tuple(layers if layers is not None else range(len(model.layers) // 2, len(model.layers)))
-    generator = torch.Generator().manual_seed(seed)
-    results = [_loss(frozen, held_out)]
-    for i in where:
-        frozen.layers[i] = MoDLayer(frozen.layers[i], CompetingRouter(model.width, capacity, generator).to(device), i)
-    results.append(_loss(frozen.eval(), held_out))
-    optimizer = torch.optim.Adam([p for p in frozen.parameters() if p.requires_grad], lr=lr)
-    history = []
-    for step in range(steps):
-        packed = packs[step % len(packs)]
-        with record_routing() as log:
-            loss = losses(frozen.train(), packed)
-        optimizer.zero_grad()
-        loss.total.backward()
-        optimizer.step()
-        history.append(torch.stack([_kept(log[i], packed)[0] for i in where]).mean(0))
+    results, history = [_loss(frozen, held_out)], []
+    plan = CapacityPlan({task.name.lower(): [capacity if i in where else 1.0 for i in range(len(model.layers))] for task in Task})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        apply_mod(frozen, plan, replace(PRESETS["competitive"], alone=True))
+        results.append(_loss(frozen.eval(), held_out))
+        optimizer = torch.optim.Adam([p for p in frozen.parameters() if p.requires_grad], lr=lr)
+        for step in range(steps):
+            packed = packs[step % len(packs)]
+            with record_routing() as log:
+                loss = losses(frozen.train(), packed)
+            optimizer.zero_grad()
+            loss.total.backward()
+            optimizer.step()
+            history.append(torch.stack([_kept(log[i], packed)[0] for i in where]).mean(0))
     with record_routing() as log:
         results.append(_loss(frozen.eval(), held_out))
     kept, split = (torch.stack(shares) for shares in zip(*(_kept(log[i], held_out) for i in where)))
