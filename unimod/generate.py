@@ -40,11 +40,11 @@ class _Growing:
         self.position = torch.stack([r.position[-1] for r in rows]) + 1
         self.hidden = model(packed.to(model.device), cache=self.cache)[(torch.tensor(packed.lengths).cumsum(0) - 1).to(model.device)]
 
-    def push(self, ids: Tensor, live: list[int]) -> Tensor:
-        """One more token (int64 [R], on the CPU) for the rows `live` (ascending); hidden states of these tokens, [R, D]."""
+    def push(self, ids: Tensor, live: list[int], twin: Tensor | None = None) -> Tensor:
+        """One more token (int64 [R], on the CPU) for the rows `live` (ascending); hidden states of these tokens, [R, D]. twin: see `Packed`."""
         row, n = torch.tensor(live), torch.arange(len(live))
         packed = Packed(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
-                        torch.full_like(ids, -100), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live))
+                        torch.full_like(ids, -100), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live), twin=twin)
         self.position[row] += 1
         return self.model(packed.to(self.model.device), cache=self.cache)
 
@@ -87,12 +87,13 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
 @torch.no_grad()
 def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8, *, negative: str = "",
          codes: Tensor | None = None, masked: Tensor | None = None, grid: tuple[int, int] | None = None, top_k: int = 2048,
-         temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+         temperature: float = 1.0, share: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """Pictures for captions: codes int64 [B, N].
 
     guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond - uncond); 0 for none
     (Emu3 calls 1 + w its guidance scale). Default 1.5 for masked decoding, 0 for token-by-token. grid: rows and columns of codes,
-    default the layout's. The same seed gives the same pictures; `generator`, a CPU one, may be given in its place.
+    default the layout's. share: with guidance, routed layers judge the picture tokens of both branches by the
+    captioned one's scores; else each branch by its own. The same seed gives the same pictures; `generator`, a CPU one, may be given in its place.
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
     token only: `top_k` and `temperature`. Raises ValueError when codes and masked do not fit.
@@ -109,15 +110,15 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     for at in range(0, len(captions), ROWS // 2):
         part = slice(at, at + ROWS // 2)
         if layout.causal_images:
-            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, top_k, temperature))
+            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, share, top_k, temperature))
         else:
             known = (codes[part], masked[part]) if given else None
-            drawn.append(_draw_masked(model, layout, captions[part], generator, w, negative, steps, known))
+            drawn.append(_draw_masked(model, layout, captions[part], generator, w, negative, share, steps, known))
     return torch.cat(drawn)
 
 
-def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, steps: int,
-                 known: tuple[Tensor, Tensor] | None) -> Tensor:
+def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
+                 steps: int, known: tuple[Tensor, Tensor] | None) -> Tensor:
     """MaskGIT decoding as Show-o does it: sample every slot, keep the confident ones, mask the rest again.
 
     logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps)) stay masked, at least
@@ -131,6 +132,7 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
         ratio = (step + 1) / steps
         texts = captions + [negative] * count * (w > 0)
         packed = pack([layout.t2i(text, codes[i % count], unknown[i % count]) for i, text in enumerate(texts)])
+        packed = packed.paired() if share and w > 0 else packed
         slots = (packed.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
         logits = model.code_logits(model(packed.to(model.device))[slots]).cpu().view(len(texts), n, -1)
         if w > 0:
@@ -149,13 +151,14 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
     return codes
 
 
-def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, top_k: int,
-                 temperature: float) -> Tensor:
+def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
+                 top_k: int, temperature: float) -> Tensor:
     """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over log-probabilities."""
     n, count = layout.image_tokens, len(captions)
     texts = captions + [negative] * count * (w > 0)
     nothing = torch.zeros(0, dtype=torch.long)
     growing = _Growing(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n)
+    twin = torch.arange(len(texts)) % count if share else None
     hidden, codes = growing.hidden, []
     for number in range(1, n + 1):
         logits = model.code_logits(hidden).log_softmax(-1).cpu()
@@ -164,7 +167,7 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], gener
         codes.append(_pick(logits, top_k, temperature, generator))
         if number < n:
             for ids in layout.after_code(codes[-1], number):
-                hidden = growing.push(ids.repeat(1 + (w > 0)), list(range(len(texts))))
+                hidden = growing.push(ids.repeat(1 + (w > 0)), list(range(len(texts))), twin)
     return torch.stack(codes, 1)
 
 

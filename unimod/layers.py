@@ -143,7 +143,7 @@ def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | N
     weight: what a token-layer of each task counts, default t2i and mmu the same and lm dense. Returns what is learned, whose `plan()` is the
     result. Raises `ParameterError` for a saving out of reach, a dense model, or a router whose choice has no edge to learn from.
     """
-    routed = [layer for layer in model.layers if isinstance(layer, MoDLayer)]
+    routed = routed_layers(model)
     if not routed or any(layer.router.config.compete != "segment" or layer.router.config.reach != "layer" for layer in routed):
         raise ParameterError("Capacities are learned where each layer chooses for itself among the tokens of a segment: call apply_mod with a "
                              "router of compete='segment' and reach='layer' first.")
@@ -163,6 +163,11 @@ def remove_mod(model: nn.Module) -> nn.Module:
                 model.requires_grad_(True)
             model.layers[i] = layer.release()
     return model
+
+
+def routed_layers(model: nn.Module) -> list[MoDLayer]:
+    """The layers of a model that are routed, in order; none when it is dense."""
+    return [layer for layer in model.layers if isinstance(layer, MoDLayer)]
 
 
 def train_routers_only(model: nn.Module) -> nn.Module:

@@ -182,15 +182,17 @@ class TaskRouter(nn.Module):
         predicted = self._of_task(self.predict(h.detach()), packed) if self.config.predictor else None
         score, lengths = self.scores(h, packed, trail), tuple(s.length for s in packed.segments)
         always, _ = packed.always(self.config.keep)
-        ranked = score.detach().masked_fill(always, torch.inf)
-        if trail.inside is not None:
-            ranked = ranked.masked_fill(~(trail.inside | always), -torch.inf)
+        judged = slice(None) if packed.twin is None else packed.twin
+        ranked = score.detach()[judged].masked_fill(always, torch.inf)
+        inside = torch.ones_like(always) if trail.inside is None else trail.inside
+        ranked = ranked.masked_fill(~(inside | always), -torch.inf)
         index, last, segments = self._select(ranked, lengths, packed)
         if any(self._by_threshold(s) for s in packed.segments):
-            passes = self._passes(ranked, predicted, packed) & (ranked > -torch.inf)
+            tasks = {s.task for s in packed.segments if self._by_threshold(s)}
+            passes = self.passes(ranked, None if predicted is None else predicted[judged], packed, tasks) & (ranked > -torch.inf)
             index, segments = self._apply_threshold(passes | always, index, packed)
         free = torch.tensor([self._chooses(s) for s in packed.segments])
-        up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device) & ~always
+        up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device) & ~always & inside
         gate = self._gate(score)
         weight = torch.where(up, gate, 1.0)[index]
         if self.learned is not None:
@@ -261,13 +263,13 @@ class TaskRouter(nn.Module):
     def _by_threshold(self, segment: Segment) -> bool:
         return segment.rule == "threshold" and self._chooses(segment)
 
-    def _passes(self, score: Tensor, predicted: Tensor | None, packed: Packed) -> Tensor:
-        """Which tokens a decision of their own lets through: those the predictor expects to be kept, or above their task's threshold: bool [T]."""
+    def passes(self, score: Tensor, predicted: Tensor | None, packed: Packed, tasks: set[Task]) -> Tensor:
+        """Which tokens of these tasks a decision of their own lets through: those that the predictor expects to be kept, else those above the
+        threshold: bool [T]. Raises RuntimeError when there is neither."""
         if predicted is not None:
             return predicted > 0
         if self.config.score == "attention":
             raise RuntimeError("score='attention' cannot judge a token before others have looked at it; token-by-token generation needs predictor=True.")
-        tasks = {s.task for s in packed.segments if self._by_threshold(s)}
         if torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
         return score >= self.threshold[packed.task]

@@ -119,6 +119,8 @@ class Packed:
     target: Tensor
     segments: tuple[Segment, ...]
     features: Tensor | None = None
+    twin: Tensor | None = None
+    """int64 [T]: the token by whose score a router judges each token, where it is not its own."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -170,7 +172,7 @@ class Packed:
         """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
 
         Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)).
-        Features stay behind: they have been embedded before any layer runs.
+        Features stay behind: they have been embedded before any layer runs. So do twins: they are for routers, which see the whole batch.
         """
         return Packed(
             **{name: getattr(self, name)[idx] for name in ("ids", "row", "position", "task", "modality", "target")},
@@ -178,6 +180,12 @@ class Packed:
             hi=torch.searchsorted(idx, self.hi[idx]),
             segments=tuple(segments),
         )
+
+    def paired(self) -> Packed:
+        """The batch whose second half of rows has its picture tokens judged like those of the first half, one by one: guidance branches, which have
+        the same picture."""
+        pictures = (self.modality == Modality.IMAGE).nonzero()[:, 0].view(2, -1)
+        return replace(self, twin=torch.arange(len(self), device=self.ids.device).index_copy(0, pictures[1], pictures[0]))
 
     def rows(self) -> list[slice]:
         """Where each row lies in the packed order."""

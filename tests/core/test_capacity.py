@@ -21,7 +21,7 @@ def test_any_theta_is_on_the_budget(theta, saving, weight):
     learned = LearnedCapacity(6, (1, 3, 5), {"t2i": weight, "mmu": 1.0}, saving)
     with torch.no_grad():
         learned.theta.copy_(torch.tensor(theta).view(3, 3))
-    c = learned.fractions()
+    c = learned.fractions().detach()
     assert torch.equal(c[:, 2], torch.ones(3)), "lm counts nothing in this budget and stays dense"
     assert c.min() >= FLOOR and c.max() <= 1
     saved = ((1 - c[:, 0]).sum() * weight + (1 - c[:, 1]).sum()) / (weight + 1) / 6

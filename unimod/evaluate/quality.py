@@ -15,7 +15,7 @@ import torch
 from ..data.batches import Batches
 from ..data.sample import Dataset
 from ..generate import answer, calibrate, draw
-from ..layers import MoDLayer
+from ..layers import routed_layers
 from ..models.backbone import UnifiedModel, losses
 from ..models.image_tokenizer import ImageTokenizer
 from ..tokens import Task
@@ -50,7 +50,7 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
     """
     batches = Batches(data, image_tokenizer, model.layout, seed=seed)
     samples = batches.samples(split, start, count, seed=0)
-    if model.layout.causal_images and any(isinstance(layer, MoDLayer) for layer in model.layers):
+    if model.layout.causal_images and routed_layers(model):
         calibrate(model, batches.single_task(Task.T2I, "train", 64))
     right: dict[str, list[bool]] = defaultdict(list)
     asked = [(sample, code, q) for sample, code in zip(samples, batches.codes(samples)) for q in _spread(sample.questions, per_picture)]

@@ -1,0 +1,92 @@
+"""What routed models do where they are used: decisions alone against top-k, cache memory, guidance branches that share a decision."""
+
+import pytest
+import torch
+
+from unimod.data import open_data
+from unimod.data.batches import Batches
+from unimod.evaluate.inference import agreement, alone, cache_share, decided, guidance
+from unimod.generate import calibrate, draw
+from unimod.layers import apply_mod, record_routing
+from unimod.models.backbone import losses
+from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.plan import last_half
+from unimod.router import PRESETS, RouterConfig
+from unimod.tokens import Task, pack
+
+DATA = open_data("scenes")
+
+
+@pytest.fixture(scope="module", params=["showo-tiny", "emu3-tiny"])
+def world(request):
+    model, tokenizer = from_pretrained(shipped(request.param))
+    torch.manual_seed(0)
+    apply_mod(model, last_half(8, 0.3), RouterConfig(std=0.02))
+    batches = Batches(DATA, tokenizer, model.layout, (6, 6, 1))
+    calibrate(model, batches.held_out("train", 16))
+    return model, tokenizer, batches
+
+
+def test_agreement_is_that_of_the_thresholds_with_top_k(world):
+    model, _, batches = world
+    packed = batches.held_out("validation", 6)
+    rows = agreement(model, packed)
+    assert {(r["layer"], r["task"]) for r in rows} == {(n, t) for n in range(4, 8) for t in ("t2i", "mmu", "lm")}
+    with torch.no_grad(), record_routing() as log:
+        model(packed)
+    for r in rows:
+        routing, task = log[r["layer"]], Task[r["task"].upper()]
+        threshold = float(model.layers[r["layer"]].router.threshold[task])
+        tokens = [i for i in range(len(packed)) if routing.open[i] and packed.task[i] == task]
+        kept = set(routing.index.tolist())
+        assert r["tokens"] == len(tokens) and r["by"] == "threshold"
+        assert r["agree"] == pytest.approx(sum((float(routing.score[i]) >= threshold) == (i in kept) for i in tokens) / len(tokens))
+        assert r["planned"] == pytest.approx(sum(i in kept for i in tokens) / len(tokens))
+    shares = [r["agree"] for r in rows if r["task"] != "lm"]
+    assert sum(shares) / len(shares) > 0.6 and min(shares) < 1
+
+
+def test_a_decision_alone_has_its_own_loss(world):
+    model, _, batches = world
+    packed = batches.held_out("validation", 4)
+    rows = {(r["task"], r["decided"]): r for r in decided(model, packed)}
+    with torch.no_grad():
+        direct = losses(model, packed).per_task
+    assert rows["t2i", "top-k"]["loss"] == pytest.approx(float(direct[Task.T2I]))
+    assert rows["t2i", "alone"]["loss"] != rows["t2i", "top-k"]["loss"]
+    assert rows["t2i", "top-k"]["kept"] == pytest.approx(0.4, abs=0.03) and 0.1 < rows["t2i", "alone"]["kept"] < 0.8
+    assert alone(packed).segments != packed.segments and all(s.rule != "topk" for s in alone(packed).segments)
+
+
+def test_what_cannot_judge_alone_says_so(world):
+    model, _, batches = world
+    routed = apply_mod(from_pretrained(shipped(model.layout.kind + "-tiny"))[0], last_half(8, 0.3), PRESETS["a-mod"])
+    with pytest.raises(RuntimeError, match="needs predictor=True"):
+        agreement(routed, batches.held_out("validation", 1))
+
+
+def test_the_cache_holds_what_is_kept(world):
+    model, _, batches = world
+    rows = [model.layout.mmu(c, [("is there a red circle?", "yes")]) for c in batches.codes(batches.samples("test", 0, 3))]
+    with torch.no_grad(), record_routing() as log:
+        model(pack(rows))
+    n = len(pack(rows))
+    assert cache_share(model, rows) == pytest.approx((4 * n + sum(len(r.index) for r in log.values())) / (8 * n))
+    assert 0.65 < cache_share(model, rows) < 0.85
+
+
+def test_branches_that_share_keep_the_same_picture_tokens(world):
+    model, tokenizer, batches = world
+    split, shared = guidance(model, tokenizer, batches.samples("test", 0, 6))
+    assert (split["branches"], shared["branches"]) == ("split", "share") and split["same"] < shared["same"]
+    assert shared["same"] == (1.0 if model.layout.causal_images else pytest.approx(1, abs=0.1)), "rows of other lengths keep other numbers"
+    assert all(0 <= row["right"] <= 1 and row["pictures"] == 6 for row in (split, shared))
+
+
+def test_sharing_changes_nothing_without_guidance_or_routers(world):
+    model, _, _ = world
+    captions = ["a red circle at the top left", "a blue square at the bottom right"]
+    assert torch.equal(draw(model, captions, seed=1, guidance=0.0, share=True), draw(model, captions, seed=1, guidance=0.0))
+    dense, _ = from_pretrained(shipped(model.layout.kind + "-tiny"))
+    assert torch.equal(draw(dense, captions, seed=1, guidance=1.5, share=True), draw(dense, captions, seed=1, guidance=1.5))
+    assert not torch.equal(draw(model, captions, seed=1, guidance=1.5, share=True), draw(model, captions, seed=1, guidance=1.5))

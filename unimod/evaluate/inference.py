@@ -1,0 +1,100 @@
+"""How a routed model behaves where it is used: decisions that a token makes alone against top-k, cache memory, guidance branches.
+
+    agreement(model, packed)              # per layer and task: does a token judged alone do what top-k would?
+    decided(model, packed)                # and what does it cost: loss per task, decided by top-k and alone
+    cache_share(model, rows)              # share of the dense cache that the layers fill
+    guidance(model, tokenizer, samples)   # both branches of guidance with a decision of their own, or one for both
+
+A token alone is judged by the predictor where the router has one, else by a calibrated threshold (`generate.calibrate`). Rows are written for
+training: every token known, top-k where it may look at a whole segment. L routed layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..data.sample import Sample
+from ..generate import draw
+from ..layers import record_routing
+from ..models.backbone import UnifiedModel, losses
+from ..models.cache import KVCache
+from ..models.image_tokenizer import ImageTokenizer
+from ..tokens import Modality, Packed, Task, TokenSequence, pack
+from .detector import detect, matches
+
+
+def alone(packed: Packed) -> Packed:
+    """The batch with every segment of top-k decided token by token instead."""
+    return replace(packed, segments=tuple(replace(s, rule="threshold") if s.rule == "topk" else s for s in packed.segments))
+
+
+@torch.no_grad()
+def agreement(model: UnifiedModel, packed: Packed) -> list[dict[str, object]]:
+    """One row per routed layer and task with tokens up for choice, all judged on the hidden states of the top-k forward: `agree`, the share of
+    tokens that a decision alone treats as top-k does; `kept`, the share it keeps; `planned`, the share that top-k keeps; `by`, what decides.
+
+    Raises RuntimeError where thresholds are not calibrated.
+    """
+    packed, rows = packed.to(model.device), []
+    with record_routing() as log:
+        model(packed)
+    for number, routing in log.items():
+        router = model.layers[number].router
+        member = torch.zeros_like(routing.open).index_fill(0, routing.index, True)
+        for task in Task:
+            mine = routing.open & (packed.task == task)
+            if mine.any():
+                passes = router.passes(routing.score, routing.predicted, packed, {task})
+                rows.append({"layer": number, "task": task.name.lower(), "by": "predictor" if router.config.predictor else "threshold",
+                             "agree": float((passes == member)[mine].float().mean()), "kept": float(passes[mine].float().mean()),
+                             "planned": float(member[mine].float().mean()), "tokens": int(mine.sum())})
+    return rows
+
+
+@torch.no_grad()
+def decided(model: UnifiedModel, packed: Packed) -> list[dict[str, object]]:
+    """One row per task of the batch: `loss` in nats per target and the share of token-layers `kept` in the routed layers, by top-k and alone."""
+    packed, rows = packed.to(model.device), []
+    for way, batch in (("top-k", packed), ("alone", alone(packed))):
+        with record_routing() as log:
+            per_task = losses(model, batch).per_task
+        for task in dict.fromkeys(packed.tasks):
+            mine = packed.task == task
+            kept = sum(int(mine[r.index].sum()) for r in log.values()) / max(1, len(log) * int(mine.sum()))
+            rows.append({"task": task.name.lower(), "decided": way, "loss": float(per_task[task]), "kept": kept})
+    return rows
+
+
+@torch.no_grad()
+def cache_share(model: UnifiedModel, rows: Sequence[TokenSequence]) -> float:
+    """Keys and values that decoding these rows leaves in the cache, relative to a dense model's; the layers' caches are all of one width."""
+    packed = pack(rows).to(model.device)
+    cache = KVCache(len(rows), max(packed.lengths))
+    model(packed, cache=cache)
+    return sum(int(used.sum()) for used in cache.used.values()) / (len(packed) * len(model.layers))
+
+
+@torch.no_grad()
+def guidance(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: Sequence[Sample], weight: float = 1.5, seed: int = 0) -> list[dict[str, object]]:
+    """Drawing with guidance, the branches deciding for themselves or together: per way, `right`, the share of pictures as captioned, and `same`, the
+    share of picture tokens that both branches treat alike in the routed layers, on the pictures that were drawn. A causal model needs thresholds or
+    predictors."""
+    layout, captions, rows = model.layout, [s.caption for s in samples], []
+    for share in (False, True):
+        codes = draw(model, captions, seed=seed, guidance=weight, share=share)
+        pictures = image_tokenizer.decode(codes.view(-1, *layout.grid)).permute(0, 2, 3, 1).numpy()
+        right = [matches(detect(picture), sample) for picture, sample in zip(pictures, samples)]
+        known = {"prompt": True} if layout.causal_images else {"masked": torch.zeros(layout.image_tokens, dtype=torch.bool)}
+        packed = pack([layout.t2i(text, c, **known) for text, c in zip(captions + [""] * len(captions), [*codes, *codes])])
+        packed = (packed.paired() if share else packed).to(model.device)
+        with record_routing() as log:
+            model(packed)
+        picture = (packed.modality == Modality.IMAGE).nonzero()[:, 0].view(2, -1)
+        kept = torch.stack([torch.zeros_like(r.open).index_fill(0, r.index, True)[picture] for r in log.values()])
+        rows.append({"branches": "share" if share else "split", "right": sum(right) / len(right), "same": float((kept[:, 0] == kept[:, 1]).float().mean()),
+                     "pictures": len(right)})
+    return rows
+
