@@ -8,7 +8,9 @@ import torch
 from unimod.layers import apply_mod, record_routing
 from unimod.models.backbone import losses
 from unimod.plan import last_half
-from unimod.router import PRESETS, RouterConfig
+from unimod.router import PRESETS, RouterConfig, Trail
+
+METHODS = ("gamma-mod", "p-mod", "random", "a-mod", "tread", "early-exit", "layer-drop", "competitive")
 
 
 def gradients(model, packed):
@@ -20,7 +22,7 @@ def gradients(model, packed):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], PRESETS["random"]], ids=["unimod", "gamma-mod", "random"])
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), *(PRESETS[n] for n in METHODS)], ids=["unimod", *METHODS])
 def test_checkpointing_recomputes_routed_layers_with_the_same_tokens(model, packed, config, reentrant):
     apply_mod(model, last_half(8), config).train()
     torch.manual_seed(0)
@@ -66,8 +68,8 @@ def test_a_deepcopy_is_independent_and_equal(model, packed):
         assert twin.layers[4].router.proj is twin.layers[7].router.proj, "shared routers stay shared in the copy"
 
 
-@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], RouterConfig(std=0.5, predictor=True, keep=("special",))],
-                         ids=["unimod", "gamma-mod", "predictor"])
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], RouterConfig(std=0.5, predictor=True, keep=("special",)),
+                                    RouterConfig(std=0.5, reach="exit"), PRESETS["p-mod"]], ids=["unimod", "gamma-mod", "predictor", "early-exit", "p-mod"])
 def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
     apply_mod(model, last_half(8), config).train()
     layer = model.layers[5]
@@ -79,6 +81,7 @@ def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
     weight, found = layer.mlp.fc1.weight if hasattr(layer.mlp, "fc1") else layer.mlp.up_proj.weight, []
     torch.compiler.reset()
     for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
-        out = run(h, **arguments)
+        trail = Trail(inside=torch.arange(len(packed)) % 7 > 0) if config.reach == "exit" else None
+        out = run(h, **arguments, trail=trail)
         found.append((out, torch.autograd.grad(out.square().sum(), (weight, layer.router.proj.weight))))
     torch.testing.assert_close(found[0], found[1])
