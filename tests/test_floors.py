@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ("config", "tokens"),
     ("ops",),
-    ("plan", "capacity", "router", "layers", "auxiliary"),
+    ("methods", "plan", "capacity", "router", "layers", "auxiliary"),
     ("models",),
     ("data", "flops", "capture", "generate", "train", "evaluate", "analysis", "presets"),
     ("bench", "tiny", "session", "arms", "run", "teach", "views"),

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from unimod.config import LAYERS, ROUTERS, ParameterError, Params
+from unimod.methods import PRESETS
 from unimod.plan import MAKERS
-from unimod.router import PRESETS
 from unimod.run import RUNNERS
 
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).resolve().parents[1] / "params").glob("*.yaml"))}

@@ -6,7 +6,7 @@ The names below are imported when they are first used, so that `import unimod` c
 from importlib import import_module
 
 _HOME = {
-    "pack": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "router", "apply_mod": "layers", "remove_mod": "layers",
+    "pack": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "methods", "apply_mod": "layers", "remove_mod": "layers",
     "from_pretrained": "models.checkpoint", "save_pretrained": "models.checkpoint", "shipped": "models.checkpoint", "inspect": "models.checkpoint",
     "answer": "generate", "draw": "generate", "extend": "generate", "capture": "capture", "train": "train",
 }

@@ -26,10 +26,10 @@ from .data.batches import Batches
 from .evaluate.quality import evaluate
 from .flops import BACKWARD, Cost, count
 from .layers import apply_mod
+from .methods import PRESETS, RouterConfig
 from .models.backbone import UnifiedModel
 from .models.checkpoint import save_pretrained
 from .plan import MAKERS, CapacityPlan, dense, last_half, make_plan
-from .router import PRESETS, RouterConfig
 from .run import write
 from .session import Session, device_of, rows_of
 from .train import TrainConfig, train

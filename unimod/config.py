@@ -22,7 +22,7 @@ LEVELS = ("default", "jitter", "sizes", "backgrounds", "free", "hard")
 IMAGE_TOKENIZERS = ("dictionary", "magvit", "emu3vq")
 ARMS = ("dense", "mod", "unimod", "unimod-last-half")
 ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "random")
-"""Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method (`router.PRESETS`)."""
+"""Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method (`methods.PRESETS`)."""
 LAYERS = ("last_half", "interleaved", "random", "cosine_decay")
 """Plans of an arm of the grid; an arm is written ROUTER.LAYERS, such as shared.last_half."""
 DEVICES = ("auto", "cpu", "cuda")

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .layers import MoDLayer, apply_mod, remove_mod
+from .methods import RouterConfig
 from .models.backbone import UnifiedModel, losses
 from .plan import CapacityPlan
-from .router import RouterConfig
 from .tokens import Packed, Segment, TokenSequence, pack
 
 BACKWARD = 2

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .capacity import LearnedCapacity
 from .config import TASKS, ParameterError
+from .methods import RouterConfig
 from .plan import CapacityPlan
-from .router import RouterConfig, Routing, TaskRouter, Trail
+from .router import Routing, TaskRouter, Trail
 from .tokens import Packed
 
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)

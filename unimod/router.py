@@ -1,7 +1,7 @@
 """Routers: one score per token, from the router of the token's task at this layer.
 
 UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (arXiv 2404.02258) has one. Both are the same
-module with `shared` off or on, and so are the other published ways to skip layers (`PRESETS`). What a router returns is a `Routing`, the
+module with `shared` off or on, and so are the other published ways to skip layers (`methods.PRESETS`). What a router returns is a `Routing`, the
 only currency between router, layer, loss and view.
 """
 
@@ -16,99 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capacity import LearnedCapacity
-from .config import ParameterError
+from .methods import RouterConfig
 from .ops.select import segment_rank, segment_topk
-from .tokens import KINDS, Packed, Segment, Task
-
-GATES = ("tanh", "sigmoid", "raw", "none", "straight-through")
-BRANCHES = ("update", "mlp")
-SCORES = ("learned", "random", "attention")
-COMPETE = ("segment", "batch", "rows")
-REACH = ("layer", "run", "exit")
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """How tokens are scored, which of them may be dropped, for how long, and how the score enters the layer's update."""
-
-    shared: bool = False
-    """One router for all tasks (MoD) instead of one per task (UniMoD)."""
-    across: bool = False
-    """The same weights in all routed layers (gamma-MoD) instead of each layer's own."""
-    score: str = "learned"
-    """learned; random: no weights, a fresh draw at every training step and every token kept in evaluation (TREAD); or attention: no weights,
-    the attention that a token received in the layer before (A-MoD)."""
-    hidden: int = 0
-    """Width of a hidden layer (SiLU); 0 scores by a linear map."""
-    normalised: bool = False
-    """Score the layer-normalised input instead of the raw one."""
-    noise: float = 0.0
-    """Scale of logistic noise on the scores in training: at 1 the difference of two Gumbel variables, one for keeping and one for dropping."""
-    gate: str = "tanh"
-    """What multiplies the update: tanh 1 + gain * tanh(score) (p-MoD; the identity at the start), sigmoid(score), the raw score (MoD), none: 1,
-    or straight-through: 1 forward and sigmoid(score) backward."""
-    branch: str = "update"
-    """What the gate multiplies: the whole update of the layer, or its MLP's part of it (gamma-MoD, p-MoD)."""
-    gain: float = 0.2
-    """Reach of the tanh gate."""
-    scale_skipped: bool = False
-    """Multiply skipped tokens by their gate, too (p-MoD)."""
-    std: float = 1.0e-3
-    """Spread of the initial weights: exactly zero would tie in the top-k and keep the first tokens."""
-    keep: tuple[str, ...] = ()
-    """Tokens that are never dropped: any of `tokens.KINDS`. The capacity is of the others."""
-    compete: str = "segment"
-    """Who competes for the places: the tokens of a segment; batch: all tokens of all rows and tasks, whatever their rule (an experiment: it looks
-    into other rows and ahead, so nothing can be generated with it); or rows: whole rows, drawn at random in training (layer dropping)."""
-    reach: str = "layer"
-    """How far a decision reaches: the layer; run: all routed layers that follow without a dense one between; exit: a dropped token never comes back."""
-    predictor: bool = False
-    """A second scorer that learns, on a stopped gradient, whether the first will keep a token; it decides where a token must be judged by itself
-    (Mixture-of-Depths, section 3.5)."""
-    alone: bool = False
-    """Everything but the routers is frozen (Router-Tuning)."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
-        for name, allowed in (("gate", GATES), ("branch", BRANCHES), ("score", SCORES), ("compete", COMPETE), ("reach", REACH)):
-            if getattr(self, name) not in allowed:
-                raise ParameterError(f"{name}={getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}.")
-        for kind in self.keep:
-            if kind not in KINDS:
-                raise ParameterError(f"keep={self.keep!r}: {kind!r} is not known. Allowed: {', '.join(KINDS)}.")
-        if self.hidden < 0:
-            raise ParameterError(f"hidden={self.hidden} is not a width. Give 0 for a linear map, or a positive number.")
-        if not self.noise >= 0:
-            raise ParameterError(f"noise={self.noise} is not a scale. Give 0 for none, or a positive number.")
-        if self.score != "learned" and (self.gate != "none" or self.alone):
-            raise ParameterError(f"score={self.score!r} has nothing to learn, so it goes with gate='none' and alone=False; "
-                                 f"got gate={self.gate!r}, alone={self.alone}.")
-        if self.score == "random" and self.predictor:
-            raise ParameterError("predictor=True cannot foresee score='random'. Use score='learned' or 'attention'.")
-        if self.compete == "rows" and (self.score != "random" or self.reach != "layer" or self.keep):
-            raise ParameterError("compete='rows' drops whole rows at random, anew in each layer: it goes with score='random', reach='layer' and no keep.")
-        if self.compete == "batch" and (self.predictor or self.reach != "layer"):
-            raise ParameterError("compete='batch' is an experiment on one layer's choice: it goes with predictor=False and reach='layer'.")
-        if self.scale_skipped and self.gate == "none":
-            raise ParameterError("scale_skipped=True needs a gate to scale by; allowed: tanh, sigmoid, raw.")
-
-
-PRESETS = {
-    "unimod": RouterConfig(),
-    "mod": RouterConfig(shared=True, gate="raw", std=0.02),
-    "gamma-mod": RouterConfig(shared=True, across=True, gate="sigmoid", branch="mlp", keep=("question",)),
-    "p-mod": RouterConfig(shared=True, branch="mlp", keep=("text", "special"), scale_skipped=True),
-    "a-mod": RouterConfig(score="attention", gate="none"),
-    "router-tuning": RouterConfig(shared=True, alone=True),
-    "random": RouterConfig(score="random", gate="none"),
-    "tread": RouterConfig(score="random", gate="none", reach="run"),
-    "early-exit": RouterConfig(reach="exit"),
-    "layer-drop": RouterConfig(score="random", gate="none", compete="rows"),
-    "competitive": RouterConfig(shared=True, gate="straight-through", noise=1.0, compete="batch"),
-}
-"""Published methods: UniMoD (arXiv 2502.06474), Mixture-of-Depths (2404.02258), gamma-MoD (2410.13859; its softmax over two logits is a sigmoid of
-their difference), p-MoD (2412.04449), A-MoD (2412.20875), Router-Tuning (2410.13184), random routing in one layer and over a span of layers
-(TREAD, 2501.04765), early exit of tokens, layer dropping (LayerDrop, 1909.11556), and UniMoD's competitive experiment. The plan is chosen apart."""
+from .tokens import Packed, Segment, Task
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import torch
 
 from unimod.analysis.importance import importance
 from unimod.analysis.interactions import compete, gradient_cosine, joint_or_single
+from unimod.methods import PRESETS
 from unimod.models.backbone import losses
-from unimod.router import PRESETS, TaskRouter
+from unimod.router import TaskRouter
 from unimod.tokens import Task
 
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from unimod.generate import _Growing, calibrate
 from unimod.layers import apply_mod, record_routing
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.cache import KVCache
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import PRESETS, RouterConfig
 from unimod.tokens import pack
 
 PLAN = CapacityPlan({"t2i": [1, .7, .7, .5, .5, .4, .4, .4], "mmu": [1, .7, .6, .5, .5, .3, .3, .3]})

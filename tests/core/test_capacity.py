@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from unimod.capacity import LearnedCapacity
 from unimod.config import TASKS, ParameterError
 from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.plan import FLOOR, CapacityPlan, last_half
-from unimod.router import PRESETS, RouterConfig
 
 BOTH = {"t2i": 1.0, "mmu": 1.0}
 

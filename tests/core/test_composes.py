@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from unimod.layers import apply_mod, record_routing
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.plan import last_half
-from unimod.router import PRESETS, RouterConfig, Trail
+from unimod.router import Trail
 
 METHODS = ("gamma-mod", "p-mod", "random", "a-mod", "tread", "early-exit", "layer-drop", "competitive")
 

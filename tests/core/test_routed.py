@@ -9,9 +9,9 @@ from unimod.config import ParameterError
 from unimod.flops import count
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.plan import CapacityPlan, interleaved, last_half
-from unimod.router import PRESETS, RouterConfig
 from unimod.tokens import Task, pack
 
 PLAN = CapacityPlan({"t2i": [1, 1, .5, .5, 1, .2, .2, .6], "mmu": [1, .7, .5, 1, 1, .2, .3, .6]})

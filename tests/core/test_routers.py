@@ -10,9 +10,10 @@ from torch import nn
 from unimod.config import ParameterError
 from unimod.flops import count
 from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_only
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import PRESETS, RouterConfig, TaskRouter, Trail
+from unimod.router import TaskRouter, Trail
 from unimod.tokens import IGNORE, KINDS, Modality, Task, TokenSequence, pack
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])

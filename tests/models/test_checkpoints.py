@@ -15,6 +15,7 @@ from unimod.__main__ import main
 from unimod.data.batches import Batches
 from unimod.data.scenes import Scenes
 from unimod.layers import apply_mod
+from unimod.methods import RouterConfig
 from unimod.models import emu3, showo
 from unimod.models.backbone import UnifiedModel
 from unimod.models.checkpoint import CheckpointError, NoText, build_model, from_pretrained, inspect, plan_of, save_pretrained, shipped
@@ -22,7 +23,6 @@ from unimod.models.emu3_vq import EMU3, Emu3VQ
 from unimod.models.image_tokenizer import load_image_tokenizer
 from unimod.models.weights import Weights
 from unimod.plan import last_half
-from unimod.router import RouterConfig
 from unimod.tokens import pack
 
 REAL_SHOWO = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": 8192, "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": 50295,

@@ -9,6 +9,7 @@ from transformers import Emu3ForCausalLM
 
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod, record_routing
+from unimod.methods import RouterConfig
 from unimod.models import emu3
 from unimod.models.backbone import losses
 from unimod.models.checkpoint import from_pretrained, inspect, save_pretrained
@@ -16,7 +17,6 @@ from unimod.models.emu3_vq import Emu3VQConfig
 from unimod.models.image_tokenizer import load_image_tokenizer
 from unimod.models.weights import CheckpointError
 from unimod.plan import CapacityPlan
-from unimod.router import RouterConfig
 from unimod.tokens import IGNORE, pack
 
 GRID = (3, 4)

@@ -16,12 +16,12 @@ from unimod.data.batches import Batches
 from unimod.flops import count
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
+from unimod.methods import RouterConfig
 from unimod.models import chameleon, janus
 from unimod.models.backbone import ATTENTION, losses
 from unimod.models.checkpoint import inspect, save_pretrained
 from unimod.models.weights import CheckpointError
 from unimod.plan import CapacityPlan
-from unimod.router import RouterConfig
 from unimod.tokens import IGNORE, pack
 
 PLAN = CapacityPlan({"t2i": [1, .5, .6], "mmu": [.7, .5, 1]})

@@ -10,10 +10,11 @@ from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.generate import draw
 from unimod.layers import apply_mod, record_routing
+from unimod.methods import RouterConfig
 from unimod.models.backbone import losses
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
-from unimod.router import RouterConfig, Routing
+from unimod.router import Routing
 from unimod.train import TrainConfig, train
 
 DATA = open_data("scenes")

@@ -8,10 +8,10 @@ from unimod.data.batches import Batches
 from unimod.evaluate.inference import agreement, alone, cache_share, decided, guidance
 from unimod.generate import calibrate, draw
 from unimod.layers import apply_mod, record_routing
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
-from unimod.router import PRESETS, RouterConfig
 from unimod.tokens import Task, pack
 
 DATA = open_data("scenes")

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import apply_mod, record_routing
+from ..methods import PRESETS
 from ..models.backbone import UnifiedModel, losses
 from ..plan import CapacityPlan
-from ..router import PRESETS, Routing
+from ..router import Routing
 from ..tokens import Modality, Packed, Task
 
 BOTH = (Task.T2I, Task.MMU)

@@ -27,8 +27,8 @@ from transformers.initialization import no_init_weights
 
 from ..config import MODELS, ParameterError
 from ..layers import MoDLayer, apply_mod
+from ..methods import RouterConfig
 from ..plan import CapacityPlan
-from ..router import RouterConfig
 from . import chameleon, emu3, janus, showo
 from .backbone import UnifiedModel
 from .family import Family
