@@ -13,7 +13,6 @@ The embedding is a lookup: 0 FLOPs. Norms, activations and the search for the ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
