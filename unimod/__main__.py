@@ -10,10 +10,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from . import report, workbook
 from .config import MODELS, ParameterError
+from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .request import Request, notebooks
 from .run import RUNNERS, RunError
 
@@ -42,9 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
-    command.add_argument("plan", help="a maker (last_half, interleaved, random, cosine_decay, paper_showo, paper_emu3, dense) or a YAML file")
+    command.add_argument("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and plan-highest.yaml")
     command.add_argument("--model", required=True, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
-    command.add_argument("--saving", type=float, default=0.3, help="share of the stack that a maker should save (default 0.3)")
+    command.add_argument("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)")
+    command.add_argument("--count", choices=("paper", "full"), default="paper",
+                         help="what the share is of: token-layer computations as the paper counts, or a training step's FLOPs (default paper)")
+    command.add_argument("--router", default="unimod", help="routers to count with, a name in unimod.methods.PRESETS (default unimod)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
@@ -116,25 +121,41 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Print a plan and its savings."""
-    from .flops import savings  # torch is not needed by most other commands
-    from .plan import make_plan
-    from .presets import preset
+    """Print a plan and its savings. Raises `ParameterError`, for all but what depends on the model before there is one."""
+    from .flops import count, planned, savings  # torch is not needed by most other commands
+    from .methods import PRESETS
+    from .presets import picture_tokenizer, preset
+    from .tokens import pack
 
-    model, rows = preset(args.model)
-    tokens = {row.task.name.lower(): len(row.ids) for row in rows}
-    plan = make_plan(args.plan, len(model.layers), args.saving)
-    saved = asdict(savings(model, plan, rows))
+    make = maker_of(args.plan)
+    if args.router not in PRESETS:
+        raise ParameterError(f"--router {args.router} is not known. Allowed: {', '.join(PRESETS)}.")
+    if not 0 <= args.saving < 1:
+        raise ParameterError(f"--saving {args.saving:g} must be a share: 0 saves nothing, 0.3 saves 30 %.")
+    (model, rows), image_tokenizer, router = preset(args.model), picture_tokenizer(args.model), PRESETS[args.router]
+
+    def cost(plan: CapacityPlan) -> float:
+        with planned(model, plan, router):
+            found = count(model, pack(rows), image_tokenizer)
+        return found.step / found.dense_step
+
+    maker = partial(make, len(model.layers))
+    try:
+        plan = maker(args.saving) if args.count == "paper" else solve(maker, cost, 1 - args.saving)
+    except ParameterError as error:
+        raise ParameterError(f"{args.plan} on {args.model}, {args.saving:.1%} counted as {args.count}: {error}") from None
+    found = savings(model, plan, rows, router, image_tokenizer)
+    tokens, kinds = {row.task.name.lower(): len(row.ids) for row in rows}, [plan.kind(i) for i in range(plan.layers)]
     if args.json:
-        print(json.dumps({"model": args.model, "plan": args.plan, "layers": plan.layers, "tokens": tokens,
-                          "capacity": plan.capacity, "savings": saved}))
+        print(json.dumps({"model": args.model, "plan": args.plan, "router": args.router, "layers": plan.layers, "tokens": tokens,
+                          "capacity": plan.capacity, "kinds": kinds, "savings": asdict(found)}))
         return
-    print(plan)
-    print(f"kinds  {' '.join(plan.kind(i) for i in range(plan.layers))}")
-    print(f"on {args.model}, one row of {' and one of '.join(f'{n} {task} tokens' for task, n in tokens.items())}:")
-    for name, what in (("paper", "kept tokens, as the paper counts"), ("full", "with attention's quadratic term, routers, head, text that is kept by rule"),
-                       ("measured", "torch's counter, forward and backward")):
-        print(f"  {name:9s} {saved[name]:6.1%} saved   {what}")
+    print(plan, f"kinds  {' '.join(kinds)}", plan.draw(), sep="\n")
+    print(f"on {args.model}, routers {args.router}, one row of {' and one of '.join(f'{n} {task} tokens' for task, n in tokens.items())}:")
+    print(f"  paper     {found.paper:6.1%} saved   kept tokens, as the paper counts")
+    print(f"  full      {found.full:6.1%} saved   a training step: attention's quadratic term, routers, head, text kept by rule, the pictures' codes")
+    print(f"  measured  {found.measured:6.1%} saved   torch's counter, forward and backward, on the same step")
+    print(f"  model     {found.model:6.1%} saved   as full, without the pictures' codes")
 
 
 def train_tiny(args: argparse.Namespace) -> None:

@@ -4,23 +4,27 @@
         run_arm(params, session, arm, seed=0, folder=run.path(f"arms/{arm.name}"))
     rows = read_arms([folder])                       # one dictionary per finished arm, for tables and figures
 
-MoD has one router and every other layer; UniMoD a router per task and the layers of `params.plan`. MoD's capacity is set so that
-a step of both costs the same. unimod-last-half is the control of a measured plan: the same routers in the second half of the layers, as in the
-paper's own runs. Any router may be put on any plan: shared.last_half, separate.interleaved, p-mod.cosine_decay (`config.ROUTERS` and
-`config.LAYERS`). Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
+MoD has one router and every other layer; UniMoD a router per task and the layers of `params.plan`. unimod-last-half is the control of a
+measured plan: the same routers in the second half of the layers, as in the paper's own runs. Any router may be put on any plan:
+shared.last_half, separate.interleaved, p-mod.cosine_decay (`config.ROUTERS` and `config.LAYERS`); lowest_arank and highest_arank route the
+half of the layers where this very model's ARank is lowest or, as the control, highest. MoD and these arms save whatever makes their
+step cost what unimod's costs. Every arm spends the FLOPs of `params.steps` dense steps: a cheaper step buys more of them.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from .analysis.redundancy import shares
 from .config import ARMS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
@@ -29,7 +33,7 @@ from .layers import apply_mod
 from .methods import PRESETS, RouterConfig
 from .models.backbone import UnifiedModel
 from .models.checkpoint import save_pretrained
-from .plan import MAKERS, CapacityPlan, dense, last_half, make_plan
+from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, make_plan, solve
 from .run import write
 from .session import Session, device_of, rows_of
 from .train import TrainConfig, train
@@ -54,7 +58,8 @@ class Arm:
 def arms_of(params: Params, session: Session) -> list[Arm]:
     """The arms that `params.arms` names, with costs counted on the session's first training batch.
 
-    A plan whose saving is free is set so that its step costs what unimod's does; in any case all arms spend the FLOPs of the dense one.
+    A plan whose saving is free is solved so that its step costs what unimod's does; in any case all arms spend the FLOPs of the dense
+    one. Raises `ParameterError` for an arm that no saving makes as cheap.
     """
     packed = session.batches.train(0)
     layers = len(session.model.layers)
@@ -62,31 +67,34 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     def cost(plan: CapacityPlan, router: RouterConfig) -> Cost:
         return count(apply_mod(copy.deepcopy(session.model), plan, router).train(), packed)
 
+    @functools.cache
+    def arank() -> dict[str, list[float]]:
+        return shares(session.model, session.batches, params.samples, params.tolerance)
+
     separate, shared = RouterConfig(), RouterConfig(shared=True)
     unimod = make_plan(params.plan, layers, params.saving)
     plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate), "unimod-last-half": (last_half(layers, params.saving), separate)}
     routers = {"separate": separate, "shared": shared, **PRESETS}
+    makers = {name: partial(make, layers) for name, make in MAKERS.items()}
+    makers |= {f"{name}_arank": lambda saving, highest=name == "highest": from_arank(arank(), saving, highest) for name in ("lowest", "highest")}
+    target = cost(unimod, separate)
 
-    def grid(router: RouterConfig, maker: str) -> tuple[CapacityPlan, RouterConfig]:
-        target = cost(unimod, separate).stack
-        return same_cost(lambda saving: MAKERS[maker](layers, saving), lambda plan: cost(plan, router).stack, target), router
+    def at_unimods_price(name: str, maker: str, router: RouterConfig) -> CapacityPlan:
+        if maker in FIXED:
+            return makers[maker](params.saving)
+        try:
+            return solve(makers[maker], lambda plan: cost(plan, router).stack / target.dense_stack, target.stack / target.dense_stack)
+        except ParameterError as error:
+            raise ParameterError(f"arms: {name} cannot be as cheap as unimod, whose layers take {target.stack / target.dense_stack:.3f} of the dense "
+                                 f"ones' FLOPs with saving={params.saving:g}. {error} Lower saving, or leave the arm out.") from None
 
     for name in params.arms:
-        router, at, maker = name.partition(".")
-        if at or name == "mod":
-            plans[name] = grid(routers[router], maker) if at else grid(shared, "interleaved")
+        router, at, maker = ("shared", ".", "interleaved") if name == "mod" else name.partition(".")
+        if at:
+            plans[name] = at_unimods_price(name, maker, routers[router]), routers[router]
     budget = cost(*plans["dense"]).total * params.steps
     prices = {name: cost(*plans[name]) for name in params.arms}
     return [Arm(name, *plans[name], price, round(budget / price.total)) for name, price in prices.items()]
-
-
-def same_cost(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float], target: float) -> CapacityPlan:
-    """The plan of a maker whose counted cost comes closest to `target`, by bisection over its saving."""
-    low, high = 0.0, 0.47
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if price(maker(middle)) > target else (low, middle)
-    return maker(round((low + high) / 2, 4))
 
 
 def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str | Path, log: Callable[[dict], None] = lambda record: None) -> dict:

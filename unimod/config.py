@@ -23,8 +23,8 @@ IMAGE_TOKENIZERS = ("dictionary", "magvit", "emu3vq")
 ARMS = ("dense", "mod", "unimod", "unimod-last-half")
 ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "random")
 """Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method (`methods.PRESETS`)."""
-LAYERS = ("last_half", "interleaved", "random", "cosine_decay")
-"""Plans of an arm of the grid; an arm is written ROUTER.LAYERS, such as shared.last_half."""
+LAYERS = ("last_half", "last_half_per_task", "middle", "interleaved", "random", "cosine_decay", "lowest_arank", "highest_arank")
+"""Plans of an arm of the grid, a maker or the two made from the model's own ARank; an arm is written ROUTER.LAYERS, such as shared.last_half."""
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -53,9 +53,9 @@ class Params:
     seed: int = 0
     """Seed of data order, noise and sampling."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """07: every arm is trained once per seed."""
+    """04: the competition is run, and 07: every arm is trained, once per seed."""
     samples: int = 16
-    """Sequences per task in the analyses."""
+    """Sequences per task in the analyses, and behind the ARank of 07's lowest_arank and highest_arank."""
     layer: int = 4
     """Layer shown first (0 is the first layer)."""
     head: int = 0
@@ -69,7 +69,7 @@ class Params:
     arms: list[str] = field(default_factory=lambda: list(ARMS[:3]))
     """07: what is trained and compared: any of `ARMS`, or ROUTER.LAYERS."""
     steps: int = 60
-    """07: steps of the dense arm; routed arms get as many steps as the same FLOPs pay for."""
+    """04: steps of the one router for both tasks. 07: steps of the dense arm; routed arms get as many as the same FLOPs pay for."""
     batch: int = 16
     """Sequences per task in a training step."""
     lr: float = 8.0e-4

@@ -1,28 +1,33 @@
 """What a batch costs, counted from host-known sizes: no forward is needed; `measured` asks torch's own counter for comparison.
 
-    cost = count(model, packed)
+    cost = count(model, packed, image_tokenizer)
     cost.stack, cost.total, cost.dense_stack, cost.dense_total          # forward FLOPs
     1 - cost.stack / cost.dense_stack                                   # share saved in the layer stack
+    1 - cost.step / cost.dense_step                                     # in a training step, with reading the pictures
 
 One multiply-add is 2 FLOPs. A token costs 2 FLOPs per weight of every linear layer it passes, attention 4 n^2 d per layer
 for a row of n tokens in heads of total width d (the masked half is not subtracted: it is computed), a router 2 D per score,
-the head 2 D V per labelled token. Norms, activations and the embedding lookup are left out (well below 1 %).
+the head 2 D V per labelled token, a picture what the convolutions, linear layers and attention of its tokenizer's encoder take.
+The embedding is a lookup: 0 FLOPs. Norms, activations and the search for the nearest code are left out (well below 1 %).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .layers import MoDLayer, apply_mod, remove_mod
 from .methods import RouterConfig
 from .models.backbone import UnifiedModel, losses
+from .models.image_tokenizer import ImageTokenizer
 from .plan import CapacityPlan
-from .tokens import Packed, Segment, TokenSequence, pack
+from .tokens import Packed, Segment, Task, TokenSequence, pack
 
 BACKWARD = 2
 """A backward pass costs twice its forward."""
@@ -40,6 +45,8 @@ class Cost:
     """The same layers with every token kept and no router."""
     token_layers: int
     dense_token_layers: int
+    tokenizer: float = 0.0
+    """The picture tokenizer's encoder, once per row with a picture; it is frozen, so no backward."""
 
     @property
     def total(self) -> float:
@@ -52,6 +59,16 @@ class Cost:
         return self.dense_stack + self.head
 
     @property
+    def step(self) -> float:
+        """A training step: the pictures' codes, forward and backward."""
+        return self.tokenizer + (1 + BACKWARD) * self.total
+
+    @property
+    def dense_step(self) -> float:
+        """A training step of the dense model."""
+        return self.tokenizer + (1 + BACKWARD) * self.dense_total
+
+    @property
     def saved(self) -> float:
         """Share of the dense stack's FLOPs that is saved."""
         return 1 - self.stack / self.dense_stack
@@ -62,8 +79,11 @@ class Cost:
         return 1 - self.token_layers / self.dense_token_layers
 
 
-def count(model: UnifiedModel, packed: Packed) -> Cost:
-    """Forward cost of `packed` under the model's routing (threshold segments count as dense: their number is not known before)."""
+def count(model: UnifiedModel, packed: Packed, image_tokenizer: ImageTokenizer | None = None) -> Cost:
+    """Forward cost of `packed` under the model's routing (threshold segments count as dense: their number is not known before).
+
+    `image_tokenizer` adds what it takes to make the codes of the rows' pictures.
+    """
     stack, kept_tokens = 0.0, 0
     dense = 0.0
     for layer in model.layers:
@@ -74,42 +94,85 @@ def count(model: UnifiedModel, packed: Packed) -> Cost:
         kept_tokens += sum(k for _, k in segments)
         dense += _layer(layer.layer if routed else layer, [(s, s.length) for s in packed.segments])
     head = 2.0 * model.head.weight.numel() * sum(packed.target_counts)
-    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers))
+    codes = _pictures(packed.tasks) * encoding(image_tokenizer, model.layout.grid) if image_tokenizer else 0.0
+    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers), codes)
 
 
-def measured(model: UnifiedModel, rows: Sequence[TokenSequence]) -> float:
+def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
+    """Forward FLOPs of making the codes [h, w] of one picture; 0 for the patch dictionary.
+
+    Walks the encoder in the order of its modules, which is the order of the data: a convolution of stride s leaves 1/s of the places per side.
+    """
+    h, w = (n * image_tokenizer.downsample for n in grid)
+    frames, total = getattr(image_tokenizer.config, "temporal", 1), 0.0
+    for name, m in image_tokenizer.stored().named_modules():
+        if not name.startswith(("encoder.", "quant_conv")):
+            continue
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)):
+            h, w = h // m.stride[-2], w // m.stride[-1]
+            frames //= m.stride[0] if isinstance(m, nn.Conv3d) else 1
+        if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+            total += 2.0 * m.weight.numel() * h * w * (frames if isinstance(m, nn.Conv3d) else 1)
+        if name.endswith((".q", ".q_proj")):                # an attention over all places begins here
+            total += 4.0 * m.weight.shape[0] * (h * w) ** 2
+    return total
+
+
+def measured(model: UnifiedModel, rows: Sequence[TokenSequence], image_tokenizer: ImageTokenizer | None = None) -> float:
     """FLOPs of real forwards and backwards, one per row, as torch's counter sees them on the meta device: all shapes, no numbers.
 
-    The model may be on any device; a copy is used where it holds numbers.
+    The model and the picture tokenizer may be on any device; copies are used where they hold numbers.
     """
     model = model if model.device.type == "meta" else deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter:
         for row in rows:
             losses(model, pack([row]).to("meta")).total.backward()
-    return float(counter.get_total_flops())
+    total = float(counter.get_total_flops())
+    if image_tokenizer is None or not encoding(image_tokenizer, model.layout.grid):
+        return total
+    picture = torch.empty(1, 3, *(n * image_tokenizer.downsample for n in model.layout.grid), dtype=torch.uint8, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        deepcopy(image_tokenizer).to("meta").encode(picture)
+    return total + float(counter.get_total_flops()) * _pictures([row.task for row in rows])
 
 
 @dataclass(frozen=True)
 class Savings:
-    """Share of FLOPs that a plan saves on a batch, three ways."""
+    """Share of a training step's FLOPs that a plan saves on a batch."""
 
     paper: float
     """Kept tokens per layer, both tasks weighing the same: quadratic term, head and kept-by-rule tokens ignored (as the paper counts)."""
     full: float
-    """`count`: attention's quadratic term, routers and head included; tokens kept by rule count as kept."""
+    """`count`: attention's quadratic term, routers, head and picture tokenizer included; tokens kept by rule count as kept."""
     measured: float
-    """`measured`: torch's counter, forward and backward."""
+    """`measured`: torch's counter, forward and backward, on the model and on the picture tokenizer."""
+    model: float
+    """The full counting without the picture tokenizer."""
 
 
-def savings(model: UnifiedModel, plan: CapacityPlan, rows: Sequence[TokenSequence], config: RouterConfig | None = None) -> Savings:
-    """What a plan saves on rows of a dense model, which is left as it was. Raises `ParameterError` as `apply_mod`."""
-    dense = measured(model, rows)
-    apply_mod(model, plan, config)
+@contextmanager
+def planned(model: UnifiedModel, plan: CapacityPlan, config: RouterConfig | None = None) -> Iterator[UnifiedModel]:
+    """A dense model as it trains under a plan; afterwards it is as it was. Raises `ParameterError` as `apply_mod`."""
+    training = model.training
+    apply_mod(model, plan, config).train()
     try:
-        cost, routed = count(model, pack(rows)), measured(model, rows)
+        yield model
     finally:
-        remove_mod(model)
-    return Savings((plan.saving("t2i") + plan.saving("mmu")) / 2, 1 - cost.total / cost.dense_total, 1 - routed / dense)
+        remove_mod(model).train(training)
+
+
+def savings(model: UnifiedModel, plan: CapacityPlan, rows: Sequence[TokenSequence], config: RouterConfig | None = None,
+            image_tokenizer: ImageTokenizer | None = None) -> Savings:
+    """What a plan saves on rows of a dense model, which is left as it was. Raises `ParameterError` as `apply_mod`."""
+    before = measured(model, rows, image_tokenizer)
+    with planned(model, plan, config):
+        cost, after = count(model, pack(rows), image_tokenizer), measured(model, rows, image_tokenizer)
+    return Savings((plan.saving("t2i") + plan.saving("mmu")) / 2, 1 - cost.step / cost.dense_step, 1 - after / before, 1 - cost.total / cost.dense_total)
+
+
+def _pictures(tasks: Iterable[Task]) -> int:
+    """Rows with a picture: all but plain text."""
+    return sum(task != Task.LM for task in tasks)
 
 
 def _layer(layer: nn.Module, kept: Iterable[tuple[Segment, int]]) -> float:

@@ -2,7 +2,8 @@
 
     plan = last_half(layers=8, saving=0.3)          # a maker
     plan = CapacityPlan.load("plan.yaml")           # or a file
-    print(plan)                                     # one line per task
+    print(plan)                                     # one line per task; plan.draw() shows it as bars
+    plan = solve(partial(last_half, 8), price, 0.7) # whatever saving meets a budget of FLOPs or seconds
 
 In a file, layers that are not named are dense:
 
@@ -109,10 +110,33 @@ class CapacityPlan:
         return "\n".join(f"{task:{width}s}  " + " ".join("1  " if c == 1 else f"{c:.2f}"[1:] for c in row) + f"   -{self.saving(task):.0%}"
                          for task, row in self.capacity.items())
 
+    def draw(self) -> str:
+        """The plan as bars, one per layer and a line per task; a full bar is a dense layer. Below, the number of every fourth layer."""
+        bars = {task: "".join("█" if c == 1 else "▁▂▃▄▅▆▇"[min(6, max(0, round(8 * c) - 1))] for c in row) for task, row in self.capacity.items()}
+        numbers = "".join(f"{i:<4d}" for i in range(0, self.layers, 4))
+        return "\n".join([*(f"{task:3s}  {bar}   -{self.saving(task):.0%}" for task, bar in bars.items()), f"     {numbers}".rstrip()])
+
 
 def last_half(layers: int, saving: float = 0.3) -> CapacityPlan:
     """The second half of the layers at one capacity for all tasks, saving `saving` of the stack (the paper's Emu3 run has saving 0.4)."""
     return _uniform(layers, range(layers // 2, layers), saving)
+
+
+def last_half_per_task(layers: int, saving: float = 0.3) -> CapacityPlan:
+    """The second half of the layers in the shape of the paper's Show-o run: mmu saves twice what t2i saves, both together `saving`; lm dense.
+
+    t2i has one capacity, mmu falls linearly with mean m over the half: from min(1, 2 m - FLOOR) to 2 m minus that.
+    """
+    half, n = layers // 2, layers - layers // 2
+    t2i, m = (_kept(layers, n, saving, share) for share in (2 / 3, 4 / 3))
+    reach = min(1.0, 2 * m - FLOOR) - m
+    falling = [m + reach * (n - 1 - 2 * i) / max(1, n - 1) for i in range(n)]
+    return CapacityPlan({"t2i": [1.0] * half + [t2i] * n, "mmu": [1.0] * half + falling})
+
+
+def middle(layers: int, saving: float = 0.3) -> CapacityPlan:
+    """Half of the layers, those between the first and the last quarter: where a route of random tokens lies (TREAD, arXiv 2501.04765)."""
+    return _uniform(layers, range(layers // 4, layers // 4 + layers // 2), saving)
 
 
 def interleaved(layers: int, saving: float = 0.3) -> CapacityPlan:
@@ -145,9 +169,7 @@ def paper_showo(layers: int = 24, saving: float = 0.15) -> CapacityPlan:
     The first routed mmu layer keeps 1 and the last 0.2, mean 0.6 over the 12 layers, as the paper's FLOPs imply: -20 % mmu,
     -10 % t2i. The run fixes `saving`; another value has no effect.
     """
-    half = layers // 2
-    falling = [1 - 0.8 * i / max(1, layers - half - 1) for i in range(layers - half)]
-    return CapacityPlan({"t2i": [1.0] * half + [0.8] * (layers - half), "mmu": [1.0] * half + falling})
+    return last_half_per_task(layers, 0.3 * (layers - layers // 2) / layers)
 
 
 def paper_emu3(layers: int = 32, saving: float = 0.4) -> CapacityPlan:
@@ -156,21 +178,24 @@ def paper_emu3(layers: int = 32, saving: float = 0.4) -> CapacityPlan:
     return CapacityPlan({task: [1.0] * half + [0.2] * (layers - half) for task in ("t2i", "mmu")})
 
 
-def from_arank(arank: Mapping[str, list[float]], saving: float = 0.3, highest: bool = False) -> CapacityPlan:
+def from_arank(arank: Mapping[str, Sequence[float]], saving: float = 0.3, highest: bool = False) -> CapacityPlan:
     """The layer switch of UniMoD with its missing formula stated.
 
-    arank: per task, one number per layer: ARank divided by the sequence length. For each task the half of the layers with
-    the lowest values is routed; their capacities are proportional to ARank, c_l = clip(s * a_l, FLOOR, 1), and s is found by
-    bisection so that the task saves exactly `saving`. With `highest` the other half of the layers is routed: the control that
-    tells whether a low rank is what makes a layer cheap to skip. Raises `ParameterError` when half of the layers cannot save that much.
+    arank: per task (t2i, mmu, lm; one that is not named stays dense), one number per layer: ARank divided by the sequence length. For
+    each task the half of the layers with the lowest values is routed; their capacities are proportional to ARank, c_l = clip(s * a_l,
+    FLOOR, 1), and s is found by bisection so that the task saves exactly `saving`. With `highest` the other half of the layers is
+    routed: the control that tells whether a low rank is what makes a layer cheap to skip. For a budget of FLOPs or seconds:
+    solve(partial(from_arank, arank), price, budget). Raises `ParameterError` when half of the layers cannot save that much, or for a
+    value that is no ARank.
     """
     rows = {}
     for task, values in arank.items():
+        if not all(0 < a < math.inf for a in values):
+            raise ParameterError(f"ARank of {task} is {[round(a, 3) for a in values]}: every layer needs a number above 0, measured on a dense model.")
         layers = len(values)
         chosen = sorted(range(layers), key=lambda i: values[i], reverse=highest)[: layers // 2]
-        if saving * layers > len(chosen) * (1 - FLOOR):
-            raise ParameterError(f"saving={saving:g} is more than half of the layers can save; ask for less than {len(chosen) * (1 - FLOOR) / layers:.2f}.")
-        low, high = 0.0, 1 / max(min(values), 1e-9)
+        _kept(layers, len(chosen), saving)
+        low, high = 0.0, 1 / min(values)
         for _ in range(60):
             s = (low + high) / 2
             kept = {i: min(1.0, max(FLOOR, s * values[i])) for i in chosen}
@@ -180,29 +205,66 @@ def from_arank(arank: Mapping[str, list[float]], saving: float = 0.3, highest: b
 
 
 MAKERS: dict[str, Callable[..., CapacityPlan]] = {
-    "dense": dense, "last_half": last_half, "interleaved": interleaved, "random": random_layers, "cosine_decay": cosine_decay,
-    "paper_showo": paper_showo, "paper_emu3": paper_emu3,
+    "dense": dense, "last_half": last_half, "last_half_per_task": last_half_per_task, "middle": middle, "interleaved": interleaved,
+    "random": random_layers, "cosine_decay": cosine_decay, "paper_showo": paper_showo, "paper_emu3": paper_emu3,
 }
+FIXED = ("dense", "cosine_decay", "paper_showo", "paper_emu3")
+"""Makers whose formula or run says what is saved: they accept `saving` and ignore it."""
 
 
-def make_plan(name_or_file: str, layers: int, saving: float = 0.3) -> CapacityPlan:
-    """The plan of a maker's name or of a YAML file, for a model of `layers` layers.
+def maker_of(name_or_file: str) -> Callable[[int, float], CapacityPlan]:
+    """The maker of that name, or one that gives the plan of a YAML file, to be called with (layers, saving).
 
-    Raises `ParameterError` when it is neither, or when the file is for another number of layers.
+    Raises `ParameterError` when it is neither or the file holds no plan, and when called for another number of layers than the file has.
     """
     if name_or_file in MAKERS:
-        return MAKERS[name_or_file](layers, saving)
+        return MAKERS[name_or_file]
     if not Path(name_or_file).exists():
         raise ParameterError(f"plan={name_or_file!r} is neither a maker ({', '.join(MAKERS)}) nor a file.")
     plan = CapacityPlan.load(name_or_file)
-    if plan.layers != layers:
-        raise ParameterError(f"{name_or_file} plans {plan.layers} layers, the model has {layers}. Make a plan for this model in notebook 03.")
-    return plan
+
+    def stored(layers: int, saving: float = 0.0) -> CapacityPlan:
+        if plan.layers != layers:
+            raise ParameterError(f"{name_or_file} plans {plan.layers} layers, the model has {layers}. Make a plan for this model in notebook 03.")
+        return plan
+    return stored
+
+
+def make_plan(name_or_file: str, layers: int, saving: float = 0.3) -> CapacityPlan:
+    """The plan of a maker's name or of a YAML file, for a model of `layers` layers. Raises `ParameterError` as `maker_of`."""
+    return maker_of(name_or_file)(layers, saving)
+
+
+def solve(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float], target: float) -> CapacityPlan:
+    """The plan of `maker(saving)` whose price comes closest to `target`, by bisection over saving.
+
+    price: any number that falls when a plan saves more, such as FLOPs, seconds, or a share of the dense model's. A saving that the
+    maker refuses is out of reach. Raises `ParameterError` for a target that no plan of this maker meets, naming what they cost.
+    """
+    tried = [(price(plan := maker(0.0)), plan)]
+    low, high = 0.0, 1.0
+    for _ in range(16):
+        saving = (low + high) / 2
+        try:
+            tried.append((price(plan := maker(saving)), plan))
+        except ParameterError:
+            high = saving
+            continue
+        low, high = (saving, high) if tried[-1][0] > target else (low, saving)
+    least, most = (pick(p for p, _ in tried) for pick in (min, max))
+    if not least * (1 - 1e-6) <= target <= most * (1 + 1e-6):
+        raise ParameterError(f"A price of {target:.4g} is out of reach: these plans cost {least:.4g} to {most:.4g}.")
+    return min(tried, key=lambda pair: abs(pair[0] - target))[1]
+
+
+def _kept(layers: int, routed: int, saving: float, share: float = 1.0) -> float:
+    """Mean capacity of the routed layers of a task that saves `share * saving`. Raises `ParameterError` where that is below FLOOR."""
+    if share * saving * layers > routed * (1 - FLOOR):
+        raise ParameterError(f"saving={saving:g} is more than {routed} of {layers} layers can save; "
+                             f"ask for less than {routed * (1 - FLOOR) / layers / share:.3g}.")
+    return 1 - share * saving * layers / max(1, routed)
 
 
 def _uniform(layers: int, where: Sequence[int], saving: float) -> CapacityPlan:
-    kept = 1 - saving * layers / len(where)
-    if kept < FLOOR:
-        raise ParameterError(f"saving={saving:g} is more than {len(where)} of {layers} layers can save; "
-                             f"ask for less than {len(where) * (1 - FLOOR) / layers:.2f}.")
+    kept = _kept(layers, len(where), saving)
     return CapacityPlan({task: [kept if i in where else 1.0 for i in range(layers)] for task in TASKS})

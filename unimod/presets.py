@@ -2,6 +2,7 @@
 
     model, rows = preset("showo-512")            # on the meta device: shapes only
     model, rows = preset("folder/of/a/model")
+    image_tokenizer = picture_tokenizer("showo-512")   # MAGVIT-v2 at its released size
 
 A released size needs no tokenizer here: its texts are made of token 0, as long as the model's own training writes them.
 """
@@ -14,10 +15,12 @@ from pathlib import Path
 import torch
 
 from .config import MODELS, ParameterError
-from .models import emu3, showo
+from .models import emu3, emu3_vq, magvit, showo
 from .models.backbone import UnifiedModel
 from .models.checkpoint import outline, shipped
+from .models.image_tokenizer import ImageTokenizer, load_image_tokenizer, stock_kind
 from .models.layout import Layout
+from .models.weights import Weights
 from .tokens import TokenSequence
 
 RELEASED = {"_class_name": "Showo", "codebook_size": 8192, "llm_vocab_size": 50295, "mask_token_id": 58497, "vocab_size": 58498}
@@ -28,6 +31,8 @@ PRESETS = {
     "emu3-8k": (emu3.FAMILY, {"model_type": "Emu3", "grid": [90, 90]}),
 }
 """Released sizes: Show-o at 256 and 512 px, Emu3 at 4,096 and 8,100 codes."""
+TOKENIZERS = {"showo": (magvit.MagVitV2, magvit.SHOWO), "emu3": (emu3_vq.Emu3VQ, emu3_vq.EMU3)}
+"""Their released picture tokenizers, by the first word of the preset."""
 WORDS = 100
 """Tokens of a caption and of an answer where the model has no fixed text length; a question has a fifth."""
 
@@ -61,6 +66,22 @@ def preset(name: str) -> tuple[UnifiedModel, list[TokenSequence]]:
     model, _, _ = outline(shipped(name) if name in MODELS else name)
     model.layout.text = Words(model.layout.text.size, model.layout.text.eot)
     return model, rows_of(model.layout)
+
+
+def picture_tokenizer(name: str) -> ImageTokenizer | None:
+    """What makes the codes of a preset's or folder's pictures: the released tokenizer on the meta device, or the one in the folder; None if it holds none."""
+    if name in PRESETS:
+        found = TOKENIZERS[name.split("-")[0]]
+    else:
+        folder = Path(shipped(name) if name in MODELS else name)
+        if (folder / "image_tokenizer").is_dir():
+            return load_image_tokenizer(folder / "image_tokenizer")
+        weights = Weights(folder)
+        found = stock_kind(weights.under("model.vqmodel.").shapes) or stock_kind(weights.under("vqmodel.").shapes)
+    if found is None:
+        return None
+    with torch.device("meta"):
+        return found[0](found[1])
 
 
 def rows_of(layout: Layout) -> list[TokenSequence]:

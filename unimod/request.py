@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from .config import ParameterError, Params
-from .plan import MAKERS, CapacityPlan
+from .plan import maker_of
 from .run import RUNNERS, home, latest, runs_folder
 
 WIRES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
@@ -125,8 +125,10 @@ class Request:
                 values[name] = take(latest(self.runs, source))
         try:
             params = Params.of(**values | {"interactive": False, "runs": str(self.runs), "run_dir": ""})
-            if "plan" in book.defaults and params.plan not in MAKERS:
-                CapacityPlan.load(params.plan)
+            if "plan" in book.defaults or "saving" in book.defaults:
+                make, layers = maker_of(params.plan), _layers(params)
+                if layers:
+                    make(layers, params.saving)
         except ParameterError as error:
             raise ParameterError(f"{book.name}: {error}") from None
         if waits:
@@ -207,6 +209,15 @@ def _assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise ParameterError(f"-p {text!r} must have the form name=value, such as -p steps=60.")
     return name.strip(), value
+
+
+def _layers(params: Params) -> int | None:
+    """Layers of the model that a run starts from; None where its config.json does not say."""
+    folder = Path(params.checkpoint or Path(__file__).parent / "checkpoints" / params.models[0])
+    try:
+        return json.loads((folder / "config.json").read_text()).get("num_hidden_layers")
+    except (OSError, ValueError):
+        return None
 
 
 def _key(book: Notebook, params: Params) -> str:

@@ -88,7 +88,9 @@ def test_compete(untouched):
     torch.testing.assert_close((found.kept * sizes).sum(1), torch.full((2,), float(int(0.5 * len(held) + 0.5))))
     with torch.no_grad():
         torch.testing.assert_close(found.loss[0], losses(model, held).per_task[:2])
-    assert len(found.table()) == 2 * 2 * 4 and len(found.steps()) == 6
+    assert len(found.table()) == 2 * 2 * 4 and len(found.steps()) == 6 and {row["seed"] for row in found.table() + found.steps()} == {0}
+    other = compete(model, packs, mixed(batches, 3), steps=3, layers=(5, 6), seed=7)
+    assert other.seed == 7 and not torch.equal(other.history, found.history)
     with pytest.raises(ValueError, match="needs t2i and mmu"):
         compete(model, [batches.single_task(Task.MMU, "train", 2)], held)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from unimod.analysis.redundancy import Spectra, arank, mask_arank, spectra
+from unimod.analysis.redundancy import Spectra, arank, mask_arank, shares, spectra
 from unimod.capture import AttentionRecord, LayerAttention, observe
 from unimod.config import ParameterError
 from unimod.tokens import Modality, Task, TokenSequence, pack, suffix_hi
@@ -59,6 +59,14 @@ def test_tolerance_and_samples(world):
             found.arank(bad)
     with pytest.raises(ParameterError, match="1 to 4"):
         found.arank(samples=5)
+
+
+def test_shares_of_every_task_are_those_of_its_own_training_rows(world):
+    model, batches = world["emu3-tiny"]
+    found = shares(model, batches, 3, 0.05)
+    assert list(found) == ["t2i", "mmu", "lm"] and all(len(row) == 8 and all(0 < a <= 1 for a in row) for row in found.values())
+    record = observe(model, batches.single_task(Task.LM, "train", 3))
+    assert found["lm"] == arank(record, Task.LM, 0.05).share.mean(1).tolist()
 
 
 def test_the_mask_alone():

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+
+from unimod.plan import CapacityPlan
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("0*.ipynb"))
@@ -45,6 +48,23 @@ def test_plans_and_runs_are_handed_on(smoke):
     asked = (smoke["07_training"] / "params.yaml").read_text()
     assert str(smoke["03_token_redundancy"] / "plan.yaml") in asked
     assert str(smoke["07_training"]) in (smoke["08_compare_runs"] / "params.yaml").read_text()
+
+
+def test_the_plan_and_its_control_save_alike_on_other_layers(smoke):
+    plan, control = (CapacityPlan.load(smoke["03_token_redundancy"] / f"{name}.yaml") for name in ("plan", "plan-highest"))
+    for task in plan.capacity:
+        assert plan.saving(task) == pytest.approx(0.3, abs=1e-4) == control.saving(task), task
+        routed = [{i for i, c in enumerate(p.capacity[task]) if c < 1} for p in (plan, control)]
+        assert len(routed[0]) == len(routed[1]) == 4 and not routed[0] & routed[1], task
+
+
+def test_one_router_for_both_runs_once_per_seed(tmp_path):
+    done = unimod("run", "04", "-f", "params/smoke.yaml", "-p", "models=showo-tiny", "-p", "seeds=0,3", "-p", "steps=3", "--runs", tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = next((tmp_path / "04_task_interactions").glob("*/done.json")).parent
+    kept = [row["seed"] for row in json.loads((folder / "results.json").read_text()) if row["name"] == "kept under one router, t2i, showo-tiny"]
+    steps = pd.read_parquet(folder / "tables" / "kept_over_steps.parquet")
+    assert kept == [0, 3] and steps.groupby("seed")["step"].max().to_dict() == {0: 3, 3: 3}
 
 
 def test_router_design_measures_what_it_teaches(smoke):

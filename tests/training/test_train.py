@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from unimod.analysis.redundancy import shares
 from unimod.arms import arms_of, read_arms, run_arm
 from unimod.bench import time_steps
 from unimod.config import ParameterError, Params
@@ -101,17 +102,41 @@ def test_evaluation_is_deterministic_and_counts_what_it_judged():
 def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     model = fresh().eval()
     names = ["unimod", "shared.last_half", "separate.interleaved", "separate.random", "gamma-mod.last_half", "random.last_half", "p-mod.cosine_decay"]
-    params = Params(models=["showo-tiny"], arms=names, steps=2, batch=2, eval_samples=2)
+    params = Params(models=["showo-tiny"], arms=names, saving=0.25, steps=2, batch=2, eval_samples=2)
     session = Session("showo-tiny", model, TOKENIZER, DATA, batches(model))
     arms = {arm.name: arm for arm in arms_of(params, session)}
     assert list(arms) == names
-    for name in names[1:4] + names[5:6]:
+    for name in names[1:6]:
         assert arms[name].cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02), name
     assert arms["shared.last_half"].router.shared and not arms["separate.interleaved"].router.shared
     assert arms["separate.interleaved"].plan.routed() == (1, 3, 5, 7) and arms["gamma-mod.last_half"].router.across
     assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total for arm in arms.values())
     result = run_arm(params, session, arms["random.last_half"], 0, tmp_path / "random.last_half-0")
     assert result["arm"] == "random.last_half" and read_arms([tmp_path]) == [result]
+
+
+def test_layers_by_arank_and_capacities_per_task(monkeypatch):
+    model = fresh().eval()
+    session = Session("showo-tiny", model, TOKENIZER, DATA, batches(model))
+    asked = []
+    monkeypatch.setattr("unimod.arms.shares", lambda *given: asked.append(given[2:]) or shares(*given))
+    names = ["unimod", "separate.lowest_arank", "shared.highest_arank", "shared.last_half_per_task", "separate.middle"]
+    arms = {a.name: a for a in arms_of(Params(models=["showo-tiny"], arms=names, samples=2, tolerance=0.1), session)}
+    assert asked == [(2, 0.1)], "measured once, with the run's own samples and tolerance"
+    ranks = shares(model, session.batches, 2, 0.1)
+    for name, pick in (("separate.lowest_arank", sorted), ("shared.highest_arank", lambda values: sorted(values, reverse=True))):
+        for task, values in ranks.items():
+            routed = [values[i] for i, c in enumerate(arms[name].plan.capacity[task]) if c < 1]
+            assert sorted(routed) == sorted(pick(values)[:4]), (name, task)
+    assert all(a.cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02) for a in arms.values())
+    t2i, mmu = (arms["shared.last_half_per_task"].plan.saving(task) for task in ("t2i", "mmu"))
+    assert mmu == pytest.approx(2 * t2i) and arms["separate.middle"].plan.routed() == (2, 3, 4, 5)
+
+
+def test_an_arm_that_cannot_meet_the_price_is_named():
+    session = Session("showo-tiny", fresh().eval(), TOKENIZER, DATA, batches(fresh()))
+    with pytest.raises(ParameterError, match=r"arms: p-mod.last_half cannot be as cheap as unimod, .* saving=0.3.*out of reach: these plans cost 0\.\d+ to 1"):
+        arms_of(Params(models=["showo-tiny"], arms=["dense", "p-mod.last_half"]), session)
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])

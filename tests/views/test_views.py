@@ -66,8 +66,8 @@ def final():
                          for a, f in (("dense", 2e12), ("mod", 1e12), ("unimod", 1e12), ("random", 1e12)) for s in range(3)])
 
 
-def made_competition():
-    return Competition((12, 13), 0.5, rand(40, 2), rand(2, 2), rand(2, 2, 3), rand(3, 2))
+def made_competition(seed=0):
+    return Competition((12, 13), 0.5, rand(40 + seed, 2)[:40], rand(2 + seed, 2)[:2], rand(2, 2, 3), rand(3, 2), seed)
 
 
 def made_importance(task):
@@ -142,6 +142,16 @@ def test_training_curves_add_cost_up_and_thin_long_runs():
     fig = VIEWS["training_curves"]()
     dense = next(t for t in fig.data if t.name == "dense" and t.line.width > 1)
     assert len(dense.x) <= runs.POINTS and dense.x[0] == pytest.approx(1e9) and dense.x[-1] > 1.9e12
+
+
+def test_the_competition_shows_its_seeds():
+    three = {m: [made_competition(seed) for seed in range(3)] for m in MODELS}
+    fig = interactions.kept_over_steps(style.frame(three, "steps"))
+    assert sum(t.line.width > 1 for t in fig.data) == 4 and len(fig.data) == 4 * (1 + 3) and len(VIEWS["kept_over_steps"]().data) == 4
+    bars = interactions.kept_shares(style.frame(three)).data[0]
+    means = [float(c.kept[:, 0].mean()) for c in three["showo-tiny"]]
+    low, high = bars.y[0] - bars.error_y.arrayminus[0], bars.y[0] + bars.error_y.array[0]
+    assert (low, bars.y[0], high) == pytest.approx((min(means), np.mean(means), max(means))) and high > low
 
 
 def test_a_frame_that_cannot_be_drawn_says_why():

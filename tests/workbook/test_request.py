@@ -11,7 +11,7 @@ from unimod.request import Request
 @pytest.fixture
 def books(bench):
     bench.notebook("00_first", parameters="seed = 0\nlr = 8.0e-4\nresume = True\nseeds = [0]\ndata = 'scenes'\nfolder = ''")
-    bench.notebook("07_training", parameters="steps = 60\nplan = 'last_half'")
+    bench.notebook("07_training", parameters="steps = 60\nplan = 'last_half'\nsaving = 0.3")
     return bench
 
 
@@ -83,6 +83,9 @@ def test_list_and_check_start_nothing(books):
     (["07", "-p", "plan=zero.yaml"], ["Capacity 0", "(0, 1]"]),
     (["07", "-p", "plan=large.yaml"], ["Capacity 1.2", "(0, 1]"]),
     (["07", "-p", "plan=layer.yaml"], ["layer 9", "does not exist"]),
+    (["07", "-p", "plan=three.yaml"], ["plans 3 layers, the model has 8"]),
+    (["07", "-p", "saving=0.6"], ["saving=0.6 is more than 4 of 8 layers can save"]),
+    (["07", "-p", "plan=last_half_per_task", "-p", "saving=0.4"], ["saving=0.4", "ask for less than 0.356"]),
     (["9"], ["no notebook '9'", "00_first"]),
     (["7_trainng"], ["Did you mean '07_training'"]),
     (["nowhere/x.ipynb"], ["cannot be read as a notebook"]),
@@ -91,6 +94,7 @@ def test_bad_input_stops_before_any_kernel(books, args, words):
     (books.root / "list.yaml").write_text("- seed\n")
     (books.root / "typo.yaml").write_text("stesp: 1\n")
     (books.root / "broken.yaml").write_text("seed: [1\n")
+    (books.root / "three.yaml").write_text("layers: 3\ncapacity: {t2i: {1: 0.5}}\n")
     for name, layer, capacity in (("zero", 4, 0), ("large", 4, 1.2), ("layer", 9, 0.5)):
         (books.root / f"{name}.yaml").write_text(f"layers: 8\ncapacity:\n  t2i: {{{layer}: {capacity}}}\n")
     assert books.call("run", *args) == 2

@@ -85,13 +85,14 @@ class Competition:
     """float32 [routed layers, 2, 3]: split by modality (text, image, special)."""
     loss: Tensor
     """float32 [3, 2]: held-out loss of t2i and mmu: dense, with the fresh router, with the trained router."""
+    seed: int
 
     def table(self) -> list[dict[str, object]]:
         """One row per routed layer, task and modality ("all" for the task's tokens together)."""
         names = ("all", *(m.name.lower() for m in Modality))
         shares = torch.cat([self.kept[..., None], self.kept_modality], -1)
         return [
-            {"layer": layer, "task": task.name.lower(), "modality": name, "kept": float(shares[i, t, m]), "capacity": self.capacity}
+            {"seed": self.seed, "layer": layer, "task": task.name.lower(), "modality": name, "kept": float(shares[i, t, m]), "capacity": self.capacity}
             for i, layer in enumerate(self.layers)
             for t, task in enumerate(BOTH)
             for m, name in enumerate(names)
@@ -100,7 +101,7 @@ class Competition:
     def steps(self) -> list[dict[str, object]]:
         """One row per training step and task."""
         return [
-            {"step": s + 1, "task": task.name.lower(), "kept": float(share[t])}
+            {"seed": self.seed, "step": s + 1, "task": task.name.lower(), "kept": float(share[t])}
             for s, share in enumerate(self.history)
             for t, task in enumerate(BOTH)
         ]
@@ -147,7 +148,7 @@ def compete(
     with record_routing() as log:
         results.append(_loss(frozen.eval(), held_out))
     kept, split = (torch.stack(shares) for shares in zip(*(_kept(log[i], held_out) for i in where)))
-    return Competition(where, capacity, torch.stack(history), kept, split, torch.stack(results))
+    return Competition(where, capacity, torch.stack(history), kept, split, torch.stack(results), seed)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
     found = spectra(record, Task.T2I)               # singular values, once
     found.arank(tolerance=1e-2).share.mean(1)       # ARank over sequence length, per layer
     arank(record, Task.T2I, tolerance=1e-2)         # both at once
+    shares(model, batches, samples=16)              # of every task, as plan.from_arank takes it
 
 ARank (UniMoD, arXiv 2502.06474, section 3; gamma-MoD, 2410.13859) is the mean over heads of the rank of the post-softmax map. What
 the papers leave open is stated here. Map: as attention used it, so bidirectional where the mask is, diagonal included, all tokens
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..capture import AttentionRecord
+from ..capture import AttentionRecord, observe
 from ..config import ParameterError
+from ..data.batches import Batches
+from ..models.backbone import UnifiedModel
 from ..tokens import Task
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
@@ -136,6 +139,15 @@ def spectra(record: AttentionRecord, task: Task) -> Spectra:
 def arank(record: AttentionRecord, task: Task, tolerance: float | None = 1e-2) -> ARank:
     """ARank of a task; see `Spectra.arank`."""
     return spectra(record, task).arank(tolerance)
+
+
+def shares(model: UnifiedModel, batches: Batches, samples: int, tolerance: float | None = 1e-2) -> dict[str, list[float]]:
+    """ARank over sequence length of every task (t2i, mmu, lm) and layer, mean over `samples` training rows of the task."""
+    found = {}
+    for task in Task:
+        record = observe(model, batches.single_task(task, "train", samples))
+        found[task.name.lower()] = arank(record, task, tolerance).share.nanmean(1).tolist()
+    return found
 
 
 def mask_arank(record: AttentionRecord, task: Task, tolerance: float | None = 1e-2) -> ARank:

@@ -27,19 +27,23 @@ def gradient_angles(data: pd.DataFrame) -> go.Figure:
 
 
 def kept_shares(data: pd.DataFrame) -> go.Figure:
-    """Share of tokens kept under one router, per task and modality, mean over the routed layers; the dashed line is a fair share."""
-    data = require(data, "model", "layer", "task", "modality", "kept", "capacity")
+    """Share of tokens kept under one router, per task and modality, mean over the routed layers and seeds; the dashed line is a fair share.
+
+    Error bars reach from the smallest to the largest seed.
+    """
+    data = require(data, "model", "seed", "layer", "task", "modality", "kept", "capacity")
     models = list(data["model"].unique())
     fig = paper("Who keeps its tokens under one router?", "", "share of tokens kept", models, shared_yaxes=True)
     colours = {"all": "#009E73", **MODALITY}
     for n, model in enumerate(models):
-        found = data[data["model"] == model].groupby(["task", "modality"], sort=False)["kept"].agg(["mean", "std"]).reset_index()
+        per_seed = data[data["model"] == model].groupby(["task", "modality", "seed"], sort=False)["kept"].mean()
+        found = per_seed.groupby(["task", "modality"], sort=False).agg(["mean", "min", "max"]).reset_index()
         for modality, part in found.groupby("modality", sort=False):
             name = "all tokens of the task" if modality == "all" else modality
             fig.add_bar(
                 x=[words(t) for t in part["task"]],
                 y=part["mean"],
-                error_y={"type": "data", "array": part["std"].fillna(0), "thickness": 1},
+                error_y={"type": "data", "array": part["max"] - part["mean"], "arrayminus": part["mean"] - part["min"], "thickness": 1},
                 name=name,
                 legendgroup=name,
                 showlegend=n == 0,
@@ -53,11 +57,24 @@ def kept_shares(data: pd.DataFrame) -> go.Figure:
 
 
 def kept_over_steps(data: pd.DataFrame) -> go.Figure:
-    """Share of each task's tokens kept while the router learns, mean over the routed layers."""
-    data = require(data, "model", "step", "task", "kept")
+    """Share of each task's tokens kept while the router learns, mean over the routed layers: a thin line per seed, a thick one for their mean."""
+    data = require(data, "model", "seed", "step", "task", "kept")
     fig = paper("Who keeps its tokens while the router learns?", "step", "share of tokens kept")
     for (model, task), part in data.groupby(["model", "task"], sort=False):
-        lines(fig, part, "step", "kept", colour=TASK[task], dash=DASH.get(model, "solid"), name=f"{model}: {words(task)}")
+        curves = [run for _, run in part.groupby("seed", sort=False)]
+        name, mean = f"{model}: {words(task)}", part.groupby("step", as_index=False)["kept"].mean()
+        for curve, width, opacity in [(c, 1, 0.4) for c in curves if len(curves) > 1] + [(mean, 2.5, 1)]:
+            fig.add_scatter(
+                x=curve["step"],
+                y=curve["kept"].round(4),
+                mode="lines" if len(curve) > 1 else "markers",
+                name=name,
+                legendgroup=name,
+                showlegend=width > 1,
+                opacity=opacity,
+                line={"color": TASK[task], "dash": DASH.get(model, "solid"), "width": width},
+                hovertemplate=f"{name}, step %{{x}}: %{{y:.2f}}<extra></extra>",
+            )
     return fig.update_yaxes(range=[0, 1])
 
 
