@@ -18,7 +18,7 @@ import functools
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from .config import ARMS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
 from .flops import BACKWARD, Cost, count
-from .layers import apply_mod
+from .layers import apply_mod, suits
 from .methods import PRESETS, RouterConfig
 from .models.backbone import UnifiedModel
 from .models.checkpoint import save_pretrained
@@ -74,12 +74,17 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     separate, shared = RouterConfig(), RouterConfig(shared=True)
     unimod = make_plan(params.plan, layers, params.saving)
     plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate), "unimod-last-half": (last_half(layers, params.saving), separate)}
-    routers = {"separate": separate, "shared": shared, **PRESETS}
+    foresees = session.model.layout.causal_images            # a token drawn alone has received no attention yet: a predictor says
+    routers = {"separate": separate, "shared": shared, **PRESETS, "a-mod": replace(PRESETS["a-mod"], predictor=foresees)}
     makers = {name: partial(make, layers) for name, make in MAKERS.items()}
     makers |= {f"{name}_arank": lambda saving, highest=name == "highest": from_arank(arank(), saving, highest) for name in ("lowest", "highest")}
     target = cost(unimod, separate)
 
     def at_unimods_price(name: str, maker: str, router: RouterConfig) -> CapacityPlan:
+        try:
+            suits(makers[maker](0.05), router)
+        except ParameterError as error:
+            raise ParameterError(f"arms: {name} does not go together. {error}") from None
         if maker in FIXED:
             return makers[maker](params.saving)
         try:

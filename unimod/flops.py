@@ -6,7 +6,8 @@
     1 - cost.step / cost.dense_step                                     # in a training step, with reading the pictures
 
 One multiply-add is 2 FLOPs. A token costs 2 FLOPs per weight of every linear layer it passes, attention 4 n^2 d per layer
-for a row of n tokens in heads of total width d (the masked half is not subtracted: it is computed), a router 2 D per score,
+for a row of n tokens in heads of total width d (the masked half is not subtracted: it is computed), a router 2 D per score, or half an
+attention where the score is the attention received,
 the head 2 D V per labelled token, a picture what the convolutions, linear layers and attention of its tokenizer's encoder take.
 The embedding is a lookup: 0 FLOPs. Norms, activations and the search for the nearest code are left out (well below 1 %).
 """
@@ -45,13 +46,15 @@ class Cost:
     """The same layers with every token kept and no router."""
     token_layers: int
     dense_token_layers: int
+    looking: float = 0.0
+    """Attention received, for routers that score by it; no backward."""
     tokenizer: float = 0.0
     """The picture tokenizer's encoder, once per row with a picture; it is frozen, so no backward."""
 
     @property
     def total(self) -> float:
-        """Stack and head."""
-        return self.stack + self.head
+        """Forward: stack and head, and looking back."""
+        return self.stack + self.head + self.looking
 
     @property
     def dense_total(self) -> float:
@@ -60,8 +63,8 @@ class Cost:
 
     @property
     def step(self) -> float:
-        """A training step: the pictures' codes, forward and backward."""
-        return self.tokenizer + (1 + BACKWARD) * self.total
+        """A training step: the pictures' codes, forward and backward, every weight trained."""
+        return self.tokenizer + self.looking + (1 + BACKWARD) * (self.stack + self.head)
 
     @property
     def dense_step(self) -> float:
@@ -71,7 +74,7 @@ class Cost:
     @property
     def saved(self) -> float:
         """Share of the dense stack's FLOPs that is saved."""
-        return 1 - self.stack / self.dense_stack
+        return 1 - (self.stack + self.looking) / self.dense_stack
 
     @property
     def saved_paper(self) -> float:
@@ -84,18 +87,19 @@ def count(model: UnifiedModel, packed: Packed, image_tokenizer: ImageTokenizer |
 
     `image_tokenizer` adds what it takes to make the codes of the rows' pictures.
     """
-    stack, kept_tokens = 0.0, 0
-    dense = 0.0
-    for layer in model.layers:
+    stack, dense, looking, kept_tokens = 0.0, 0.0, 0.0, 0
+    for layer, following in zip(model.layers, [*model.layers[1:], None]):
         routed = isinstance(layer, MoDLayer)
         segments = list(zip(packed.segments, layer.router.kept(packed) if routed else [s.length for s in packed.segments]))
         stack += _layer(layer.layer if routed else layer, segments)
         stack += layer.router.flops() * len(packed) if routed else 0
+        if isinstance(following, MoDLayer) and following.router.config.score == "attention":
+            looking += _attention(layer, segments) / 2      # the map once more, without the values
         kept_tokens += sum(k for _, k in segments)
         dense += _layer(layer.layer if routed else layer, [(s, s.length) for s in packed.segments])
     head = 2.0 * model.head.weight.numel() * sum(packed.target_counts)
     codes = _pictures(packed.tasks) * encoding(image_tokenizer, model.layout.grid) if image_tokenizer else 0.0
-    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers), codes)
+    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers), looking, codes)
 
 
 def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
@@ -167,7 +171,8 @@ def savings(model: UnifiedModel, plan: CapacityPlan, rows: Sequence[TokenSequenc
     before = measured(model, rows, image_tokenizer)
     with planned(model, plan, config):
         cost, after = count(model, pack(rows), image_tokenizer), measured(model, rows, image_tokenizer)
-    return Savings((plan.saving("t2i") + plan.saving("mmu")) / 2, 1 - cost.step / cost.dense_step, 1 - after / before, 1 - cost.total / cost.dense_total)
+    return Savings((plan.saving("t2i") + plan.saving("mmu")) / 2, 1 - cost.step / cost.dense_step, 1 - after / before,
+                   1 - (cost.step - cost.tokenizer) / (cost.dense_step - cost.tokenizer))
 
 
 def _pictures(tasks: Iterable[Task]) -> int:
@@ -175,11 +180,13 @@ def _pictures(tasks: Iterable[Task]) -> int:
     return sum(task != Task.LM for task in tasks)
 
 
-def _layer(layer: nn.Module, kept: Iterable[tuple[Segment, int]]) -> float:
+def _layer(layer: nn.Module, kept: Sequence[tuple[Segment, int]]) -> float:
+    weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+    return 2.0 * weights * sum(k for _, k in kept) + _attention(layer, kept)
+
+
+def _attention(layer: nn.Module, kept: Iterable[tuple[Segment, int]]) -> float:
     rows: dict[int, int] = {}
     for segment, k in kept:
         rows[segment.row] = rows.get(segment.row, 0) + k
-    weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
-    attention = layer.self_attn
-    width = attention.q_proj.out_features
-    return 2.0 * weights * sum(rows.values()) + 4.0 * width * sum(n * n for n in rows.values())
+    return 4.0 * layer.self_attn.q_proj.out_features * sum(n * n for n in rows.values())

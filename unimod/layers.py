@@ -112,7 +112,7 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     if plan.layers != len(model.layers):
         raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
     config = config or RouterConfig()
-    _suits(plan, config)
+    suits(plan, config)
     for i in plan.routed():
         old = model.layers[i]
         follows = config.reach == "run" and i - 1 in plan.routed()
@@ -123,8 +123,8 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     return train_routers_only(model) if config.alone else model
 
 
-def _suits(plan: CapacityPlan, config: RouterConfig) -> None:
-    """Refuse a plan that a router which looks back cannot carry out."""
+def suits(plan: CapacityPlan, config: RouterConfig) -> None:
+    """Raise `ParameterError` for a plan that a router which looks back at earlier layers cannot carry out."""
     routed = plan.routed()
     if config.score == "attention" and 0 in routed:
         raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan that leaves it dense.")
