@@ -28,7 +28,7 @@ from .analysis.redundancy import shares
 from .config import ARMS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
-from .flops import BACKWARD, Cost, count
+from .flops import Cost, count
 from .layers import apply_mod, suits
 from .methods import PRESETS, RouterConfig
 from .models.backbone import UnifiedModel
@@ -97,9 +97,9 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
         router, at, maker = ("shared", ".", "interleaved") if name == "mod" else name.partition(".")
         if at:
             plans[name] = at_unimods_price(name, maker, routers[router]), routers[router]
-    budget = cost(*plans["dense"]).total * params.steps
+    budget = cost(*plans["dense"]).step * params.steps
     prices = {name: cost(*plans[name]) for name in params.arms}
-    return [Arm(name, *plans[name], price, round(budget / price.total)) for name, price in prices.items()]
+    return [Arm(name, *plans[name], price, round(budget / price.step)) for name, price in prices.items()]
 
 
 def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str | Path, log: Callable[[dict], None] = lambda record: None) -> dict:
@@ -129,7 +129,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     result = {
         "model": session.name, "arm": arm.name, "seed": seed, "data": params.data, "steps": arm.steps, "batch": params.batch,
         "eval_samples": params.eval_samples, "capacity": arm.plan.capacity, "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper,
-        "flops_per_step": (1 + BACKWARD) * arm.cost.total, "dense_flops_per_step": (1 + BACKWARD) * arm.cost.dense_total, "train_flops": spent,
+        "flops_per_step": arm.cost.step, "dense_flops_per_step": arm.cost.dense_step, "train_flops": spent,
         "tokens_per_step": statistics.mean(r["tokens"] for r in records), "config": asdict(config), "evaluations": evaluations,
     }
     text = json.dumps(result)

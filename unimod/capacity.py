@@ -37,17 +37,14 @@ class LearnedCapacity(nn.Module):
 
     def __init__(self, layers: int, routed: Sequence[int], weight: Mapping[str, float], saving: float) -> None:
         super().__init__()
-        self.layers, self.routed, self.saving = layers, tuple(routed), saving
-        self.target = 1 - saving * layers / len(routed)
-        if not FLOOR < self.target < 1:
-            raise ParameterError(f"saving={saving:g}: {len(routed)} of {layers} layers can save more than 0 and less than "
-                                 f"{len(routed) * (1 - FLOOR) / layers:.2f}.")
+        self.layers, self.routed = layers, tuple(routed)
+        self.target = self._target(saving)
         share = torch.tensor([float(weight.get(task, 0.0)) for task in TASKS])
         if not share.sum() > 0 or (share < 0).any():
             raise ParameterError(f"weight={dict(weight)!r}: give a positive number for at least one of {', '.join(TASKS)}, and none below 0.")
         self.register_buffer("share", share / share.sum() / len(routed), persistent=False)
         self.theta = nn.Parameter(torch.zeros(len(routed), len(TASKS)))
-        self._seen: tuple[int, Tensor, list] | None = None
+        self._seen: tuple[int, Tensor, list[tuple[float, ...]]] | None = None
 
     def fractions(self) -> Tensor:
         """Keep fractions [R, tasks], differentiable in theta and on the budget."""
@@ -66,26 +63,38 @@ class LearnedCapacity(nn.Module):
         """Factors of kept tokens, [K], by their task, their rank and how many compete with them."""
         return ((self.fractions()[row][task] * n - rank) / (WIDTH * n).clamp(min=1)).clamp(0, 1)
 
-    def plan(self) -> CapacityPlan:
-        """The fractions as a plan."""
+    def plan(self, saving: float | None = None) -> CapacityPlan:
+        """The fractions as a plan; with a saving, those that the same theta gives on another budget."""
+        found = self._solved()[1] if saving is None else self._solve(self._target(saving))[1]
         rows = {task: [1.0] * self.layers for task in TASKS}
-        for row, layer in enumerate(self.routed):
-            for task, c in zip(TASKS, self.host(row)):
+        for layer, fractions in zip(self.routed, found):
+            for task, c in zip(TASKS, fractions):
                 rows[task][layer] = c
         return CapacityPlan(rows)
+
+    def _target(self, saving: float) -> float:
+        """Mean fraction of the routed layers on a budget."""
+        target = 1 - saving * self.layers / len(self.routed)
+        if not FLOOR < target < 1:
+            raise ParameterError(f"saving={saving:g}: {len(self.routed)} of {self.layers} layers can save more than 0 and less than "
+                                 f"{len(self.routed) * (1 - FLOOR) / self.layers:.2f}.")
+        return target
 
     def _at(self, mu: Tensor) -> Tensor:
         return FLOOR + (1 - FLOOR) * torch.sigmoid(self.theta + mu)
 
-    @torch.no_grad()
     def _solved(self) -> tuple[Tensor, list[tuple[float, ...]]]:
-        """mu for the present theta, by bisection, and the fractions that it gives."""
+        """`_solve` for the present theta, once per change of it."""
         if self._seen is None or self._seen[0] != self.theta._version or self._seen[1].device != self.theta.device:
-            low, high = -30 - self.theta.max(), 30 - self.theta.min()
-            for _ in range(50):
-                mu = (low + high) / 2
-                over = (self._at(mu) * self.share).sum() > self.target
-                low, high = torch.where(over, low, mu), torch.where(over, mu, high)
-            found = torch.where(self.share > 0, self._at(mu), 1.0)
-            self._seen = (self.theta._version, mu, [tuple(c) for c in found.tolist()])
+            self._seen = (self.theta._version, *self._solve(self.target))
         return self._seen[1:]
+
+    @torch.no_grad()
+    def _solve(self, target: float) -> tuple[Tensor, list[tuple[float, ...]]]:
+        """mu for a mean fraction, by bisection, and the fractions that it gives."""
+        low, high = -30 - self.theta.max(), 30 - self.theta.min()
+        for _ in range(50):
+            mu = (low + high) / 2
+            over = (self._at(mu) * self.share).sum() > target
+            low, high = torch.where(over, low, mu), torch.where(over, mu, high)
+        return mu, [tuple(c) for c in torch.where(self.share > 0, self._at(mu), 1.0).tolist()]

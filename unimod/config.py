@@ -23,8 +23,9 @@ IMAGE_TOKENIZERS = ("dictionary", "magvit", "emu3vq")
 ARMS = ("dense", "mod", "unimod", "unimod-last-half")
 ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "a-mod", "router-tuning", "random", "tread", "early-exit", "layer-drop")
 """Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method (`methods.PRESETS`)."""
-LAYERS = ("last_half", "last_half_per_task", "middle", "interleaved", "random", "cosine_decay", "lowest_arank", "highest_arank")
-"""Plans of an arm of the grid, a maker or the two made from the model's own ARank; an arm is written ROUTER.LAYERS, such as shared.last_half."""
+LAYERS = ("last_half", "last_half_per_task", "middle", "interleaved", "random", "cosine_decay", "lowest_arank", "highest_arank", "learned")
+"""Plans of an arm of the grid: a maker, the two made from the model's own ARank, or capacities learned in a training of `steps` before the arm's
+own. An arm is written ROUTER.LAYERS, such as shared.last_half."""
 DEVICES = ("auto", "cpu", "cuda")
 
 

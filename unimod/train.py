@@ -4,6 +4,7 @@
 
 Masked-token prediction for t2i, next-token prediction for mmu and lm, weighted 1 / 1 / 0.1; AdamW with warm-up and a cosine
 to zero; routers learn faster than the backbone. With a folder, an interrupted run goes on where it stopped, bit for bit.
+Started by torchrun or `accelerate launch` (DDP), every process takes its own batches, and gradients are averaged over them.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
-from .auxiliary import membership, prediction
+from .auxiliary import budget, membership, prediction
 from .config import ParameterError
 from .data.batches import Batches
-from .flops import BACKWARD, count
+from .flops import count
 from .layers import record_routing
 from .models.backbone import UnifiedModel, losses
-from .tokens import Task
+from .tokens import Packed, Task
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,14 @@ class TrainConfig:
     """Peak learning rate of the backbone."""
     router_lr: float = 5.0
     """Factor on it for routers."""
+    capacity_lr: float = 100.0
+    """Factor on it for learned capacities, which are few and move by about the rate in a step, whatever their gradient."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly."""
     membership: float = 0.0
     """Weight of the auxiliary loss that pushes kept and dropped tokens' scores apart (`auxiliary.membership`)."""
+    budget: float = 0.0
+    """Weight of the loss that holds the share of tokens with sigmoid(score) > 0.5 near what the plan keeps (`auxiliary.budget`)."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
@@ -59,83 +66,128 @@ class TrainConfig:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
+class Outcome(NamedTuple):
+    """What a training step computes from a batch; a tuple, so that whatever wraps an `Objective` finds its tensors."""
+
+    objective: Tensor
+    """What is descended: `total` and the losses on routers."""
+    total: Tensor
+    """Weighted sum of the tasks' losses."""
+    per_task: Tensor
+    """Mean cross entropy per task, [3], without a gradient; nan where the batch has no target of it."""
+
+
+class Objective(nn.Module):
+    """A model with its losses in one forward, so that DDP's and FSDP's hooks see every parameter at work.
+
+    The losses on routers are weighted as `config` says. The model's own state dict keeps its keys; here they begin with "model.".
+    FSDP2: `fully_shard` each of `model.layers`, then this; first, by itself, a scorer that all layers share (`across`). Mixed precision needs
+    `cast_forward_inputs=False`, or rotary angles are rounded too.
+    """
+
+    def __init__(self, model: UnifiedModel, config: TrainConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, config or TrainConfig(steps=1)
+
+    def forward(self, packed: Packed) -> Outcome:
+        """The losses of a batch. Raises ValueError when it has no target."""
+        with record_routing() as log:
+            loss = losses(self.model, packed)
+        beside = prediction(log)
+        for weight, extra in ((self.config.membership, membership), (self.config.budget, budget)):
+            beside = beside + weight * extra(log) if weight else beside
+        return Outcome(loss.total + beside.to(loss.total.device), loss.total, loss.per_task)
+
+
 def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder: str | Path | None = None, resume: bool = True,
           evaluate: Callable[[UnifiedModel], dict] | None = None, log: Callable[[dict], None] = lambda record: None) -> list[dict]:
     """Train in place and return one record per step: losses per task, tokens, FLOPs (forward and backward), seconds.
 
     `evaluate(model)` returns figures that join the record of the step they were taken after. With `folder`, records are
     appended to metrics.jsonl and last.pt holds the state to resume from; it is removed when the run is complete.
-    Raises `ParameterError` when the folder holds an interrupted run of another configuration, RuntimeError on a loss that is
-    not finite.
+    In a group of n processes, process r takes batch n * step + r, a record is the mean of the losses and the sum
+    of the tokens and FLOPs, and only the main process evaluates, logs and writes.
+    Raises `ParameterError` when the folder holds an interrupted run of another configuration or number of processes, RuntimeError
+    in every process on a loss that is not finite in one.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
+    world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    objective, optimizer = accelerator.prepare(Objective(model, config), optimizer)
+    settings = {**asdict(config), "processes": world}
     records: list[dict] = []
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        records = _restore(Path(folder), model, optimizer, config) if resume else []
+        records = _restore(Path(folder), model, optimizer, settings) if resume else []
 
     for step in range(len(records), config.steps):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * config.lr_at(step)
-        packed = batches.train(step).to(accelerator.device)
-        model.train()
-        with record_routing() as log_of_routers:
-            loss = losses(model, packed)
-        beside = prediction(log_of_routers) + (config.membership * membership(log_of_routers) if config.membership else 0)
-        accelerator.backward(loss.total + beside.to(loss.total.device))
+        packed = batches.train(world * step + rank).to(accelerator.device)
+        objective.train()
+        outcome = objective(packed)
+        accelerator.backward(outcome.objective)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        value = loss.total.item()                          # the step's only wait for the device
+        cost = count(model, packed)
+        spent = torch.tensor([len(packed), cost.step, cost.dense_step], dtype=torch.float64)
+        mine = torch.cat([outcome.total.detach()[None], outcome.per_task, spent.to(accelerator.device)])
+        ranks = accelerator.gather(mine[None]).cpu()       # float64 [n, 7]; the step's only wait for the device
+        value, per_task = ranks[:, 0].mean().item(), ranks[:, 1:-3].nanmean(0).tolist()
+        tokens, flops, dense_flops = ranks[:, -3:].sum(0).tolist()
         if not math.isfinite(value):
             raise RuntimeError(f"The loss of step {step} is {value}; lower lr={config.lr:g} (the last checkpoint is untouched).")
-        cost = count(model, packed)
-        record = {"step": step + 1, "loss": value, **{f"loss_{t.name.lower()}": loss.per_task[t].item() for t in Task}, "grad_norm": float(norm),
-                  "lr": config.lr * config.lr_at(step), "tokens": len(packed), "flops": (1 + BACKWARD) * cost.total,
-                  "dense_flops": (1 + BACKWARD) * cost.dense_total, "seconds": time.perf_counter() - began}
+        record = {"step": step + 1, "loss": value, **{f"loss_{t.name.lower()}": per_task[t] for t in Task}, "grad_norm": float(norm),
+                  "lr": config.lr * config.lr_at(step), "tokens": int(tokens), "flops": flops, "dense_flops": dense_flops,
+                  "seconds": time.perf_counter() - began}
+        records.append(record)
+        if not main:                                        # it meets the main process again in the next step
+            continue
         last = step + 1 == config.steps
         if evaluate is not None and (last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0)):
             model.eval()
             record |= evaluate(model)
-        records.append(record)
         log(record)
         if folder is not None and not last and (step + 1) % config.save_every == 0:
-            _save(Path(folder), model, optimizer, config, records)
-    if folder is not None:
+            _save(Path(folder), model, optimizer, settings, records)
+    if folder is not None and main:
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         (Path(folder) / "last.pt").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     model.eval()
     return records
 
 
 def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:
-    """Routers at their own rate; vectors (norms, biases) without weight decay."""
-    groups: dict[tuple[bool, bool], list] = {}
+    """Routers and learned capacities at their own rates; vectors (norms, biases) and capacities without weight decay."""
+    groups: dict[tuple[float, float], list] = {}
     for name, p in model.named_parameters():
-        groups.setdefault((".router." in name, p.ndim > 1), []).append(p)
-    return [{"params": params, "peak": config.lr * (config.router_lr if router else 1), "lr": config.lr, "weight_decay": config.weight_decay * matrix}
-            for (router, matrix), params in groups.items()]
+        if name.endswith(".theta"):
+            rate, decay = config.capacity_lr, 0.0
+        else:
+            rate, decay = config.router_lr if ".router." in name else 1.0, config.weight_decay * (p.ndim > 1)
+        groups.setdefault((config.lr * rate, decay), []).append(p)
+    return [{"params": params, "peak": peak, "lr": config.lr, "weight_decay": decay} for (peak, decay), params in groups.items()]
 
 
-def _save(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, config: TrainConfig, records: list[dict]) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(config), "records": records}
+def _save(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict, records: list[dict]) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings, "records": records}
     torch.save(state, folder / "last.pt.part")
     os.replace(folder / "last.pt.part", folder / "last.pt")
 
 
-def _restore(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, config: TrainConfig) -> list[dict]:
+def _restore(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict) -> list[dict]:
     if not (folder / "last.pt").exists():
         return []
     try:
-        state = torch.load(folder / "last.pt", weights_only=True)
+        state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         raise ParameterError(f"{folder / 'last.pt'} cannot be read ({error}). Delete it to start this run afresh.") from None
-    if state["config"] != asdict(config):
-        changed = [k for k, v in asdict(config).items() if state["config"].get(k) != v]
+    if state["config"] != settings:
+        changed = [k for k, v in settings.items() if state["config"].get(k) != v]
         raise ParameterError(f"{folder} holds an interrupted run with other settings ({', '.join(changed)}). Set resume=false, or use another folder.")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

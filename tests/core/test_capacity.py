@@ -30,6 +30,17 @@ def test_any_theta_is_on_the_budget(theta, saving, weight):
     assert plan.routed() == (1, 3, 5) and all(plan.capacity[t][3] == pytest.approx(float(c[1, i])) for i, t in enumerate(TASKS))
 
 
+def test_the_same_theta_on_another_budget():
+    learned = LearnedCapacity(4, (1, 2, 3), BOTH, 0.3)
+    with torch.no_grad():
+        learned.theta.copy_(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+    plan, less = learned.plan(), learned.plan(0.2)
+    assert [p.saving("t2i") + p.saving("mmu") for p in (plan, less)] == pytest.approx([0.6, 0.4], abs=1e-4)
+    assert all(b > a for task in BOTH for a, b in zip(plan.capacity[task][1:], less.capacity[task][1:])), "every one of them grows"
+    with pytest.raises(ParameterError, match="saving=0.8: 3 of 4 layers can save"):
+        learned.plan(0.8)
+
+
 def test_the_gradient_stays_on_the_budget_and_is_exact():
     learned = LearnedCapacity(4, (2, 3), BOTH, 0.3).double()
     with torch.no_grad():
