@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from .analysis.collapse import collapsed
+from .analysis.routing import figures, routings
 from .config import ARMS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
@@ -92,6 +94,8 @@ def same_cost(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityP
 def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str | Path, log: Callable[[dict], None] = lambda record: None) -> dict:
     """Train one arm from the session's model, evaluate it before, half-way and after, and write arm.json last.
 
+    An evaluation is the quality (`evaluate.quality`) and what the routers do with a fixed held-out batch (`analysis.routing.figures`); `collapsed`
+    names the routers that have collapsed in the end.
     A finished folder is read instead of trained again when `params.resume` holds. Returns what arm.json holds.
     """
     folder = Path(folder)
@@ -100,8 +104,12 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     model = arm.model(session.model, seed).to(device_of(params))
     batches = Batches(session.data, session.image_tokenizer, model.layout, rows_of(params), seed=1000 + seed)
 
+    held_out = batches.held_out("test", min(16, params.eval_samples))
+    start = routings(model, held_out)
+
     def judge(m: UnifiedModel) -> dict[str, float]:
-        return evaluate(m, session.image_tokenizer, session.data, "test", params.eval_samples, seed=seed).flat()
+        quality = evaluate(m, session.image_tokenizer, session.data, "test", params.eval_samples, seed=seed)
+        return quality.flat() | figures(routings(m, held_out), held_out, start)
 
     evaluations = [{"step": 0, "flops": 0.0, **judge(model)}]
     config = TrainConfig(steps=arm.steps, lr=params.lr, router_lr=params.router_lr, evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50,
@@ -118,6 +126,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
         "eval_samples": params.eval_samples, "capacity": arm.plan.capacity, "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper,
         "flops_per_step": (1 + BACKWARD) * arm.cost.total, "dense_flops_per_step": (1 + BACKWARD) * arm.cost.dense_total, "train_flops": spent,
         "tokens_per_step": statistics.mean(r["tokens"] for r in records), "config": asdict(config), "evaluations": evaluations,
+        "collapsed": [asdict(finding) for finding in collapsed(routings(model, held_out), held_out, arm.router.gate)],
     }
     text = json.dumps(result)
     write(folder / "arm.json", text)
