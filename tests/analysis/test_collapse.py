@@ -1,5 +1,7 @@
 """Every way to collapse, made by hand and named by its name alone; routers that look at their tokens are not named."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,6 +55,7 @@ def test_a_router_that_looks_is_not_named(gate):
 def test_constant_scores(score):
     assert names(BATCH, score, "none") == ["constant"]
     assert names(BATCH, 1 + 1e-3 * NOISE, "none") == [], "in float32 these differ enough"
+    assert names(BATCH, score, "none", capacity=0.99) == [], "where all are kept nothing is decided"
 
 
 def test_the_same_places_whatever_the_picture():
@@ -82,9 +85,14 @@ def test_one_prompt_in_all_rows_is_little_evidence():
     assert names(packed, 0.05 * NOISE + IMAGE) == []
 
 
-def test_only_a_modality_that_competes_is_one_sided():
+def test_only_tokens_that_compete_with_another_modality_are_one_sided():
     alone = batch(text=0)
     assert names(alone, noise(alone)) == []
+    ids = torch.cat([BATCH.ids.view(8, 35), torch.randint(0, 1000, (8, 20), generator=torch.Generator().manual_seed(3))], 1)
+    questions = pack([replace(row(i), modality=torch.cat([BATCH.modality[:35], torch.zeros(20, dtype=torch.long)]), parts=((35, "topk"), (20, "topk")))
+                      for i in ids])
+    found, = collapsed(choose(questions, 0.05 * noise(questions) + (questions.modality == Modality.IMAGE)), questions, "tanh")
+    assert (found.name, found.figure) == ("one-sided", 0), "a question's own words compete among themselves and say nothing about that"
 
 
 @pytest.mark.parametrize("gate", ["tanh", "sigmoid"])
@@ -107,8 +115,9 @@ def test_tasks_are_judged_apart_and_rules_are_no_evidence():
 
 def test_a_few_tokens_prove_nothing():
     small = batch(rows=2, text=1, image=2)
-    for score in (torch.full((6,), 2.0), 20 + torch.rand(6), torch.tensor([1.0, 0, 0.5] * 2)):
-        assert names(small, score) == []
+    for score, gate in ((torch.full((6,), 2.0), "tanh"), (20 + torch.rand(6), "tanh"),
+                        (torch.tensor([1.0, 0, 0.5] * 2), "tanh"), (1e-4 * torch.rand(6), "raw")):
+        assert names(small, score, gate) == []
 
 
 @settings(max_examples=60, deadline=None)

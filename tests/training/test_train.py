@@ -112,6 +112,7 @@ def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total for arm in arms.values())
     result = run_arm(params, session, arms["random.last_half"], 0, tmp_path / "random.last_half-0")
     assert result["arm"] == "random.last_half" and read_arms([tmp_path]) == [result]
+    assert not any(key.startswith("routing/") for key in result["evaluations"][-1]) and result["collapsed"] == [], "it keeps all in evaluation"
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
@@ -128,6 +129,12 @@ def test_arms_spend_equal_flops_and_are_read_back(tmp_path, name):
     results = [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters())), "every arm starts from the same model"
     assert [len(r["evaluations"]) for r in results] == [3, 3, 3]
+    for r, routed in zip(results, (False, True, True)):
+        figures = [{k: v for k, v in e.items() if k.startswith("routing/")} for e in r["evaluations"]]
+        assert [len(f) for f in figures] == [11 * routed] * 3 and r["collapsed"] == []
+        if routed:
+            assert figures[0]["routing/same_t2i"] == figures[0]["routing/same_mmu"] == 1 and 0 < figures[-1]["routing/same_t2i"] <= 1
+            assert 0 < figures[-1]["routing/kept_t2i_image"] < 1 and 0.8 <= figures[-1]["routing/gate"] <= 1.2
     assert read_arms([tmp_path]) == results == [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
     times = time_steps({arm.name: arm.model(model, 0) for arm in arms}, session.batches.train(0), rounds=1)
     assert times["dense"]["ratio"] == 1 and all(t["ms"] > 0 for t in times.values())

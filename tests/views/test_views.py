@@ -185,6 +185,14 @@ def test_a_layer_that_an_arm_leaves_dense_is_empty_and_places_share_one_range():
     assert not any(np.isnan(trace.z).any() for trace in odd.data)
 
 
+def test_axes_of_histograms_follow_the_slider():
+    data = made_histograms()
+    data.loc[data["layer"] == 14, ["low", "high"]] *= 10
+    fig = routing.score_histograms(data)
+    ranges = {f.name: f.layout.xaxis2.range for f in fig.frames}
+    assert fig.layout.sliders[0].active == 1 and fig.layout.xaxis2.range == ranges["13"] == (0, 1) and ranges["14"] == (0, 10), "starts where all arms choose"
+
+
 def test_what_rules_keep_is_outlined_around_what_the_router_keeps():
     fig = routing.kept_by_modality(made_shares()[0].query("arm == 'unimod'").drop(columns="arm"))
     outline, filled = (t for t in fig.data if t.offsetgroup == "image" and t.xaxis == "x")
@@ -194,7 +202,7 @@ def test_what_rules_keep_is_outlined_around_what_the_router_keeps():
 
 def test_routers_over_training_are_means_over_seeds_and_leave_dense_out():
     fig = VIEWS["kept_over_training"]()
-    assert [a.text for a in fig.layout.annotations[:2]] == ["showo-tiny<br>mod", "showo-tiny<br>unimod"] and len(fig.data) == 2 * (2 + 1)
+    assert [a.text for a in fig.layout.annotations[:2]] == ["showo-tiny: mod", "showo-tiny: unimod"] and len(fig.data) == 2 * (2 + 1)
     assert fig.data[0].y[2] == pytest.approx(0.505) and sum(t.showlegend for t in fig.data) == 2
     with pytest.raises(style.ViewError, match="no column routing/kept_t2i_image"):
         routing.kept_over_training(made_evaluations()[["model", "arm", "step"]])

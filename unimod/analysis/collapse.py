@@ -86,8 +86,7 @@ class _Choice:
         score, spread = self.routing.score.detach(), []
         for segment in self.pool[self.up].unique():
             mine = score[self.up & (self.pool == segment)].double()
-            if len(mine) > 1:
-                spread.append(float((mine.max() - mine.min()) / mine.abs().max().clamp(min=1e-300)))
+            spread.append(float((mine.max() - mine.min()) / mine.abs().max().clamp(min=1e-300)))
         if spread and int(self.up.sum()) >= EVIDENCE:
             middle = statistics.median(spread)
             if middle <= TIES * torch.finfo(score.dtype).eps:

@@ -159,25 +159,22 @@ def overlap(both: Tensor, a: Tensor, b: Tensor, n: Tensor) -> Row:
 
 
 def histograms(log: Log, packed: Packed, bins: int = BINS) -> list[Row]:
-    """One row per layer, task, value and bin: share of the task's tokens in it, from `low` to `high` (bins of a layer are the same for all tasks).
+    """One row per layer, task, value and bin: share of the task's tokens in it, from `low` to `high`; the bins span the task's values in the layer.
 
     value: "score" of the tokens that were up for choice, or "gate", the factor on the update of those of them that were kept.
     """
     rows = []
     for layer, routing in log.items():
         chosen = routing.open[routing.index]
-        for value, numbers, task in (("score", routing.score[routing.open], packed.task[routing.open]),
-                                     ("gate", routing.weight[chosen], packed.task[routing.index[chosen]])):
-            if not len(numbers):
-                continue
-            numbers = numbers.detach().double()
-            low, high = (float(end) for end in (numbers.min(), numbers.max()))
-            low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-            edges = torch.linspace(low, high, bins + 1).tolist()
-            for t in task.unique().tolist():
-                counts = torch.histc(numbers[task == t].cpu(), bins, low, high)
-                rows += [{"layer": layer, "task": _name(Task(t)), "value": value, "low": a, "high": b, "share": float(share)}
-                         for a, b, share in zip(edges, edges[1:], counts / counts.sum())]
+        for value, numbers, of in (("score", routing.score[routing.open], packed.task[routing.open]),
+                                   ("gate", routing.weight[chosen], packed.task[routing.index[chosen]])):
+            for task in of.unique().tolist():
+                mine = numbers[of == task].detach().double().cpu()
+                low, high = float(mine.min()), float(mine.max())
+                low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+                edges, counts = torch.linspace(low, high, bins + 1).tolist(), torch.histc(mine, bins, low, high)
+                rows += [{"layer": layer, "task": _name(Task(task)), "value": value, "low": a, "high": b, "share": float(n) / len(mine)}
+                         for a, b, n in zip(edges, edges[1:], counts)]
     return rows
 
 

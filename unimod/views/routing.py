@@ -59,19 +59,21 @@ def kept_positions(data: pd.DataFrame) -> go.Figure:
     fig = _grid("Which places of the picture are kept", "picture column", "picture row", arms, [words(t) for t in tasks], each=230)
     empty = np.full((data["row"].max() + 1, data["column"].max() + 1), np.nan, np.float32)
     panels = [(arm, task) for arm in arms for task in tasks]
-    frames = []
+    frames, filled = [], []
     for layer, part in data.groupby("layer"):
         maps = {key: rows.pivot(index="row", columns="column", values="kept") for key, rows in part.groupby(["arm", "task"])}
         traces = [_map(maps[key].to_numpy(np.float32) if key in maps else empty, *key) for key in panels]
         frames.append(go.Frame(name=str(layer), data=traces, traces=list(range(len(panels)))))
-    for n, trace in enumerate(frames[0].data):
-        fig.add_trace(trace, row=n // len(tasks) + 1, col=n % len(tasks) + 1)
+        filled.append(len(maps))
+    active = filled.index(max(filled))
+    for n, trace in enumerate(frames[active].data):
+        row, col = n // len(tasks) + 1, n % len(tasks) + 1
+        fig.add_trace(trace, row=row, col=col)
+        fig.update_yaxes(range=[len(empty) - 0.5, -0.5], scaleanchor=f"x{n + 1 if n else ''}", row=row, col=col)
     fig.update_layout(coloraxis={"colorscale": SHARE, "cmin": 0, "cmax": 100, "colorbar": {"title": {"text": "share of rows"}, "ticksuffix": " %"}})
-    for n in range(1, len(panels) + 1):
-        fig.update_layout({f"yaxis{n}": {"scaleanchor": f"x{n if n > 1 else ''}"}})
-    fig.update_xaxes(showgrid=False, zeroline=False, constrain="domain")
-    fig.update_yaxes(showgrid=False, zeroline=False, constrain="domain", autorange="reversed")
-    return slider(fig, frames, "layer")
+    fig.update_xaxes(range=[-0.5, empty.shape[1] - 0.5], showgrid=False, zeroline=False, constrain="domain")
+    fig.update_yaxes(showgrid=False, zeroline=False, constrain="domain")
+    return slider(fig, frames, "layer", active)
 
 
 def overlaps(data: pd.DataFrame) -> go.Figure:
@@ -95,40 +97,48 @@ def overlaps(data: pd.DataFrame) -> go.Figure:
 def score_histograms(data: pd.DataFrame) -> go.Figure:
     """Scores of the tokens up for choice, and the gate of those kept: slider over layers, a row of panels per arm, a colour per task.
 
-    data: `histograms`. Panels of a layer share no axis: what counts is the shape, and where the gate lies.
+    data: `histograms`. The axes follow the layer; a task's bins span its own values, so that a narrow curve is a narrow distribution.
     """
     data = _arms(require(data, "layer", "task", "value", "low", "high", "share"))
     arms, tasks, values = (list(data[c].unique()) for c in ("arm", "task", "value"))
     fig = _grid("Scores and gates", "", "share of tokens", arms, values)
-    lanes = [(arm, value, task) for arm in arms for value in values for task in tasks]
-    frames = []
+    panels = [(arm, value) for arm in arms for value in values]
+    frames, filled = [], []
     for layer, part in data.groupby("layer"):
         found = dict(iter(part.groupby(["arm", "value", "task"])))
-        traces = [_steps(found.get(key, part.iloc[:0]), key, legend=key[:2] == lanes[0][:2]) for key in lanes]
-        frames.append(go.Frame(name=str(layer), data=traces, traces=list(range(len(lanes)))))
-    for key, trace in zip(lanes, frames[0].data):
-        fig.add_trace(trace, row=arms.index(key[0]) + 1, col=values.index(key[1]) + 1)
-    return slider(fig.update_yaxes(rangemode="tozero"), frames, "layer")
+        traces = [_steps(found.get((*panel, task), part.iloc[:0]), panel, task, legend=panel == panels[0]) for panel in panels for task in tasks]
+        layout = {}
+        for n, (arm, value) in enumerate(panels, 1):
+            here = part[(part["arm"] == arm) & (part["value"] == value)]
+            if len(here):
+                layout[f"xaxis{n}"] = {"range": [here["low"].min(), here["high"].max()]}
+                layout[f"yaxis{n}"] = {"range": [0, 1.05 * here["share"].max()]}
+        frames.append(go.Frame(name=str(layer), data=traces, traces=list(range(len(traces))), layout=layout))
+        filled.append(len(found))
+    active = filled.index(max(filled))
+    for n, trace in enumerate(frames[active].data):
+        fig.add_trace(trace, row=n // len(tasks) // len(values) + 1, col=n // len(tasks) % len(values) + 1)
+    return slider(fig.update_layout(frames[active].layout), frames, "layer", active)
 
 
 def kept_over_training(data: pd.DataFrame) -> go.Figure:
-    """Share of the tokens up for choice that are kept, at every evaluation, mean over layers and seeds: a panel per model and routed arm.
+    """Share of the tokens up for choice that are kept, at every evaluation, mean over layers and seeds: a row per model, a panel per routed arm.
 
     data: `views.arms.evaluation_frame` with the columns routing/kept_<task>_<modality>; arms without them are left out.
     """
     columns = [c for c in data if c.startswith("routing/kept_")]
-    data = require(data.dropna(subset=columns, how="all"), "model", "arm", "step", *(columns or ["routing/kept_t2i_image"]))
-    runs = list(data.groupby(["model", "arm"], sort=False))
-    fig = paper("Who is kept while the model trains", "step", "share kept", [f"{model}<br>{arm}" for (model, arm), _ in runs], shared_yaxes=True)
+    data = require(data, "model", "arm", "step", *(columns or ["routing/kept_t2i_image"])).dropna(subset=columns, how="all")
+    models, arms = list(data["model"].unique()), list(data["arm"].unique())
+    fig = _grid("Who is kept while the model trains", "step", "share kept", models, arms)
     shown: set[str] = set()
-    for n, (_, part) in enumerate(runs):
+    for (model, arm), part in data.groupby(["model", "arm"], sort=False):
         mean = part.groupby("step")[columns].mean().reset_index()
         for column in columns:
             _, task, modality = column.split("_")
             name, some = f"{words(task)}: {modality}", mean.dropna(subset=[column])
             if len(some):
-                dash = "solid" if task == "t2i" else "dot"
-                lines(fig, some, "step", column, colour=MODALITY[modality], dash=dash, name=name, panel=(1, n + 1), legend=name not in shown)
+                lines(fig, some, "step", column, colour=MODALITY[modality], dash="solid" if task == "t2i" else "dot", name=name,
+                      panel=(models.index(model) + 1, arms.index(arm) + 1), legend=name not in shown)
                 shown.add(name)
     return _below(fig.update_yaxes(range=[0, 1.02]))
 
@@ -137,15 +147,15 @@ def _arms(data: pd.DataFrame) -> pd.DataFrame:
     return data if "arm" in data else data.assign(arm="")
 
 
-def _grid(title: str, x: str, y: str, arms: Sequence[str], columns: Sequence[str], each: int = 180) -> go.Figure:
-    """Rows of panels, one per arm, whose titles name the arm."""
-    names = [f"{arm}: {column}" if arm else column for arm in arms for column in columns]
-    return paper(title, x, y, names, height=max(400, 140 + each * len(arms)), rows=len(arms), vertical_spacing=0.35 / max(2, len(arms)))
+def _grid(title: str, x: str, y: str, rows: Sequence[str], columns: Sequence[str], each: int = 180) -> go.Figure:
+    """Panels under the title "row: column"."""
+    names = [f"{row}: {column}" if row else column for row in rows for column in columns]
+    return paper(title, x, y, names, height=max(400, 140 + each * len(rows)), rows=len(rows), vertical_spacing=0.35 / max(2, len(rows)))
 
 
 def _below(fig: go.Figure) -> go.Figure:
     """The legend under the panels, which keep their width."""
-    return fig.update_layout(legend={"orientation": "h", "y": -0.25}, margin={"b": 110}, height=fig.layout.height + 50)
+    return fig.update_layout(legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}, margin={"b": 130}, height=fig.layout.height + 70)
 
 
 def _map(share: np.ndarray, arm: str, task: str) -> go.Heatmap:
@@ -155,10 +165,10 @@ def _map(share: np.ndarray, arm: str, task: str) -> go.Heatmap:
                       hovertemplate=f"{arm} {words(task)}<br>picture row %{{y}}, column %{{x}}: kept in %{{z}} % of the rows<extra></extra>")
 
 
-def _steps(part: pd.DataFrame, key: tuple[str, str, str], legend: bool) -> go.Scatter:
-    """A histogram as a stepped outline, filled lightly; its tasks lie over one another."""
-    _, value, task = key
-    return go.Scatter(x=[*part["low"].round(4), *part["high"].tail(1).round(4)], y=[*part["share"].round(4), *part["share"].tail(1).round(4)],
-                      mode="lines", line={"shape": "hv", "color": COLOUR.get(task, INK), "width": 2}, fill="tozeroy", opacity=0.9,
+def _steps(part: pd.DataFrame, panel: tuple[str, str], task: str, legend: bool) -> go.Scatter:
+    """A histogram as a stepped outline, filled lightly; its tasks lie over one another. No bins give one missing point, which keeps the legend."""
+    edges, shares = part["low"].round(4).tolist(), part["share"].round(4).tolist()
+    x, y = ([*edges, part["high"].round(4).iloc[-1]], [*shares, shares[-1]]) if edges else ([None], [None])
+    return go.Scatter(x=x, y=y, mode="lines", line={"shape": "hv", "color": COLOUR.get(task, INK), "width": 2}, fill="tozeroy", opacity=0.9,
                       name=words(task), legendgroup=task, showlegend=legend,
-                      hovertemplate=f"{words(task)}, {value} from %{{x:.3g}}: %{{y:.1%}} of the tokens<extra></extra>")
+                      hovertemplate=f"{words(task)}, {panel[1]} from %{{x:.3g}}: %{{y:.1%}} of the tokens<extra></extra>")
