@@ -72,11 +72,12 @@ def test_a_notebook_gathers_what_it_declares():
 
 
 def test_the_grids_names_are_those_of_the_package():
-    assert set(ROUTERS) - {"separate", "shared"} == set(PRESETS) - {"unimod", "competitive"} and set(LAYERS) - {"lowest_arank", "highest_arank", "learned"} <= set(MAKERS)
+    assert set(ROUTERS) - {"separate", "shared"} == set(PRESETS) - {"unimod", "competitive"}
+    assert set(LAYERS) - {"lowest_arank", "highest_arank", "learned"} <= set(MAKERS)
 
 
 def test_the_grids_are_whole():
     """Every combination of the two questions, and the control beside what it controls."""
     assert set(FILES["grid"]["arms"]) == {"dense"} | {f"{r}.{p}" for r in ("shared", "separate") for p in ("last_half", "last_half_per_task")}
-    assert {f"separate.{p}" for p in ("last_half", "interleaved", "random", "lowest_arank", "highest_arank")} | {"dense"} == set(FILES["layers"]["arms"])
+    assert {f"separate.{p}" for p in ("last_half", "interleaved", "random", "lowest_arank", "highest_arank", "learned")} | {"dense"} == set(FILES["layers"]["arms"])
     assert all(len(FILES[name]["seeds"]) == 3 for name in ("grid", "layers", "competitive"))

@@ -24,18 +24,22 @@ from pathlib import Path
 
 import torch
 
+from .analysis.collapse import collapsed
 from .analysis.redundancy import shares
+from .analysis.routing import figures, routings
+from .capacity import LearnedCapacity
 from .config import ARMS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
 from .flops import Cost, count
-from .layers import apply_mod, suits
+from .layers import apply_mod, learn_capacity, suits
 from .methods import PRESETS, RouterConfig
 from .models.backbone import UnifiedModel
 from .models.checkpoint import save_pretrained
 from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, make_plan, solve
 from .run import write
 from .session import Session, device_of, rows_of
+from .tokens import Task
 from .train import TrainConfig, train
 
 
@@ -71,6 +75,10 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     def arank() -> dict[str, list[float]]:
         return shares(session.model, session.batches, params.samples, params.tolerance)
 
+    @functools.cache
+    def learned() -> LearnedCapacity:
+        return search(params, session)
+
     separate, shared = RouterConfig(), RouterConfig(shared=True)
     unimod = make_plan(params.plan, layers, params.saving)
     plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate), "unimod-last-half": (last_half(layers, params.saving), separate)}
@@ -78,6 +86,7 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     routers = {"separate": separate, "shared": shared, **PRESETS, "a-mod": replace(PRESETS["a-mod"], predictor=foresees)}
     makers = {name: partial(make, layers) for name, make in MAKERS.items()}
     makers |= {f"{name}_arank": lambda saving, highest=name == "highest": from_arank(arank(), saving, highest) for name in ("lowest", "highest")}
+    makers["learned"] = lambda saving: learned().plan(saving or 1e-6)
     target = cost(unimod, separate)
 
     def at_unimods_price(name: str, maker: str, router: RouterConfig) -> CapacityPlan:
@@ -102,9 +111,25 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     return [Arm(name, *plans[name], price, round(budget / price.step)) for name, price in prices.items()]
 
 
+def search(params: Params, session: Session) -> LearnedCapacity:
+    """Capacities of all layers and tasks, learned on a copy of the session's model in a training of `params.steps` at `params.saving`.
+
+    A token-layer of each task counts as often as the training batch has tokens of it that compete. The arm's own FLOPs do not include this.
+    """
+    tokens = {task.name.lower(): sum(s.length for s in session.batches.train(0).segments if s.task == task and s.rule != "keep") for task in Task}
+    layers = len(session.model.layers)
+    torch.manual_seed(params.seed)
+    model = apply_mod(copy.deepcopy(session.model), CapacityPlan({task: [1 - params.saving] * layers for task in tokens}), RouterConfig())
+    found = learn_capacity(model.to(device_of(params)), params.saving, tokens)
+    train(model, session.batches, TrainConfig(steps=params.steps, lr=params.lr, router_lr=params.router_lr, device=device_of(params)))
+    return found
+
+
 def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str | Path, log: Callable[[dict], None] = lambda record: None) -> dict:
     """Train one arm from the session's model, evaluate it before, half-way and after, and write arm.json last.
 
+    An evaluation is the quality (`evaluate.quality`) and what the routers do with a fixed held-out batch (`analysis.routing.figures`); `collapsed`
+    names the routers that have collapsed in the end.
     A finished folder is read instead of trained again when `params.resume` holds. Returns what arm.json holds.
     """
     folder = Path(folder)
@@ -113,8 +138,12 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     model = arm.model(session.model, seed).to(device_of(params))
     batches = Batches(session.data, session.image_tokenizer, model.layout, rows_of(params), seed=1000 + seed)
 
+    held_out = batches.held_out("test", min(16, params.eval_samples))
+    start = routings(model, held_out)
+
     def judge(m: UnifiedModel) -> dict[str, float]:
-        return evaluate(m, session.image_tokenizer, session.data, "test", params.eval_samples, seed=seed).flat()
+        quality = evaluate(m, session.image_tokenizer, session.data, "test", params.eval_samples, seed=seed)
+        return quality.flat() | figures(routings(m, held_out), held_out, start)
 
     evaluations = [{"step": 0, "flops": 0.0, **judge(model)}]
     config = TrainConfig(steps=arm.steps, lr=params.lr, router_lr=params.router_lr, evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50,
@@ -131,6 +160,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
         "eval_samples": params.eval_samples, "capacity": arm.plan.capacity, "saved": arm.cost.saved, "saved_paper": arm.cost.saved_paper,
         "flops_per_step": arm.cost.step, "dense_flops_per_step": arm.cost.dense_step, "train_flops": spent,
         "tokens_per_step": statistics.mean(r["tokens"] for r in records), "config": asdict(config), "evaluations": evaluations,
+        "collapsed": [asdict(finding) for finding in collapsed(routings(model, held_out), held_out, arm.router.gate)],
     }
     text = json.dumps(result)
     write(folder / "arm.json", text)

@@ -91,6 +91,9 @@ def test_training_compares_arms_at_equal_flops(smoke):
     for model in ("showo-tiny", "emu3-tiny"):
         cost = {a["arm"]: a["flops_per_step"] / a["dense_flops_per_step"] for a in arms if a["model"] == model}
         assert cost["dense"] == 1 and abs(cost["mod"] - cost["unimod"]) < 0.01 and 0.6 < cost["unimod"] < 0.9
+        shown = {f"{figure}_{model}.json" for figure in ("kept_by_modality", "kept_positions", "overlaps", "scores")} | {"kept_over_training.json"}
+        assert shown <= {p.name for p in (smoke["07_training"] / "figures").iterdir()}
+    assert all(bool(a["arm"] == "dense") != ("routing/score" in a["evaluations"][-1]) and isinstance(a["collapsed"], list) for a in arms)
     assert {"summary.md", "record.json"} <= {p.name for p in smoke["08_compare_runs"].iterdir()}
     assert (smoke["08_compare_runs"] / "summary.md").read_text().count("unimod") == 2
 

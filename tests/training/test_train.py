@@ -1,6 +1,8 @@
 """The training loop, checkpoints and arms on a few steps of a fresh tiny model."""
 
 
+import copy
+
 import pytest
 import torch
 
@@ -113,6 +115,7 @@ def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total for arm in arms.values())
     result = run_arm(params, session, arms["random.last_half"], 0, tmp_path / "random.last_half-0")
     assert result["arm"] == "random.last_half" and read_arms([tmp_path]) == [result]
+    assert not any(key.startswith("routing/") for key in result["evaluations"][-1]) and result["collapsed"] == [], "it keeps all in evaluation"
 
 
 def test_layers_by_arank_and_capacities_per_task(monkeypatch):
@@ -131,6 +134,38 @@ def test_layers_by_arank_and_capacities_per_task(monkeypatch):
     assert all(a.cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02) for a in arms.values())
     t2i, mmu = (arms["shared.last_half_per_task"].plan.saving(task) for task in ("t2i", "mmu"))
     assert mmu == pytest.approx(2 * t2i) and arms["separate.middle"].plan.routed() == (2, 3, 4, 5)
+
+
+def test_capacities_learned_for_an_arm_cost_what_unimods_do():
+    model = fresh().eval()
+    session = Session("showo-tiny", model, TOKENIZER, DATA, batches(model))
+    before = copy.deepcopy(model.state_dict())
+    params = Params(models=["showo-tiny"], arms=["unimod", "separate.learned", "shared.learned"], steps=4, batch=2)
+    arms = {a.name: a for a in arms_of(params, session)}
+    plan = arms["separate.learned"].plan
+    assert arms["shared.learned"].plan.routed() == plan.routed() == tuple(range(8)) and len(set(plan.capacity["t2i"])) > 1
+    assert all(a.cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02) for a in arms.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "searched on a copy"
+
+
+@pytest.mark.parametrize("arm, words", [("early-exit.interleaved", "arms: early-exit.interleaved does not go together. reach='exit'"),
+                                        ("tread.cosine_decay", "reach='run': one decision"), ("a-mod.learned", "layer 0 cannot be routed")])
+def test_arms_that_do_not_go_together_are_refused(arm, words):
+    session = Session("showo-tiny", fresh().eval(), TOKENIZER, DATA, batches(fresh()))
+    with pytest.raises(ParameterError, match=words):
+        arms_of(Params(models=["showo-tiny"], arms=["dense", arm], steps=1, batch=2), session)
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_routers_that_look_back_go_through_an_arm(tmp_path, name):
+    """Attention received needs a predictor where pictures are drawn token by token."""
+    model = fresh(name)
+    session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, (2, 2, 1)))
+    names = ["a-mod.last_half", "early-exit.last_half", "tread.middle", "layer-drop.last_half"]
+    params = Params(models=[name], arms=names, steps=2, batch=2, eval_samples=2, saving=0.2)
+    for arm in arms_of(params, session):
+        assert arm.router.predictor == (arm.name.startswith("a-mod") and name == "emu3-tiny")
+        assert len(run_arm(params, session, arm, 0, tmp_path / arm.name)["evaluations"]) == 3, arm.name
 
 
 def test_an_arm_that_cannot_meet_the_price_is_named():
@@ -153,6 +188,12 @@ def test_arms_spend_equal_flops_and_are_read_back(tmp_path, name):
     results = [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters())), "every arm starts from the same model"
     assert [len(r["evaluations"]) for r in results] == [3, 3, 3]
+    for r, routed in zip(results, (False, True, True)):
+        figures = [{k: v for k, v in e.items() if k.startswith("routing/")} for e in r["evaluations"]]
+        assert [len(f) for f in figures] == [11 * routed] * 3 and r["collapsed"] == []
+        if routed:
+            assert figures[0]["routing/same_t2i"] == figures[0]["routing/same_mmu"] == 1 and 0 < figures[-1]["routing/same_t2i"] <= 1
+            assert 0 < figures[-1]["routing/kept_t2i_image"] < 1 and 0.8 <= figures[-1]["routing/gate"] <= 1.2
     assert read_arms([tmp_path]) == results == [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
     times = time_steps({arm.name: arm.model(model, 0) for arm in arms}, session.batches.train(0), rounds=1)
     assert times["dense"]["ratio"] == 1 and all(t["ms"] > 0 for t in times.values())

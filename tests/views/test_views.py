@@ -16,7 +16,7 @@ from unimod.plan import last_half
 from unimod.router import Routing
 from unimod.run import drawable
 from unimod.tokens import Modality, Task, TokenSequence, pack, prefix_hi
-from unimod.views import attention, interactions, plan, redundancy, runs, style
+from unimod.views import attention, interactions, plan, redundancy, routing, runs, style
 
 BOTH = (Task.T2I, Task.MMU)
 MODELS = ("showo-tiny", "emu3-tiny")
@@ -53,7 +53,36 @@ def made_kept(task):
     record = made_record()
     index = torch.arange(0, 200, 2)
     log = {i: Routing(index, torch.ones(100), rand(200), (), index[-1:], torch.ones(200, dtype=torch.bool)) for i in range(12, 24)}
-    return plan.kept_frame(log, record.whole, 0, (6, 6)).assign(task=task), plan.routing_frame(log, record.whole)
+    return plan.kept_frame(log, record.whole, 0, (6, 6)).assign(task=task)
+
+
+def of_arms(rows):
+    """A table of three arms; the second routes every other layer only."""
+    data = pd.DataFrame(rows)
+    return pd.concat([data.assign(arm="unimod"), data[data["layer"] % 2 == 1].assign(arm="mod"), data.assign(arm="third")])
+
+
+def made_shares(side=32):
+    kept = [{"layer": i, "task": t, "modality": m, "kept": float("nan") if (t, m) == ("mmu", "text") else 0.4, "processed": 0.6}
+            for i in range(12, 24) for t in ("t2i", "mmu") for m in ("text", "image", "special")]
+    cells = [{"layer": i, "task": t, "row": y, "column": x, "kept": (x * y + i) % 7 / 7} for i in range(12, 24) for t in ("t2i", "mmu")
+             for y in range(side) for x in range(side)]
+    return of_arms(kept), of_arms(cells)
+
+
+def made_overlaps():
+    return of_arms([{"layer": i, "task": t, "overlap": 0.5 + i / 50, "chance": 0.4} for i in range(12, 23) for t in ("t2i", "mmu", "t2i and mmu")])
+
+
+def made_histograms():
+    return of_arms([{"layer": i, "task": t, "value": v, "low": b / 24, "high": (b + 1) / 24, "share": 1 / 24}
+                    for i in range(12, 24) for t in ("t2i", "mmu") for v in ("score", "gate") for b in range(24)])
+
+
+def made_evaluations():
+    return pd.DataFrame([{"model": m, "arm": a, "seed": s, "step": n, "routing/kept_t2i_image": None if a == "dense" else 0.3 + 0.1 * n + 0.01 * s,
+                          "routing/kept_mmu_text": None if a != "mod" else 0.5}
+                         for m in MODELS for a in ("dense", "mod", "unimod") for s in range(2) for n in range(3)])
 
 
 def curves():
@@ -98,8 +127,12 @@ VIEWS = {
     "kept_over_steps": lambda: interactions.kept_over_steps(style.frame({m: [made_competition()] for m in MODELS}, "steps")),
     "joint_against_single": lambda: interactions.joint_against_single(style.frame({m: [made_joint()] for m in MODELS})),
     "capacities": lambda: plan.capacities(pd.concat([plan.plan_frame(last_half(24)), plan.plan_frame(last_half(24, 0.4), "other")])),
-    "kept_tokens": lambda: plan.kept_tokens(pd.concat([made_kept("t2i")[0], made_kept("mmu")[0]]), PICTURE),
-    "kept_by_modality": lambda: plan.kept_by_modality(made_kept("mmu")[1]),
+    "kept_tokens": lambda: plan.kept_tokens(pd.concat([made_kept("t2i"), made_kept("mmu")]), PICTURE),
+    "kept_by_modality": lambda: routing.kept_by_modality(made_shares()[0]),
+    "kept_positions": lambda: routing.kept_positions(made_shares()[1]),
+    "overlaps": lambda: routing.overlaps(made_overlaps()),
+    "score_histograms": lambda: routing.score_histograms(made_histograms()),
+    "kept_over_training": lambda: routing.kept_over_training(made_evaluations()),
     "training_curves": lambda: runs.training_curves(curves(), "loss_t2i", x="flops", smooth=10),
     "quality_against_flops": lambda: runs.quality_against_flops(final(), "questions/all"),
 }
@@ -152,6 +185,42 @@ def test_the_competition_shows_its_seeds():
     means = [float(c.kept[:, 0].mean()) for c in three["showo-tiny"]]
     low, high = bars.y[0] - bars.error_y.arrayminus[0], bars.y[0] + bars.error_y.array[0]
     assert (low, bars.y[0], high) == pytest.approx((min(means), np.mean(means), max(means))) and high > low
+
+
+def test_a_layer_that_an_arm_leaves_dense_is_empty_and_places_share_one_range():
+    fig = VIEWS["kept_positions"]()
+    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"} and (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 100)
+    even, odd = (next(f for f in fig.frames if f.name == name) for name in ("12", "13"))
+    assert [bool(np.isnan(trace.z).all()) for trace in even.data] == [False, False, True, True, False, False]
+    assert not any(np.isnan(trace.z).any() for trace in odd.data)
+
+
+def test_axes_of_histograms_follow_the_slider():
+    data = made_histograms()
+    data.loc[data["layer"] == 14, ["low", "high"]] *= 10
+    fig = routing.score_histograms(data)
+    ranges = {f.name: f.layout.xaxis2.range for f in fig.frames}
+    assert fig.layout.sliders[0].active == 1 and fig.layout.xaxis2.range == ranges["13"] == (0, 1) and ranges["14"] == (0, 10), "starts where all arms choose"
+
+
+def test_what_rules_keep_is_outlined_around_what_the_router_keeps():
+    fig = routing.kept_by_modality(made_shares()[0].query("arm == 'unimod'").drop(columns="arm"))
+    outline, filled = (t for t in fig.data if t.offsetgroup == "image" and t.xaxis == "x")
+    assert (outline.y[0], filled.y[0], outline.marker.color, filled.marker.color) == (0.6, 0.4, "rgba(0,0,0,0)", style.MODALITY["image"])
+    assert [a.text for a in fig.layout.annotations] == ["text to image", "understanding"]
+
+
+def test_routers_over_training_are_means_over_seeds_and_leave_dense_out():
+    fig = VIEWS["kept_over_training"]()
+    assert [a.text for a in fig.layout.annotations[:2]] == ["showo-tiny: mod", "showo-tiny: unimod"] and len(fig.data) == 2 * (2 + 1)
+    assert fig.data[0].y[2] == pytest.approx(0.505) and sum(t.showlegend for t in fig.data) == 2
+    with pytest.raises(style.ViewError, match="no column routing/kept_t2i_image"):
+        routing.kept_over_training(made_evaluations()[["model", "arm", "step"]])
+
+
+def test_chance_is_dashed():
+    fig = VIEWS["overlaps"]()
+    assert len(fig.data) == 3 * 3 * 2 and {t.line.dash for t in fig.data if t.name.endswith("by chance")} == {"dash"}
 
 
 def test_a_frame_that_cannot_be_drawn_says_why():

@@ -68,6 +68,10 @@ class Batches:
             masked = cosine_mask(torch.rand(len(captions), generator=generator), torch.rand(codes.shape, generator=generator))
         dropped = torch.rand(len(captions), generator=generator) < self.layout.drop_caption * drop
         texts = ["" if d else c for d, c in zip(dropped.tolist(), captions)]
+        return self._t2i(texts, codes, masked)
+
+    def _t2i(self, texts: list[str], codes: Tensor, masked: Tensor | None) -> list[TokenSequence]:
+        """masked: bool [B, N], or None for models that have no mask."""
         if masked is None:
             return [self.layout.t2i(t, c) for t, c in zip(texts, codes)]
         return [self.layout.t2i(t, c, m) for t, c, m in zip(texts, codes, masked)]
@@ -76,6 +80,13 @@ class Batches:
         """One understanding row: all questions about the picture, as turns of one conversation."""
         turns = [(q.text, q.answer) for q in sample.questions] or [("describe the picture", sample.caption)]
         return self.layout.mmu(codes, turns)
+
+    def paired(self, split: str, count: int) -> Packed:
+        """The same pictures in both tasks: `count` rows of t2i with every code known (nothing masked), then `count` of mmu."""
+        samples = self.samples(split, 0, count, seed=0)
+        codes = self.codes(samples)
+        masked = None if self.layout.causal_images else torch.zeros_like(codes, dtype=torch.bool)
+        return pack(self._t2i([s.caption for s in samples], codes, masked) + [self.mmu(s, c) for s, c in zip(samples, codes)])
 
     def single_task(self, task: Task, split: str, count: int, start: int = 0) -> Packed:
         """`count` rows of one task from a split, without caption dropout."""

@@ -1,4 +1,4 @@
-"""Figures of plans and routers: what a plan keeps, and which tokens a router kept.
+"""Figures of plans, and of the tokens of one picture that routers kept (`views.routing` has those of whole batches).
 
     capacities(plan_frame(plan))                                # layers x tasks
     kept_tokens(kept_frame(log, packed, row=0, grid=(6, 6)), picture)   # log: what layers.record_routing gave
@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..analysis.routing import stays
 from ..plan import CapacityPlan
 from ..router import Routing
 from ..tokens import Modality, Packed
 from .attention import put_picture
-from .style import MODALITY, SHARE, paper, require, slider, words
+from .style import SHARE, paper, require, slider, words
 
 
 def plan_frame(plan: CapacityPlan, name: str = "plan") -> pd.DataFrame:
@@ -67,9 +68,9 @@ def kept_frame(log: Mapping[int, Routing], packed: Packed, row: int, grid: tuple
     where = span.start + (packed.modality[span] == Modality.IMAGE).nonzero()[:, 0]
     parts = []
     for layer, routing in log.items():
-        kept = routing.index.new_zeros(len(packed)).index_fill(0, routing.index, 1)[where]
+        kept = stays(routing)[where]
         cells = pd.MultiIndex.from_product([range(grid[0]), range(grid[1])], names=["row", "column"]).to_frame(index=False)
-        parts.append(cells.assign(layer=layer, kept=kept.cpu().numpy(), score=routing.score.detach()[where].float().cpu().numpy()))
+        parts.append(cells.assign(layer=layer, kept=kept.int().cpu().numpy(), score=routing.score.detach()[where].float().cpu().numpy()))
     return pd.concat(parts, ignore_index=True).assign(task=packed.tasks[row].name.lower())
 
 
@@ -107,45 +108,3 @@ def kept_tokens(data: pd.DataFrame, picture: np.ndarray) -> go.Figure:
     fig.add_scatter(x=[0], y=[0], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False, row=1, col=1)
     put_picture(fig, picture, range(1, len(tasks) + 2), (h, w))
     return slider(fig, frames, "layer")
-
-
-def routing_frame(log: Mapping[int, Routing], packed: Packed) -> pd.DataFrame:
-    """Share of tokens kept per routed layer, task and modality in a whole batch."""
-    rows = []
-    for layer, routing in log.items():
-        stays = routing.index.new_zeros(len(packed)).index_fill(0, routing.index, 1).float()
-        for task in dict.fromkeys(packed.tasks):
-            for modality in Modality:
-                mine = (packed.task == task) & (packed.modality == modality)
-                if mine.any():
-                    rows.append(
-                        {
-                            "layer": layer,
-                            "task": task.name.lower(),
-                            "modality": modality.name.lower(),
-                            "kept": float(stays[mine].mean()),
-                            "tokens": int(mine.sum()),
-                        }
-                    )
-    return pd.DataFrame(rows)
-
-
-def kept_by_modality(data: pd.DataFrame) -> go.Figure:
-    """Which kinds of token each routed layer keeps, a panel per task. data: `routing_frame`."""
-    data = require(data, "layer", "task", "modality", "kept")
-    tasks = list(data["task"].unique())
-    fig = paper("What kinds of token are kept", "layer", "share kept", [words(t) for t in tasks], shared_yaxes=True)
-    for n, task in enumerate(tasks):
-        for modality, part in data[data["task"] == task].groupby("modality", sort=False):
-            fig.add_bar(
-                x=part["layer"],
-                y=part["kept"],
-                name=modality,
-                legendgroup=modality,
-                showlegend=n == 0,
-                marker={"color": MODALITY[modality], "line": {"width": 0}},
-                hovertemplate=f"{modality}, layer %{{x}}: %{{y:.2f}}<extra></extra>",
-                row=1,
-                col=n + 1,
-            )
-    return fig.update_yaxes(range=[0, 1]).update_xaxes(dtick=1)
