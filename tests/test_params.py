@@ -79,5 +79,6 @@ def test_the_grids_names_are_those_of_the_package():
 def test_the_grids_are_whole():
     """Every combination of the two questions, and the control beside what it controls."""
     assert set(FILES["grid"]["arms"]) == {"dense"} | {f"{r}.{p}" for r in ("shared", "separate") for p in ("last_half", "last_half_per_task")}
-    assert {f"separate.{p}" for p in ("last_half", "interleaved", "random", "lowest_arank", "highest_arank", "learned")} | {"dense"} == set(FILES["layers"]["arms"])
+    layers = ("last_half", "interleaved", "random", "lowest_arank", "highest_arank", "learned")
+    assert {f"separate.{p}" for p in layers} | {"dense"} == set(FILES["layers"]["arms"])
     assert all(len(FILES[name]["seeds"]) == 3 for name in ("grid", "layers", "competitive"))

@@ -44,23 +44,19 @@ def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:
         return torch.zeros(())
     n = sum(routing.open.sum() for routing in log.values())
     expected = sum((torch.sigmoid(routing.score.float()) * routing.open).sum() for routing in log.values())
-    kept = sum((_members(routing) & routing.open).sum() for routing in log.values())
+    kept = sum((routing.stays & routing.open).sum() for routing in log.values())
     return (expected / n.clamp(min=1) - (kept / n.clamp(min=1) if share is None else share)).square() * (n > 0)
 
 
 @torch.no_grad()
 def accuracy(log: Mapping[int, Routing]) -> dict[int, float]:
     """Share of tokens up for choice whose predictor says what top-k then does, per layer that has a predictor."""
-    return {layer: float(((r.predicted > 0) == _members(r))[r.open].float().mean()) for layer, r in log.items() if r.predicted is not None and r.open.any()}
-
-
-def _members(routing: Routing) -> Tensor:
-    return torch.zeros_like(routing.open).index_fill(0, routing.index, True)
+    return {layer: float(((r.predicted > 0) == r.stays)[r.open].float().mean()) for layer, r in log.items() if r.predicted is not None and r.open.any()}
 
 
 def _against_members(logits: Tensor, routing: Routing) -> Tensor:
     """Mean over open tokens, 0 where there is none; their number is not read from the device."""
-    each = F.binary_cross_entropy_with_logits(logits.float(), _members(routing).float(), reduction="none")
+    each = F.binary_cross_entropy_with_logits(logits.float(), routing.stays.float(), reduction="none")
     return (each * routing.open).sum() / routing.open.sum().clamp(min=1)
 
 

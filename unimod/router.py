@@ -42,6 +42,11 @@ class Routing:
     passing: Tensor | None = None
     """[T]: factor on the tokens that pass by, where it is not 1."""
 
+    @property
+    def stays(self) -> Tensor:
+        """bool [T]: the tokens that go through the layer, chosen or kept by rule."""
+        return torch.zeros_like(self.open).index_fill(0, self.index, True)
+
 
 @dataclass
 class Trail:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..router import Routing
 from ..tokens import Modality, Packed, Task
-from .routing import Log, overlap, pictures, pools, stays
+from .routing import Log, overlap, pictures, pools
 
 TIES, POSITIONAL, ONE_SIDED, FLAT, DEAD, NEARLY_ALL = 8, 0.95, 0.01, 0.01, 0.01, 0.95
 EVIDENCE = 8
@@ -78,7 +78,7 @@ class _Choice:
     def of(cls, routing: Routing, packed: Packed, task: Task) -> _Choice:
         pool = pools(packed)
         up = routing.open & (packed.task == task)
-        kept = stays(routing) & up
+        kept = routing.stays & up
         some = (_sums(up, pool) > _sums(kept, pool))[pool]
         return cls(routing, packed, task, pool, up & some, kept & some)
 

@@ -158,7 +158,7 @@ def _loss(model: UnifiedModel, packed: Packed) -> Tensor:
 
 def _kept(routing: Routing, packed: Packed) -> tuple[Tensor, Tensor]:
     """Shares kept per task [2], and per task and modality [2, 3] (nan where a task has no such token)."""
-    stays = torch.zeros(len(packed), device=packed.ids.device).index_fill(0, routing.index, 1.0)
+    stays = routing.stays.float()
     mine = [packed.task == t for t in BOTH]
     per_task = torch.stack([stays[m].mean() for m in mine])
     return per_task.cpu(), torch.stack([torch.stack([stays[m & (packed.modality == k)].mean() for k in Modality]) for m in mine]).cpu()

@@ -57,11 +57,6 @@ def choosing(log: Log) -> bool:
     return any(bool(routing.open.any()) for routing in log.values())
 
 
-def stays(routing: Routing) -> Tensor:
-    """The tokens that go through the layer, chosen or kept by rule: bool [T]."""
-    return torch.zeros_like(routing.open).index_fill(0, routing.index, True)
-
-
 def kept(log: Log, packed: Packed) -> list[Row]:
     """One row per layer, task and modality that the batch has.
 
@@ -70,7 +65,7 @@ def kept(log: Log, packed: Packed) -> list[Row]:
     """
     rows = []
     for layer, routing in log.items():
-        through = stays(routing)
+        through = routing.stays
         for task in dict.fromkeys(packed.tasks):
             for modality in Modality:
                 mine = (packed.task == task) & (packed.modality == modality)
@@ -95,7 +90,7 @@ def positions(log: Log, packed: Packed, grid: tuple[int, int]) -> Tensor:
         for i, routing in enumerate(log.values()):
             up = routing.open[where]
             if up.any():
-                out[i, t] = ((stays(routing)[where] & up).sum(0) / up.sum(0)).view(grid).cpu()
+                out[i, t] = ((routing.stays[where] & up).sum(0) / up.sum(0)).view(grid).cpu()
     return out
 
 
@@ -125,7 +120,7 @@ def neighbours(log: Log, packed: Packed) -> list[Row]:
         for task in dict.fromkeys(packed.tasks):
             up = first.open & second.open & (packed.task == task)
             if up.any():
-                rows.append({"layer": layer, "next": following, "task": _name(task), **_between(stays(first)[up], stays(second)[up], pool[up])})
+                rows.append({"layer": layer, "next": following, "task": _name(task), **_between(first.stays[up], second.stays[up], pool[up])})
     return rows
 
 
@@ -142,7 +137,7 @@ def tasks(log: Log, packed: Packed) -> list[Row]:
     for layer, routing in log.items():
         up = routing.open[t2i] & routing.open[mmu]
         if up.any():
-            through = stays(routing)
+            through = routing.stays
             rows.append({"layer": layer, "task": "t2i and mmu", **_between(through[t2i][up], through[mmu][up], packed.row[t2i][up])})
     return rows
 
@@ -197,8 +192,8 @@ def figures(log: Log, packed: Packed, start: Log) -> dict[str, float]:
             add(f"neighbours_{row['task']}", row["excess"])
     for layer, routing in log.items():
         for task in BOTH:
-            before = stays(start[layer]) & start[layer].open & (packed.task == task)
-            add(f"same_{_name(task)}", _mean(stays(routing)[before]))
+            before = start[layer].stays & start[layer].open & (packed.task == task)
+            add(f"same_{_name(task)}", _mean(routing.stays[before]))
         gate = routing.weight[routing.open[routing.index]].double()
         add("score", float(routing.score[routing.open].abs().median()))
         add("gate", float(gate.mean()))

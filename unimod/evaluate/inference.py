@@ -4,6 +4,7 @@
     decided(model, packed)                # and what does it cost: loss per task, decided by top-k and alone
     cache_share(model, rows)              # share of the dense cache that the layers fill
     guidance(model, tokenizer, samples)   # both branches of guidance with a decision of their own, or one for both
+    in_use(model, tokenizer, batches)     # all of these at once
 
 A token alone is judged by the predictor where the router has one, else by a calibrated threshold (`generate.calibrate`). Rows are written for
 training: every token known, top-k where it may look at a whole segment. L routed layers.
@@ -16,9 +17,10 @@ from dataclasses import replace
 
 import torch
 
+from ..data.batches import Batches
 from ..data.sample import Sample
-from ..generate import draw
-from ..layers import record_routing
+from ..generate import calibrate, draw
+from ..layers import record_routing, routed_layers
 from ..models.backbone import UnifiedModel, losses
 from ..models.cache import KVCache
 from ..models.image_tokenizer import ImageTokenizer
@@ -43,14 +45,13 @@ def agreement(model: UnifiedModel, packed: Packed) -> list[dict[str, object]]:
         model(packed)
     for number, routing in log.items():
         router = model.layers[number].router
-        member = torch.zeros_like(routing.open).index_fill(0, routing.index, True)
         for task in Task:
             mine = routing.open & (packed.task == task)
             if mine.any():
                 passes = router.passes(routing.score, routing.predicted, packed, {task})
                 rows.append({"layer": number, "task": task.name.lower(), "by": "predictor" if router.config.predictor else "threshold",
-                             "agree": float((passes == member)[mine].float().mean()), "kept": float(passes[mine].float().mean()),
-                             "planned": float(member[mine].float().mean()), "tokens": int(mine.sum())})
+                             "agree": float((passes == routing.stays)[mine].float().mean()), "kept": float(passes[mine].float().mean()),
+                             "planned": float(routing.stays[mine].float().mean()), "tokens": int(mine.sum())})
     return rows
 
 
@@ -93,8 +94,29 @@ def guidance(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: Sequ
         with record_routing() as log:
             model(packed)
         picture = (packed.modality == Modality.IMAGE).nonzero()[:, 0].view(2, -1)
-        kept = torch.stack([torch.zeros_like(r.open).index_fill(0, r.index, True)[picture] for r in log.values()])
+        kept = torch.stack([r.stays[picture] for r in log.values()])
         rows.append({"branches": "share" if share else "split", "right": sum(right) / len(right), "same": float((kept[:, 0] == kept[:, 1]).float().mean()),
                      "pictures": len(right)})
     return rows
 
+
+
+def in_use(model: UnifiedModel, image_tokenizer: ImageTokenizer, batches: Batches, count: int = 16) -> dict[str, list[dict[str, object]]]:
+    """Everything above as tables, on held-out rows: `agreement` and `decided` (where a token can be judged alone), `cache` per task, and `guidance` (where
+    the data has ground truth). Thresholds are calibrated on training rows first. Empty for a model that drops nothing outside training."""
+    samples, held_out = batches.samples("test", 0, count, seed=0), batches.held_out("test", count)
+    with torch.no_grad(), record_routing() as log:
+        model(held_out.to(model.device))
+    if not any(bool(r.open.any()) for r in log.values()):
+        return {}
+    configs = [layer.router.config for layer in routed_layers(model)]
+    found: dict[str, list[dict[str, object]]] = {}
+    if all(c.score == "learned" or c.predictor for c in configs):
+        calibrate(model, batches.held_out("train", 32))
+        found |= {"agreement": agreement(model, held_out), "decided": decided(model, held_out)}
+    codes = batches.codes(samples)
+    rows = {"mmu": [batches.mmu(s, c) for s, c in zip(samples, codes)], "t2i": batches.t2i([s.caption for s in samples], codes, torch.Generator(), drop=False)}
+    found["cache"] = [{"task": task, "share": cache_share(model, some)} for task, some in rows.items()]
+    if all(sample.things for sample in samples):
+        found["guidance"] = guidance(model, image_tokenizer, samples)
+    return found

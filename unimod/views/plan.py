@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..analysis.routing import stays
 from ..plan import CapacityPlan
 from ..router import Routing
 from ..tokens import Modality, Packed
@@ -68,7 +67,7 @@ def kept_frame(log: Mapping[int, Routing], packed: Packed, row: int, grid: tuple
     where = span.start + (packed.modality[span] == Modality.IMAGE).nonzero()[:, 0]
     parts = []
     for layer, routing in log.items():
-        kept = stays(routing)[where]
+        kept = routing.stays[where]
         cells = pd.MultiIndex.from_product([range(grid[0]), range(grid[1])], names=["row", "column"]).to_frame(index=False)
         parts.append(cells.assign(layer=layer, kept=kept.int().cpu().numpy(), score=routing.score.detach()[where].float().cpu().numpy()))
     return pd.concat(parts, ignore_index=True).assign(task=packed.tasks[row].name.lower())
