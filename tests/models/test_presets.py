@@ -11,10 +11,10 @@ from unimod.__main__ import main
 from unimod.config import ParameterError
 from unimod.flops import BACKWARD, count, encoding, measured, planned, savings
 from unimod.layers import apply_mod
+from unimod.methods import PRESETS as ROUTERS
 from unimod.models.image_tokenizer import build_image_tokenizer
 from unimod.plan import CapacityPlan, dense, last_half, paper_emu3, paper_showo
 from unimod.presets import PRESETS, picture_tokenizer, preset
-from unimod.router import PRESETS as ROUTERS
 from unimod.tokens import pack
 
 
