@@ -23,7 +23,7 @@ def test_the_cpu_takes_what_runs_there_and_says_why_once(capsys):
 
 
 def test_cuda_prefers_kernels_where_they_are(monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(module, "find_spec", lambda name: name == "triton" or None)
     assert backend("kernels", "cuda", torch.bfloat16) == "triton" and backend("attention", "cuda", torch.bfloat16) == "varlen"
     assert backend("attention", "cuda", torch.float32) == "sdpa"
     monkeypatch.setattr(module, "find_spec", lambda name: True)
