@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..layers import layer_output
 from ..ops.attention import attention_received, interval_attention
+from ..ops.cross_entropy import linear_cross_entropy
 from ..router import Trail
 from ..tokens import FEATURE, Packed, Task
 from .cache import KVCache
@@ -147,6 +148,10 @@ class UnifiedModel(nn.Module):
         """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""
         return F.cross_entropy(self.head(hidden).float(), target, reduction="none")
 
+    def weighted_nll(self, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of weight * nll, and nll without a gradient, without holding all logits. weight: float32 [N]; else as `nll`."""
+        return linear_cross_entropy(hidden, self.head.weight, self.head.bias, target, weight)
+
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the vocabulary where an answer goes on, float32. hidden: [N, D]; returns [N, V]."""
         return self.head(hidden).float()
@@ -166,6 +171,8 @@ class Losses:
     targets: tuple[int, ...]
 
 
+CHUNKED = 2**28
+"""Logits of a batch from which on the loss is made in chunks: 1 GiB in float32."""
 COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
 """Loss weights of Show-o: t2i 1, lm 0.1, mmu 1."""
 
@@ -179,8 +186,15 @@ def losses(model: UnifiedModel, packed: Packed, skip: int | None = None) -> Loss
     if not sum(counts):
         raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
     where = packed.labelled
-    entropy = model.nll(model(packed, skip)[where], packed.target[where])
-    scale = torch.tensor([1 / n if n else 0.0 for n in counts], device=entropy.device)
-    per_task = torch.zeros(len(Task), device=entropy.device).index_add(0, packed.task[where], entropy) * scale
-    total = (per_task * torch.tensor([COEFFICIENTS[t] for t in Task], device=entropy.device)).sum()
+    hidden, target, task = model(packed, skip)[where], packed.target[where], packed.task[where]
+    coefficient = torch.tensor([COEFFICIENTS[t] for t in Task], device=hidden.device)
+    scale = torch.tensor([1 / n if n else 0.0 for n in counts], device=hidden.device)
+    one_head = type(model).nll is UnifiedModel.nll
+    chunked = one_head and len(where) * model.head.out_features > CHUNKED
+    if chunked:                                             # the sum that is learned from is made chunk by chunk, and never seen by its parts
+        total, entropy = model.weighted_nll(hidden, target, (coefficient * scale)[task])
+    else:
+        entropy = model.nll(hidden, target)
+    per_task = torch.zeros(len(Task), device=entropy.device).index_add(0, task, entropy) * scale
+    total = total if chunked else (per_task * coefficient).sum()
     return Losses(total, torch.where(scale > 0, per_task.detach(), torch.nan), counts)
