@@ -210,7 +210,8 @@ class TaskRouter(nn.Module):
     def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
         """Factor by which each kept token enters while capacities are learned: [K]."""
         _, always = packed.always(self.config.keep)
-        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths)).to(ranked.device)[index] for x in (lengths, always))
+        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths), output_size=len(ranked)).to(ranked.device)[index]
+                         for x in (lengths, always))
         factor = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, (places - fixed).clamp(min=1))
         return torch.where(up[index], factor, 1.0)
 

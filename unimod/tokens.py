@@ -141,8 +141,8 @@ class Packed:
     @cached_property
     def segment(self) -> Tensor:
         """Number of each token's segment: int64 [T]."""
-        size = torch.tensor([s.length for s in self.segments])
-        return torch.repeat_interleave(torch.arange(len(size)), size, output_size=int(size.sum())).to(self.ids.device)
+        size = [s.length for s in self.segments]
+        return torch.repeat_interleave(torch.arange(len(size)), torch.tensor(size), output_size=sum(size)).to(self.ids.device)
 
     @cached_property
     def labelled(self) -> Tensor:
@@ -164,7 +164,7 @@ class Packed:
             mask = torch.zeros(len(host), dtype=torch.bool)
             for kind in kinds:
                 mask |= _KIND[kind](host)
-            counts = tuple(int(part.sum()) for part in mask.split([s.length for s in host.segments]))
+            counts = tuple(sum(part.tolist()) for part in mask.split([s.length for s in host.segments]))
             found[kinds] = mask.to(self.ids.device), counts
         return found[kinds]
 

@@ -106,19 +106,41 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     `evaluate(model)` returns figures that join the record of the step they were taken after. With `folder`, records are
     appended to metrics.jsonl and last.pt holds the state to resume from; it is removed when the run is complete.
     In a group of n processes, process r takes batch n * step + r, a record is the mean of the losses and the sum
-    of the tokens and FLOPs, and only the main process evaluates, logs and writes.
+    of the tokens and FLOPs, and only the main process evaluates, logs and writes. Nothing waits for the device but the
+    figures of a record, which are read while the next step runs: on CUDA `log` comes a step late, and so does the end
+    of a run whose loss is not finite.
     Raises `ParameterError` when the folder holds an interrupted run of another configuration or number of processes, RuntimeError
     in every process on a loss that is not finite in one.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=accelerator.device.type == "cuda")
     objective, optimizer = accelerator.prepare(Objective(model, config), optimizer)
     settings = {**asdict(config), "processes": world}
     records: list[dict] = []
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         records = _restore(Path(folder), model, optimizer, settings) if resume else []
+
+    waiting: list[tuple[int, float, Callable[[], Tensor]]] = []
+    settled = 0.0
+
+    def settle() -> dict | None:
+        """The record of the step whose figures are still on their way. Raises RuntimeError for a loss that is not finite."""
+        if not waiting:
+            return None
+        nonlocal settled
+        step, began, figures = waiting.pop()
+        ranks, before = figures(), max(began, settled)      # float64 [n, 8]
+        settled = time.perf_counter()
+        value, per_task = ranks[:, 0].mean().item(), ranks[:, 1:-4].nanmean(0).tolist()
+        norm, (tokens, flops, dense_flops) = ranks[0, -4].item(), ranks[:, -3:].sum(0).tolist()
+        if not math.isfinite(value):
+            raise RuntimeError(f"The loss of step {step} is {value}; lower lr={config.lr:g} (the last checkpoint is untouched).")
+        records.append({"step": step + 1, "loss": value, **{f"loss_{t.name.lower()}": per_task[t] for t in Task}, "grad_norm": norm,
+                        "lr": config.lr * config.lr_at(step), "tokens": int(tokens), "flops": flops, "dense_flops": dense_flops,
+                        "seconds": settled - before})
+        return records[-1]
 
     for step in range(len(records), config.steps):
         began = time.perf_counter()
@@ -133,25 +155,24 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
         optimizer.zero_grad(set_to_none=True)
 
         cost = count(model, packed)
-        spent = torch.tensor([len(packed), cost.step, cost.dense_step], dtype=torch.float64)
-        mine = torch.cat([outcome.total.detach()[None], outcome.per_task, spent.to(accelerator.device)])
-        ranks = accelerator.gather(mine[None]).cpu()       # float64 [n, 7]; the step's only wait for the device
-        value, per_task = ranks[:, 0].mean().item(), ranks[:, 1:-3].nanmean(0).tolist()
-        tokens, flops, dense_flops = ranks[:, -3:].sum(0).tolist()
-        if not math.isfinite(value):
-            raise RuntimeError(f"The loss of step {step} is {value}; lower lr={config.lr:g} (the last checkpoint is untouched).")
-        record = {"step": step + 1, "loss": value, **{f"loss_{t.name.lower()}": per_task[t] for t in Task}, "grad_norm": float(norm),
-                  "lr": config.lr * config.lr_at(step), "tokens": int(tokens), "flops": flops, "dense_flops": dense_flops,
-                  "seconds": time.perf_counter() - began}
-        records.append(record)
+        spent = torch.tensor([len(packed), cost.step, cost.dense_step], dtype=torch.float64).to(accelerator.device)
+        mine = torch.cat([outcome.total.detach()[None], outcome.per_task, norm.detach()[None], spent])
+        last = step + 1 == config.steps
+        judged = evaluate is not None and (last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0))
+        saved = folder is not None and not last and (step + 1) % config.save_every == 0
+        if (record := settle()) and main:                   # of the step before: while this one runs
+            log(record)
+        waiting.append((step, began, _on_its_way(accelerator.gather(mine[None]))))
+        if accelerator.device.type == "cuda" and not (judged or saved or last):
+            continue
+        record = settle()
         if not main:                                        # it meets the main process again in the next step
             continue
-        last = step + 1 == config.steps
-        if evaluate is not None and (last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0)):
+        if judged:
             model.eval()
             record |= evaluate(model)
         log(record)
-        if folder is not None and not last and (step + 1) % config.save_every == 0:
+        if saved:
             _save(Path(folder), model, optimizer, settings, records)
     if folder is not None and main:
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -159,6 +180,15 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     accelerator.wait_for_everyone()
     model.eval()
     return records
+
+
+def _on_its_way(x: Tensor) -> Callable[[], Tensor]:
+    """Copy to the host without waiting; what is returned waits for this copy, and for nothing that was asked of the device later."""
+    if not x.is_cuda:
+        return lambda: x
+    host, done = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
+    done.record()
+    return lambda: (done.synchronize(), host)[1]
 
 
 def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:

@@ -78,7 +78,7 @@ def averaged(objective, source, step=0):
 
 
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def weights(model):
