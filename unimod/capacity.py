@@ -44,7 +44,7 @@ class LearnedCapacity(nn.Module):
             raise ParameterError(f"weight={dict(weight)!r}: give a positive number for at least one of {', '.join(TASKS)}, and none below 0.")
         self.register_buffer("share", share / share.sum() / len(routed), persistent=False)
         self.theta = nn.Parameter(torch.zeros(len(routed), len(TASKS)))
-        self._seen: tuple[int, Tensor, list[tuple[float, ...]]] | None = None
+        self._seen: tuple[tuple[int, int], Tensor, list[tuple[float, ...]]] | None = None
 
     def fractions(self) -> Tensor:
         """Keep fractions [R, tasks], differentiable in theta and on the budget."""
@@ -85,8 +85,9 @@ class LearnedCapacity(nn.Module):
 
     def _solved(self) -> tuple[Tensor, list[tuple[float, ...]]]:
         """`_solve` for the present theta, once per change of it."""
-        if self._seen is None or self._seen[0] != self.theta._version or self._seen[1].device != self.theta.device:
-            self._seen = (self.theta._version, *self._solve(self.target))
+        state = id(self.theta), self.theta._version
+        if self._seen is None or self._seen[0] != state or self._seen[1].device != self.theta.device:
+            self._seen = (state, *self._solve(self.target))
         return self._seen[1:]
 
     @torch.no_grad()

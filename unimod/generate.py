@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import MoDLayer, record_routing
+from .layers import record_routing, routed_layers
 from .models.backbone import UnifiedModel
 from .models.cache import KVCache
 from .models.layout import Layout
@@ -49,6 +49,13 @@ class _Growing:
         return self.model(packed.to(self.model.device), cache=self.cache)
 
 
+def _sees_one_row(model: UnifiedModel) -> None:
+    """Refuse to generate with routers for which rows compete with one another."""
+    if any(layer.router.config.compete == "batch" for layer in routed_layers(model)):
+        raise ValueError("Nothing can be generated with compete='batch': what a row keeps depends on its neighbours and on what comes later. "
+                         "Use compete='segment'.")
+
+
 def _pick(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
     """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V] on the CPU; returns int64 [R]."""
     if top_k == 1:
@@ -65,6 +72,7 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
 
     top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding.
     """
+    _sees_one_row(model)
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
@@ -98,6 +106,7 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
     token only: `top_k` and `temperature`. Raises ValueError when codes and masked do not fit.
     """
+    _sees_one_row(model)
     generator = generator or torch.Generator().manual_seed(seed)
     layout = model.layout if grid is None else model.layout.resized(grid)
     given = (codes is not None) + (masked is not None)
@@ -203,12 +212,13 @@ def calibrate(model: UnifiedModel, packed: Packed) -> None:
 
     A token-by-token decision can then be made from the token's own score; it keeps the planned share on average.
     """
+    training = model.training
     with record_routing() as log:
-        model(packed.to(model.device))
+        model.eval()(packed.to(model.device))
+    model.train(training)
     for number, routing in log.items():
-        layer = model.layers[number]
-        assert isinstance(layer, MoDLayer)
+        chose = routing.open[routing.last].tolist()         # else its last token was never up for choice
         for task in Task:
-            lasts = [at for at, s in zip(routing.last.tolist(), packed.segments) if s.task == task and s.rule == "topk" and s.length]
+            lasts = [at for at, yes, s in zip(routing.last.tolist(), chose, packed.segments) if yes and s.task == task and s.rule == "topk" and s.length]
             if lasts:
-                layer.router.threshold[task] = routing.score[lasts].mean()
+                model.layers[number].router.threshold[task] = routing.score[lasts].mean()

@@ -79,7 +79,7 @@ class MoDLayer(nn.Module):
         if trail and trail.watched:                         # skipped tokens keep what they received last
             trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
         gated = y - x if mlp is None else mlp
-        return hidden_states.index_copy(1, i, (y + (routing.weight[:, None].to(x.dtype) - 1) * gated).to(x.dtype))
+        return hidden_states.index_copy(1, i, (y + (routing.weight[:, None] - 1).to(x.dtype) * gated).to(x.dtype))
 
     def _through(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """The layer's output on the kept tokens, and its MLP's where that is gated."""
@@ -111,6 +111,8 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     """
     if plan.layers != len(model.layers):
         raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
+    if routed := [layer.number for layer in routed_layers(model)]:
+        raise ParameterError(f"Layers {', '.join(map(str, routed))} of this model are routed already; call remove_mod first.")
     config = config or RouterConfig()
     suits(plan, config)
     for i in plan.routed():
@@ -120,7 +122,12 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
         model.layers[i] = MoDLayer(old, router, i).train(old.training)
         if config.score == "learned" and (follows or (config.across and i != plan.routed()[0])):
             router.proj = model.layers[i - 1 if follows else plan.routed()[0]].router.proj
-    return train_routers_only(model) if config.alone else model
+        if config.predictor and follows:
+            router.predict = model.layers[i - 1].router.predict
+    if config.alone:
+        model.__dict__["_thaw"] = [p for n, p in model.named_parameters() if p.requires_grad and ".router." not in n]
+        train_routers_only(model)
+    return model
 
 
 def suits(plan: CapacityPlan, config: RouterConfig) -> None:
@@ -157,12 +164,13 @@ def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | N
 
 
 def remove_mod(model: nn.Module) -> nn.Module:
-    """Put the stock layers back, in place; their weights are the ones trained meanwhile. What a router froze is trained again. Returns the model."""
+    """Put the stock layers back, in place; their weights are the ones trained meanwhile. What a router froze is trained
+    again. Returns the model."""
     for i, layer in enumerate(model.layers):
         if isinstance(layer, MoDLayer):
-            if layer.router.config.alone:
-                model.requires_grad_(True)
             model.layers[i] = layer.release()
+    for p in model.__dict__.pop("_thaw", ()):
+        p.requires_grad_(True)
     return model
 
 

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from .config import ParameterError
 from .tokens import KINDS
@@ -16,6 +17,7 @@ BRANCHES = ("update", "mlp")
 SCORES = ("learned", "random", "attention")
 COMPETE = ("segment", "batch", "rows")
 REACH = ("layer", "run", "exit")
+_ARTICLE = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,15 @@ class RouterConfig:
     """Everything but the routers is frozen (Router-Tuning)."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, str):
+            raise ParameterError(f"keep={self.keep!r} is a text; give a tuple, such as keep=({self.keep!r},).")
         object.__setattr__(self, "keep", tuple(self.keep))
+        for f in fields(self):
+            kind, value = type(f.default), getattr(self, f.name)
+            if kind is not tuple and (not isinstance(value, (int, float) if kind is float else kind) or (kind in (int, float) and isinstance(value, bool))):
+                raise ParameterError(f"{f.name}={value!r} must be {_ARTICLE[kind]}, such as {f.default!r}.")
+            if kind is float and not 0 <= value < math.inf:
+                raise ParameterError(f"{f.name}={value!r} is not a scale. Give a finite number that is not negative, such as {f.default!r}.")
         for name, allowed in (("gate", GATES), ("branch", BRANCHES), ("score", SCORES), ("compete", COMPETE), ("reach", REACH)):
             if getattr(self, name) not in allowed:
                 raise ParameterError(f"{name}={getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}.")
@@ -69,19 +79,19 @@ class RouterConfig:
                 raise ParameterError(f"keep={self.keep!r}: {kind!r} is not known. Allowed: {', '.join(KINDS)}.")
         if self.hidden < 0:
             raise ParameterError(f"hidden={self.hidden} is not a width. Give 0 for a linear map, or a positive number.")
-        if not self.noise >= 0:
-            raise ParameterError(f"noise={self.noise} is not a scale. Give 0 for none, or a positive number.")
-        if self.score != "learned" and (self.gate != "none" or self.alone):
-            raise ParameterError(f"score={self.score!r} has nothing to learn, so it goes with gate='none' and alone=False; "
-                                 f"got gate={self.gate!r}, alone={self.alone}.")
+        idle = [n for n in ("across", "hidden", "normalised", "noise", "scale_skipped", "alone") if getattr(self, n)] if self.score != "learned" else []
+        if self.score != "learned" and (self.gate != "none" or idle):
+            raise ParameterError(f"score={self.score!r} has nothing to learn, so it goes with gate='none' and without across, hidden, normalised, noise, "
+                                 f"scale_skipped and alone; got gate={self.gate!r}{''.join(f', {n}={getattr(self, n)!r}' for n in idle)}.")
         if self.score == "random" and self.predictor:
             raise ParameterError("predictor=True cannot foresee score='random'. Use score='learned' or 'attention'.")
         if self.compete == "rows" and (self.score != "random" or self.reach != "layer" or self.keep):
             raise ParameterError("compete='rows' drops whole rows at random, anew in each layer: it goes with score='random', reach='layer' and no keep.")
-        if self.compete == "batch" and (self.predictor or self.reach != "layer"):
-            raise ParameterError("compete='batch' is an experiment on one layer's choice: it goes with predictor=False and reach='layer'.")
-        if self.scale_skipped and self.gate == "none":
-            raise ParameterError("scale_skipped=True needs a gate to scale by; allowed: tanh, sigmoid, raw.")
+        if self.compete == "batch" and (self.predictor or self.reach != "layer" or self.keep or self.score != "learned"):
+            raise ParameterError("compete='batch' is an experiment on one layer's choice: it goes with score='learned', reach='layer', "
+                                 "no predictor and no keep.")
+        if self.gate == "none" and (self.scale_skipped or self.branch != "update"):
+            raise ParameterError(f"scale_skipped={self.scale_skipped}, branch={self.branch!r} need a gate; allowed: tanh, sigmoid, raw, straight-through.")
 
 
 PRESETS = {

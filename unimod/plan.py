@@ -52,7 +52,7 @@ class CapacityPlan:
                 if not 0 < c <= 1:
                     raise ParameterError(f"Capacity {c:g} of {task} in layer {layer} must lie in (0, 1]: 1 keeps every token, "
                                          "0.5 half of them; to drop a layer altogether give it a small capacity.")
-            full[task] = row
+            full[task] = tuple(1.0 if c > 1 - 1e-6 else c for c in row)      # what bisection leaves of a dense layer
         object.__setattr__(self, "capacity", full)
 
     @property
@@ -79,7 +79,7 @@ class CapacityPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML."""
-        rows = {task: {i: round(c, 6) for i, c in enumerate(row) if c < 1} for task, row in self.capacity.items()}
+        rows = {task: {i: c for i, c in enumerate(row) if c < 1} for task, row in self.capacity.items()}
         Path(path).write_text(yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}}, sort_keys=False))
 
     @classmethod
@@ -90,7 +90,7 @@ class CapacityPlan:
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise ParameterError(f"Cannot read the plan {str(path)!r}: {error}. Give a YAML file such as notebook 03 writes, "
                                  f"or one of the makers: {', '.join(MAKERS)}.") from None
-        if not isinstance(data, dict) or not isinstance(data.get("layers"), int) or not isinstance(data.get("capacity"), dict):
+        if not isinstance(data, dict) or type(data.get("layers")) is not int or not isinstance(data.get("capacity"), dict):
             raise ParameterError(f"{path} is not a plan: it needs 'layers: <number>' and 'capacity: {{t2i: {{4: 0.5}}, ...}}'.")
         n, rows = data["layers"], {}
         for task, named in data["capacity"].items():
@@ -98,7 +98,7 @@ class CapacityPlan:
             if not isinstance(named, dict):
                 raise ParameterError(f"{path}: capacity of {task} must map layers to fractions, such as {{4: 0.5}}; got {named!r}.")
             for layer, c in named.items():
-                if not isinstance(layer, int) or not 0 <= layer < n:
+                if type(layer) is not int or not 0 <= layer < n:
                     raise ParameterError(f"{path}: layer {layer!r} of {task} does not exist; the plan has layers 0 to {n - 1}.")
                 if not isinstance(c, (int, float)) or isinstance(c, bool):
                     raise ParameterError(f"{path}: capacity {c!r} of {task} in layer {layer} is not a number in (0, 1].")

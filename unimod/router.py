@@ -28,9 +28,9 @@ class Routing:
     index: Tensor
     """int64 [K], ascending: the tokens that are processed."""
     weight: Tensor
-    """[K]: factor on each kept token's update; exactly 1 for a token that was not up for choice."""
+    """float32 [K]: factor on each kept token's update; exactly 1 for a token that was not up for choice."""
     score: Tensor
-    """[T]: the raw scores."""
+    """float32 [T]: the raw scores."""
     segments: tuple[Segment, ...]
     """The segments of the kept tokens, for `Packed.take`."""
     last: Tensor
@@ -96,21 +96,26 @@ class TaskRouter(nn.Module):
             self.capacity = self.learned.host(self.row)
         predicted = self._of_task(self.predict(h.detach()), packed) if self.config.predictor else None
         score, lengths = self.scores(h, packed, trail), tuple(s.length for s in packed.segments)
+        free = torch.tensor([self._chooses(s) for s in packed.segments])
+        free = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device)
         always, _ = packed.always(self.config.keep)
+        if self.config.compete == "batch":
+            always = ~free                                  # places are for all; who has no choice has one
         judged = slice(None) if packed.twin is None else packed.twin
         ranked = score.detach()[judged].masked_fill(always, torch.inf)
         inside = torch.ones_like(always) if trail.inside is None else trail.inside
         ranked = ranked.masked_fill(~(inside | always), -torch.inf)
         index, last, segments = self._select(ranked, lengths, packed)
         if any(self._by_threshold(s) for s in packed.segments):
+            if "labelled" in self.config.keep:
+                raise RuntimeError("keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
             tasks = {s.task for s in packed.segments if self._by_threshold(s)}
             passes = self.passes(ranked, None if predicted is None else predicted[judged], packed, tasks) & (ranked > -torch.inf)
             index, segments = self._apply_threshold(passes | always, index, packed)
-        free = torch.tensor([self._chooses(s) for s in packed.segments])
-        up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device) & ~always & inside
+        up = free & ~always & inside
         gate = self._gate(score)
         weight = torch.where(up, gate, 1.0)[index]
-        if self.learned is not None:
+        if self.learned is not None and self.training:
             weight = weight * self._fading(ranked, index, up, lengths, packed)
         trail.routing = Routing(index, weight, score, segments, last, up, predicted, torch.where(up, gate, 1.0) if self.config.scale_skipped else None)
         if self.config.reach == "exit":
@@ -118,14 +123,14 @@ class TaskRouter(nn.Module):
         return trail.routing
 
     def scores(self, h: Tensor, packed: Packed, trail: Trail) -> Tensor:
-        """One score per token: [T]."""
+        """One score per token: float32 [T]."""
         if self.config.score == "random":
-            return torch.rand(len(packed), device=h.device, dtype=h.dtype)
+            return torch.rand(len(packed), device=h.device)
         if self.config.score == "attention":
             if trail.received is None and any(self._chooses(s) and s.rule == "topk" for s in packed.segments):
                 raise RuntimeError("score='attention' looks at the layer before, and none has run: leave the first layer dense, and do not skip it.")
-            return h.new_zeros(len(packed)) if trail.received is None else trail.received
-        score = self._of_task(self.proj(F.layer_norm(h, h.shape[-1:]) if self.config.normalised else h), packed)
+            return torch.zeros(len(packed), device=h.device) if trail.received is None else trail.received
+        score = self._of_task(self.proj(F.layer_norm(h.to(torch.promote_types(h.dtype, torch.float32)), h.shape[-1:]) if self.config.normalised else h), packed)
         if self.training and self.config.noise:
             score = score + self.config.noise * torch.rand_like(score).clamp(1e-6, 1 - 1e-6).logit()
         return score
@@ -152,10 +157,14 @@ class TaskRouter(nn.Module):
     def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, tuple[Segment, ...]]:
         """The kept tokens, the token that each segment took last, and the segments of the kept ones."""
         if self.config.compete == "batch":                  # who gets how much is read from the device
-            places = sum(self.capacity[int(s.task)] * s.length for s in packed.segments)
-            index, last = segment_topk(ranked, (len(ranked),), (share(places / len(ranked), len(ranked)),))
-            of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[index.cpu()]
-            keep, last = torch.bincount(of, minlength=len(lengths)).tolist(), last.expand(len(lengths))
+            places = sum((self.capacity[int(s.task)] if self._chooses(s) else 1) * s.length for s in packed.segments)
+            keep = self.kept(packed)
+            k = sum(keep) if ranked.is_meta else share(places / len(ranked), len(ranked))
+            index, last = segment_topk(ranked, (len(ranked),), (k,))
+            if not index.is_meta:                           # where there are no numbers, everyone gets a fair share
+                of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[index.cpu()]
+                keep = torch.bincount(of, minlength=len(lengths)).tolist()
+            last = last.expand(len(lengths))
         else:
             keep = self.kept(packed, self._rows(packed, drawn=True) if self.config.compete == "rows" else None)
             index, last = segment_topk(ranked, lengths, keep)
@@ -221,10 +230,21 @@ def share(capacity: float, n: int) -> int:
     return min(n, max(1, math.floor(capacity * n + 0.5)))
 
 
+class Exact(nn.Linear):
+    """A linear map in no less than float32 whatever its weights' and input's dtype, or autocast, say: scores a rounding apart would tie, and ties go to the
+    earlier token; and a gate near 1 has no room in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, D] -> float32 [T, out]."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
 def scorer(width: int, config: RouterConfig) -> nn.Module:
     """From a token's hidden state to one score, or to one per task: a linear map, or one behind a hidden layer."""
     outputs = 1 if config.shared else len(Task)
-    last = nn.Linear(config.hidden or width, outputs)
+    last = Exact(config.hidden or width, outputs)
     nn.init.normal_(last.weight, std=config.std)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(width, config.hidden), nn.SiLU(), last) if config.hidden else last
+    return nn.Sequential(Exact(width, config.hidden), nn.SiLU(), last) if config.hidden else last

@@ -69,17 +69,22 @@ def test_the_edge_by_hand():
 
 @torch.no_grad()
 def test_it_keeps_what_the_plan_it_stands_for_keeps(model, packed):
-    apply_mod(model, last_half(8), RouterConfig(std=0.5))
+    apply_mod(model, last_half(8), RouterConfig(std=0.5)).train()
     learned = learn_capacity(model, 0.3)
     learned.theta.copy_(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     with record_routing() as log:
         model(packed)
-    first, router = log[4], model.layers[4].router
+    first = log[4]
     assert (first.weight < 1).any() and torch.equal(first.weight[~first.open[first.index]], torch.ones(int((~first.open[first.index]).sum())))
-    again = apply_mod(remove_mod(model), learned.plan(), RouterConfig(std=0.5))
-    again.layers[4].router.proj = router.proj
     with record_routing() as log:
-        model(packed)
+        faded = model.eval()(packed)
+    assert (log[4].weight > 0.7).all(), "outside training nothing fades"
+    routers = [layer.router for layer in model.layers[4:]]
+    again = apply_mod(remove_mod(model), learned.plan(), RouterConfig(std=0.5))
+    for layer, old in zip(again.layers[4:], routers):
+        layer.router.proj = old.proj
+    with record_routing() as log:
+        assert torch.equal(model(packed), faded)
     assert torch.equal(log[4].index, first.index)
 
 

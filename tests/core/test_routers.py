@@ -260,10 +260,15 @@ def test_router_tuning_trains_routers_only(model, packed, way):
 @pytest.mark.parametrize("options, words", [
     ({"gate": "relu"}, "gate='relu' is not known. Allowed: tanh"), ({"branch": "attention"}, "branch='attention' is not known. Allowed: update, mlp"),
     ({"score": "loss"}, "score='loss' is not known"), ({"keep": ("pictures",)}, f"'pictures' is not known. Allowed: {', '.join(KINDS)}"),
-    ({"hidden": -1}, "hidden=-1 is not a width"), ({"score": "random"}, "goes with gate='none'"), ({"noise": -1.0}, "noise=-1.0 is not a scale"),
+    ({"hidden": -1}, "hidden=-1 is not a width"),
+    ({"score": "random"}, "goes with gate='none'"), ({"noise": -1.0}, "noise=-1.0 is not a scale"), ({"std": float("nan")}, "std=nan is not a scale"), ({"gain": float("inf")}, "gain=inf is not"),
+    ({"hidden": 2.5}, "hidden=2.5 must be a whole number"), ({"hidden": True}, "hidden=True must be"), ({"shared": "no"}, "shared='no' must be true or false"),
+    ({"noise": "1"}, "noise='1' must be a number"), ({"keep": "text"}, r"keep='text' is a text; give a tuple, such as keep=\('text',\)"),
+    ({"score": "random", "gate": "none", "hidden": 4}, "without across, hidden.*hidden=4"), ({"gate": "none", "branch": "mlp"}, "branch='mlp' need a gate"),
+    ({"compete": "batch", "keep": ("text",)}, "no predictor and no keep"), ({"compete": "batch", "score": "random", "gate": "none"}, "score='learned'"),
     ({"compete": "all"}, "compete='all' is not known. Allowed: segment, batch, rows"), ({"reach": "all"}, "Allowed: layer, run, exit"),
     ({"score": "random", "gate": "none", "predictor": True}, "cannot foresee"), ({"compete": "rows"}, "goes with score='random'"),
-    ({"compete": "batch", "predictor": True}, "is an experiment"), ({"gate": "none", "scale_skipped": True}, "needs a gate to scale by")])
+    ({"compete": "batch", "predictor": True}, "is an experiment"), ({"gate": "none", "scale_skipped": True}, "need a gate; allowed: tanh")])
 def test_bad_options_are_refused_before_a_model_is_touched(options, words):
     with pytest.raises(ParameterError, match=words):
         RouterConfig(**options)

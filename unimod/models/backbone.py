@@ -137,6 +137,7 @@ class UnifiedModel(nn.Module):
         trail = Trail() if any(router and router.looks_back for router in routers) else None
         for (_, layer), following in zip(layers, [*routers[1:], None]):
             if trail is not None:
+                trail.routing = trail.routing if hasattr(layer, "router") else None      # a run ends at a dense layer
                 trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
             h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache, trail=trail))
         if cache is not None:
