@@ -128,8 +128,9 @@ def show_plan(args: argparse.Namespace) -> None:
     from .tokens import pack
 
     make = maker_of(args.plan)
-    if args.router not in PRESETS:
-        raise ParameterError(f"--router {args.router} is not known. Allowed: {', '.join(PRESETS)}.")
+    alone = [name for name, config in PRESETS.items() if config.compete == "segment"]
+    if args.router not in alone:
+        raise ParameterError(f"--router {args.router} is not known, or needs many rows where one of each task is counted. Allowed: {', '.join(alone)}.")
     if not 0 <= args.saving < 1:
         raise ParameterError(f"--saving {args.saving:g} must be a share: 0 saves nothing, 0.3 saves 30 %.")
     (model, rows), image_tokenizer, router = preset(args.model), picture_tokenizer(args.model), PRESETS[args.router]

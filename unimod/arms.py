@@ -28,7 +28,7 @@ from .analysis.collapse import collapsed
 from .analysis.redundancy import shares
 from .analysis.routing import figures, routings
 from .capacity import LearnedCapacity
-from .config import ARMS, ParameterError, Params
+from .config import ARMS, TASKS, ParameterError, Params
 from .data.batches import Batches
 from .evaluate.quality import evaluate
 from .flops import Cost, count
@@ -42,6 +42,11 @@ from .session import Session, device_of, rows_of
 from .tokens import Task
 from .train import TrainConfig, train
 
+NEAR = 0.02
+"""How far the share of FLOPs that an arm saves may lie from unimod's."""
+ANY = CapacityPlan({task: [0.5, 0.4, 0.6] for task in TASKS})
+"""A plan as capacities that are learned may turn out: layer 0 routed, rising and falling."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -52,6 +57,11 @@ class Arm:
     router: RouterConfig
     cost: Cost
     steps: int
+
+    @property
+    def membership(self) -> float:
+        """Weight of the auxiliary loss that belongs to the method: 0.01 in gamma-MoD."""
+        return 0.01 if self.router == PRESETS["gamma-mod"] else 0.0
 
     def model(self, base: UnifiedModel, seed: int) -> UnifiedModel:
         """A copy of the base model with this arm's routers, initialised from `seed`."""
@@ -91,16 +101,20 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
 
     def at_unimods_price(name: str, maker: str, router: RouterConfig) -> CapacityPlan:
         try:
-            suits(makers[maker](0.05), router)
+            suits(ANY if maker == "learned" else makers[maker](0.05), router)
         except ParameterError as error:
             raise ParameterError(f"arms: {name} does not go together. {error}") from None
         if maker in FIXED:
             return makers[maker](params.saving)
         try:
-            return solve(makers[maker], lambda plan: cost(plan, router).stack / target.dense_stack, target.stack / target.dense_stack)
+            plan = solve(makers[maker], lambda plan: 1 - cost(plan, router).saved, 1 - target.saved)
         except ParameterError as error:
-            raise ParameterError(f"arms: {name} cannot be as cheap as unimod, whose layers take {target.stack / target.dense_stack:.3f} of the dense "
+            raise ParameterError(f"arms: {name} cannot be as cheap as unimod, whose layers take {1 - target.saved:.3f} of the dense "
                                  f"ones' FLOPs with saving={params.saving:g}. {error} Lower saving, or leave the arm out.") from None
+        if abs(cost(plan, router).saved - target.saved) > NEAR:
+            raise ParameterError(f"arms: {name} saves {cost(plan, router).saved:.3f} of the layers' FLOPs at the nearest, unimod {target.saved:.3f}. "
+                                 "Where whole rows are dropped a larger batch has finer steps; or change saving, or leave the arm out.")
+        return plan
 
     for name in params.arms:
         router, at, maker = ("shared", ".", "interleaved") if name == "mod" else name.partition(".")
@@ -146,8 +160,8 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
         return quality.flat() | figures(routings(m, held_out), held_out, start)
 
     evaluations = [{"step": 0, "flops": 0.0, **judge(model)}]
-    config = TrainConfig(steps=arm.steps, lr=params.lr, router_lr=params.router_lr, evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50,
-                         device=device_of(params))
+    config = TrainConfig(steps=arm.steps, seed=seed, lr=params.lr, router_lr=params.router_lr, membership=arm.membership,
+                         evaluate_every=max(1, (arm.steps + 1) // 2), save_every=50, device=device_of(params))
     records = train(model, batches, config, folder=folder, resume=params.resume, evaluate=judge, log=log)
     spent = 0.0
     for record in records:

@@ -31,7 +31,7 @@ from .plan import CapacityPlan
 from .tokens import Packed, Segment, Task, TokenSequence, pack
 
 BACKWARD = 2
-"""A backward pass costs twice its forward."""
+"""A backward pass costs twice its forward where every weight is trained."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Cost:
     """The same layers with every token kept and no router."""
     token_layers: int
     dense_token_layers: int
+    backward: float
+    """Backward pass of stack and head: frozen weights get no gradient, and nothing below the first trained layer does."""
     looking: float = 0.0
     """Attention received, for routers that score by it; no backward."""
     tokenizer: float = 0.0
@@ -63,12 +65,12 @@ class Cost:
 
     @property
     def step(self) -> float:
-        """A training step: the pictures' codes, forward and backward, every weight trained."""
-        return self.tokenizer + self.looking + (1 + BACKWARD) * (self.stack + self.head)
+        """A training step: the pictures' codes, forward and backward."""
+        return self.tokenizer + self.total + self.backward
 
     @property
     def dense_step(self) -> float:
-        """A training step of the dense model."""
+        """A training step of the dense model, every weight trained."""
         return self.tokenizer + (1 + BACKWARD) * self.dense_total
 
     @property
@@ -87,19 +89,27 @@ def count(model: UnifiedModel, packed: Packed, image_tokenizer: ImageTokenizer |
 
     `image_tokenizer` adds what it takes to make the codes of the rows' pictures.
     """
-    stack, dense, looking, kept_tokens = 0.0, 0.0, 0.0, 0
+    stack, dense, looking, backward, kept_tokens = 0.0, 0.0, 0.0, 0.0, 0
+    flows = _trained(model.decoder.embed_tokens) or (model.projector is not None and _trained(model.projector))   # a gradient reaches this depth
     for layer, following in zip(model.layers, [*model.layers[1:], None]):
         routed = isinstance(layer, MoDLayer)
         segments = list(zip(packed.segments, layer.router.kept(packed) if routed else [s.length for s in packed.segments]))
-        stack += _layer(layer.layer if routed else layer, segments)
-        stack += layer.router.flops() * len(packed) if routed else 0
+        inner = layer.layer if routed else layer
+        stack += _layer(inner, segments)
+        backward += _backward(inner, segments, flows)
+        flows = flows or _trained(inner)
+        if routed:
+            scoring = layer.router.flops() * len(packed)
+            stack += scoring
+            backward += scoring * (_trained(layer.router) + flows)
+            flows = flows or _trained(layer.router)
         if isinstance(following, MoDLayer) and following.router.config.score == "attention":
             looking += _attention(layer, segments) / 2      # the map once more, without the values
         kept_tokens += sum(k for _, k in segments)
-        dense += _layer(layer.layer if routed else layer, [(s, s.length) for s in packed.segments])
+        dense += _layer(inner, [(s, s.length) for s in packed.segments])
     head = 2.0 * model.head.weight.numel() * sum(packed.target_counts)
     codes = _pictures(packed.tasks) * encoding(image_tokenizer, model.layout.grid) if image_tokenizer else 0.0
-    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers), looking, codes)
+    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers), backward + head * (_trained(model.head) + flows), looking, codes)
 
 
 def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
@@ -178,6 +188,18 @@ def savings(model: UnifiedModel, plan: CapacityPlan, rows: Sequence[TokenSequenc
 def _pictures(tasks: Iterable[Task]) -> int:
     """Rows with a picture: all but plain text."""
     return sum(task != Task.LM for task in tasks)
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _backward(layer: nn.Module, kept: Sequence[tuple[Segment, int]], flows: bool) -> float:
+    """One product per trained weight for its own gradient, one per weight for its input's, where anything there or below is trained."""
+    if not (flows or _trained(layer)):
+        return 0.0
+    weights = sum(m.weight.numel() * (1 + m.weight.requires_grad) for m in layer.modules() if isinstance(m, nn.Linear))
+    return 2.0 * weights * sum(k for _, k in kept) + BACKWARD * _attention(layer, kept)
 
 
 def _layer(layer: nn.Module, kept: Sequence[tuple[Segment, int]]) -> float:

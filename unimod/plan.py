@@ -259,9 +259,9 @@ def solve(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan]
 
 def _kept(layers: int, routed: int, saving: float, share: float = 1.0) -> float:
     """Mean capacity of the routed layers of a task that saves `share * saving`. Raises `ParameterError` where that is below FLOOR."""
-    if share * saving * layers > routed * (1 - FLOOR):
+    if not 0 <= share * saving * layers <= routed * (1 - FLOOR):
         raise ParameterError(f"saving={saving:g} is more than {routed} of {layers} layers can save; "
-                             f"ask for less than {routed * (1 - FLOOR) / layers / share:.3g}.")
+                             f"ask for 0 to {routed * (1 - FLOOR) / layers / share:.3g}.")
     return 1 - share * saving * layers / max(1, routed)
 
 

@@ -236,7 +236,7 @@ class Exact(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, D] -> float32 [T, out]."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 

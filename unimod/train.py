@@ -36,6 +36,8 @@ class TrainConfig:
     """How long and how fast to train."""
 
     steps: int
+    seed: int = 0
+    """Seed of what routers draw while training; torch's generators are set from it at every step."""
     lr: float = 1.5e-3
     """Peak learning rate of the backbone."""
     router_lr: float = 5.0
@@ -148,6 +150,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
             group["lr"] = group["peak"] * config.lr_at(step)
         packed = batches.train(world * step + rank).to(accelerator.device)
         objective.train()
+        torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
         outcome = objective(packed)
         accelerator.backward(outcome.objective)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)

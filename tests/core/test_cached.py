@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unimod.generate import _Growing, calibrate
-from unimod.layers import apply_mod, record_routing
+from unimod.generate import _Growing, calibrate, draw
+from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
 from unimod.methods import PRESETS, RouterConfig
 from unimod.models.cache import KVCache
 from unimod.plan import CapacityPlan, last_half
@@ -84,15 +84,48 @@ def test_pictures_drawn_token_by_token(model, packed, name):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=2, max_size=4), st.integers(0, 2**30))
 def test_any_lengths(model, lengths, seed):
-    """Questions and answers of any length, early exit and a router per task in turn."""
+    """Questions and answers of any length, early exit and a decision per layer in turn."""
     g, layout = torch.Generator().manual_seed(seed), model.layout
     torch.manual_seed(seed)
-    if not hasattr(model.layers[6], "router"):
-        apply_mod(model, PLAN, RouterConfig(reach="exit" if seed % 2 else "layer", std=0.5)).double()
+    apply_mod(remove_mod(model), PLAN, RouterConfig(reach="exit" if seed % 2 else "layer", std=0.5)).double()
     turns = [(" ".join(["circle"] * q), " ".join(["red"] * a)) for q, a in lengths]
     codes = [torch.randint(16, (12,), generator=g) for _ in turns]
     agree(model, [layout.mmu(c, [(q, "")], open_ended=True) for c, (q, _) in zip(codes, turns)],
           [layout.mmu(c, [t], open_ended=True) for c, t in zip(codes, turns)])
+
+
+@pytest.mark.parametrize("model", ["emu3-tiny"], indirect=True)
+@pytest.mark.parametrize("kind", ["image", "text", "special", "question"])
+def test_kinds_that_are_never_dropped(model, packed, kind):
+    torch.manual_seed(1)
+    apply_mod(model, PLAN, RouterConfig(keep=(kind,), std=0.5)).double()
+    calibrate(model, packed)
+    nothing, codes = torch.zeros(0, dtype=torch.long), torch.arange(12)
+    agree(model, [model.layout.t2i("a red circle", nothing, prompt=True)], [model.layout.t2i("a red circle", codes, prompt=True)])
+
+
+@pytest.mark.parametrize("model", ["emu3-tiny"], indirect=True)
+def test_targets_are_not_known_where_tokens_are_generated(model, packed):
+    apply_mod(model, PLAN, RouterConfig(keep=("labelled",)))
+    calibrate(model, packed)
+    with pytest.raises(RuntimeError, match="keep='labelled' asks for targets"):
+        draw(model, ["a red circle"])
+
+
+@pytest.mark.parametrize("model", ["emu3-tiny"], indirect=True)
+def test_while_capacities_are_learned(model, packed):
+    learned = learn_capacity(routed(model, "sharp", packed), 0.3)
+    with torch.no_grad():
+        learned.theta.copy_(torch.randn(learned.theta.shape, generator=torch.Generator().manual_seed(0)))
+    calibrate(model, packed)
+    nothing, codes = torch.zeros(0, dtype=torch.long), torch.arange(12)
+    assert any(agree(model, [model.layout.t2i("a", nothing, prompt=True)], [model.layout.t2i("a", codes, prompt=True)]).values())
+
+
+def test_nothing_is_generated_where_rows_compete(model):
+    apply_mod(model, last_half(8), PRESETS["competitive"])
+    with pytest.raises(ValueError, match="Nothing can be generated with compete='batch'"):
+        draw(model, ["a red circle"])
 
 
 def test_a_cache_takes_one_token_per_row(model, rows):

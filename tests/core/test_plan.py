@@ -37,10 +37,10 @@ def test_the_papers_runs_save_what_the_paper_counts():
     assert showo.capacity["mmu"][12:] == pytest.approx([1 - 0.8 * i / 11 for i in range(12)])
 
 
-@given(st.integers(2, 40), st.floats(0, 0.3))
+@given(st.integers(2, 40), st.one_of(st.just(0.0), st.floats(1e-4, 0.3)))
 def test_the_per_task_half_falls_and_saves_twice_as_much_on_understanding(layers, saving):
     plan, half = last_half_per_task(layers, saving), layers // 2
-    assert plan.saving("mmu") == pytest.approx(2 * plan.saving("t2i")) and (plan.saving("mmu") + plan.saving("t2i")) / 2 == pytest.approx(saving)
+    assert plan.saving("mmu") == pytest.approx(2 * plan.saving("t2i"), abs=1e-6) and (plan.saving("mmu") + plan.saving("t2i")) / 2 == pytest.approx(saving)
     assert plan.saving("lm") == 0 and max(plan.routed(), default=half) >= half > max((i for i in range(half) if plan.kind(i) != "dense"), default=-1)
     t2i, mmu = (plan.capacity[task][half:] for task in ("t2i", "mmu"))
     assert len(set(t2i)) == 1 and list(mmu) == sorted(mmu, reverse=True) and min(mmu) >= FLOOR - 1e-9
@@ -49,7 +49,7 @@ def test_the_per_task_half_falls_and_saves_twice_as_much_on_understanding(layers
 
 
 def test_the_per_task_half_refuses_what_it_cannot_save():
-    with pytest.raises(ParameterError, match=r"saving=0.36 is more than 4 of 8 layers can save; ask for less than 0.356"):
+    with pytest.raises(ParameterError, match=r"saving=0.36 is more than 4 of 8 layers can save; ask for 0 to 0.356"):
         last_half_per_task(8, 0.36)
 
 

@@ -55,6 +55,24 @@ def test_planned_leaves_the_model_as_it_was_and_counts_training():
     assert [type(layer) for layer in model.layers] == before and not model.training and not any(m.training for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+@pytest.mark.parametrize("router", [n for n, c in ROUTERS.items() if c.compete != "rows"])
+def test_so_it_does_for_every_router(name, router):
+    """Frozen weights, attention looked at once more, decisions that are repeated."""
+    model, rows = preset(name)
+    with planned(model, last_half(8), ROUTERS[router]):
+        assert measured(model, rows) == pytest.approx(count(model, pack(rows)).step, rel=0.01)
+
+
+def test_so_it_does_for_adapters_on_frozen_weights():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model, rows = preset("emu3-tiny")
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3, 4, 5]), model.lm)
+    assert count(model, pack(rows)).step < 0.8 * count(model, pack(rows)).dense_step
+    assert measured(model, rows) == pytest.approx(count(model, pack(rows)).step, rel=0.03)
+
+
 @pytest.mark.parametrize("name, plan, reported, dense_tflops", [("showo-512", paper_showo, 43.3, 51.1), ("emu3-8k", paper_emu3, 53.5, 89.0)])
 def test_the_papers_counting_gives_the_papers_ratios(name, plan, reported, dense_tflops):
     model, rows = preset(name)
@@ -87,11 +105,11 @@ def test_a_share_of_the_full_counting_is_solved_for(capsys, router):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["last_half", "--saving", "0.6"], "ask for less than 0.475"),
+    (["last_half", "--saving", "0.6"], "ask for 0 to 0.475"),
     (["last_half", "--saving", "-1"], "--saving -1 must be a share"),
     (["last_half", "--saving", "0.47", "--count", "full", "--router", "gamma-mod"], "A price of 0.53 is out of reach: these plans cost 0."),
     (["cosine_decay", "--count", "full"], "out of reach"),
-    (["last_half", "--router", "mood"], "--router mood is not known. Allowed: unimod"),
+    (["last_half", "--router", "mood"], "--router mood is not known, or needs many rows"),
     (["short.yaml"], "plans 3 layers, the model has 8"),
     (["bad.yaml"], "is not a plan"),
 ])

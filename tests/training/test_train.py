@@ -149,8 +149,11 @@ def test_capacities_learned_for_an_arm_cost_what_unimods_do():
 
 
 @pytest.mark.parametrize("arm, words", [("early-exit.interleaved", "arms: early-exit.interleaved does not go together. reach='exit'"),
-                                        ("tread.cosine_decay", "reach='run': one decision"), ("a-mod.learned", "layer 0 cannot be routed")])
-def test_arms_that_do_not_go_together_are_refused(arm, words):
+                                        ("tread.cosine_decay", "reach='run': one decision"), ("a-mod.learned", "layer 0 cannot be routed"),
+                                        ("tread.learned", "one decision"),
+                                        ("early-exit.learned", "never comes back")])
+def test_arms_that_do_not_go_together_are_refused(arm, words, monkeypatch):
+    monkeypatch.setattr("unimod.arms.train", lambda *_: pytest.fail("trained before it was refused"))
     session = Session("showo-tiny", fresh().eval(), TOKENIZER, DATA, batches(fresh()))
     with pytest.raises(ParameterError, match=words):
         arms_of(Params(models=["showo-tiny"], arms=["dense", arm], steps=1, batch=2), session)
@@ -162,7 +165,7 @@ def test_routers_that_look_back_go_through_an_arm(tmp_path, name):
     model = fresh(name)
     session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, (2, 2, 1)))
     names = ["a-mod.last_half", "early-exit.last_half", "tread.middle", "layer-drop.last_half"]
-    params = Params(models=[name], arms=names, steps=2, batch=2, eval_samples=2, saving=0.2)
+    params = Params(models=[name], arms=names, steps=2, batch=2, eval_samples=2, saving=0.26)
     for arm in arms_of(params, session):
         assert arm.router.predictor == (arm.name.startswith("a-mod") and name == "emu3-tiny")
         assert len(run_arm(params, session, arm, 0, tmp_path / arm.name)["evaluations"]) == 3, arm.name

@@ -111,12 +111,13 @@ def in_use(model: UnifiedModel, image_tokenizer: ImageTokenizer, batches: Batche
         return {}
     configs = [layer.router.config for layer in routed_layers(model)]
     found: dict[str, list[dict[str, object]]] = {}
-    if all(c.score == "learned" or c.predictor for c in configs):
+    foresees = all(c.score == "learned" or c.predictor for c in configs)
+    if foresees:
         calibrate(model, batches.held_out("train", 32))
         found |= {"agreement": agreement(model, held_out), "decided": decided(model, held_out)}
     codes = batches.codes(samples)
     rows = {"mmu": [batches.mmu(s, c) for s, c in zip(samples, codes)], "t2i": batches.t2i([s.caption for s in samples], codes, torch.Generator(), drop=False)}
     found["cache"] = [{"task": task, "share": cache_share(model, some)} for task, some in rows.items()]
-    if all(sample.things for sample in samples):
+    if all(sample.things for sample in samples) and (foresees or not model.layout.causal_images):
         found["guidance"] = guidance(model, image_tokenizer, samples)
     return found

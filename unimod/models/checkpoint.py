@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 
 from ..config import MODELS, ParameterError
-from ..layers import MoDLayer, apply_mod
+from ..layers import MoDLayer, apply_mod, routed_layers
 from ..methods import RouterConfig
 from ..plan import CapacityPlan
 from . import chameleon, emu3, janus, showo
@@ -113,9 +113,9 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
     (folder / "config.json").unlink(missing_ok=True)
     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}           # a clone each: routers may share weights
     save_file({family.theirs(k): v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors", metadata={"format": "pt"})
-    routed = [layer for layer in model.layers if isinstance(layer, MoDLayer)]
+    routed = routed_layers(model)
     if routed:
-        save_file({k: v for k, v in state.items() if ".router." in k}, folder / "routers.safetensors")
+        save_file({k: v for k, v in state.items() if ".router." in k and ".learned." not in k}, folder / "routers.safetensors")
         plan_of(model).save(folder / "plan.yaml")
         (folder / "router.json").write_text(json.dumps(asdict(routed[0].router.config), indent=1))
     else:
@@ -141,7 +141,10 @@ def shipped(name: str) -> Path:
 
 
 def plan_of(model: UnifiedModel) -> CapacityPlan:
-    """The capacity plan a model is routed by; all dense when it is not."""
+    """The capacity plan a model is routed by; all dense when it is not. Of capacities that are being learned, where they stand."""
+    for layer in routed_layers(model):
+        if layer.router.learned is not None:
+            return layer.router.learned.plan()
     rows = [layer.router.capacity if isinstance(layer, MoDLayer) else (1.0, 1.0, 1.0) for layer in model.layers]
     return CapacityPlan({task: tuple(row[i] for row in rows) for i, task in enumerate(("t2i", "mmu", "lm"))})
 
@@ -258,12 +261,17 @@ def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | 
 
 
 def _load_routers(folder: Path, model: UnifiedModel) -> None:
-    if not (folder / "plan.yaml").exists():
-        return
     path = folder / "routers.safetensors"
+    if not (folder / "plan.yaml").exists():
+        if path.is_file():
+            raise CheckpointError(f"{folder} has a routers.safetensors but no plan.yaml. Copy it there, or remove the routers to load the dense model.")
+        return
     if not path.is_file():
         raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove plan.yaml to load the dense model.")
-    apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig(**read_json(folder / "router.json")))
+    try:
+        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig(**read_json(folder / "router.json")))
+    except (ParameterError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be routed as its plan.yaml and router.json say: {error}") from None
     routers = torch.nn.ModuleDict({str(i): layer.router for i, layer in enumerate(model.layers) if isinstance(layer, MoDLayer)})
     fill(routers, Weights(folder, path), lambda key: key.partition("layers.")[2].replace(".router.", ".", 1))
 
