@@ -105,6 +105,17 @@ def test_the_gradient_is_that_of_the_loss(model, packed):
         assert learned.theta.grad[at].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-3, abs=1e-7)
 
 
+@torch.no_grad()
+def test_it_is_saved_as_the_plan_it_has_come_to(tmp_path, model, packed):
+    from unimod.models.checkpoint import from_pretrained, save_pretrained
+
+    learned = learn_capacity(apply_mod(model, last_half(8), RouterConfig(std=0.5)), 0.3)
+    learned.theta.copy_(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    again, _ = from_pretrained(save_pretrained(tmp_path, model))
+    assert torch.equal(again(packed), model(packed)) and again.layers[5].router.learned is None
+    assert tuple(again.layers[6].router.capacity) == pytest.approx(learned.host(2), abs=0)
+
+
 def test_layers_that_do_nothing_give_their_capacity_to_those_that_do(model, packed):
     """Layers 4 and 6 write nothing. The loss wants the others' updates, so capacity moves there, as fast as the rate allows, at the same total."""
     with torch.no_grad():

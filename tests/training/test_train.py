@@ -13,7 +13,8 @@ from unimod.config import ParameterError, Params
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate.quality import evaluate
-from unimod.layers import apply_mod
+from unimod.layers import apply_mod, learn_capacity
+from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
 from unimod.session import Session
@@ -43,20 +44,31 @@ def test_loss_falls_for_every_task_dense_and_routed(name):
     assert all(r["flops"] < r["dense_flops"] for r in records)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("router", ["dense", "unimod", "tread", "layer-drop", "noisy", "learned"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, router):
+    """Also where routers draw at random, and while capacities are learned."""
+    def made(seed=0):
+        model = fresh(seed=seed)
+        if router != "dense":
+            torch.manual_seed(seed)
+            apply_mod(model, last_half(8), {**PRESETS, "noisy": RouterConfig(noise=1.0), "learned": RouterConfig()}[router])
+        if router == "learned":
+            learn_capacity(model, 0.3)
+        return model
+
     config = TrainConfig(steps=5, save_every=2)
-    whole = fresh()
+    whole = made()
     expected = train(whole, batches(whole), config, folder=tmp_path / "whole")
 
     def stop(record):
         if record["step"] == 3:
             raise KeyboardInterrupt
 
-    broken = fresh()
+    broken = made()
     with pytest.raises(KeyboardInterrupt):
         train(broken, batches(broken), config, folder=tmp_path / "broken", log=stop)
     assert not (tmp_path / "broken" / "metrics.jsonl").exists(), "half a run must not look finished"
-    again = fresh(seed=7)
+    again = made(seed=7)
     records = train(again, batches(again), config, folder=tmp_path / "broken")
     assert [r["loss"] for r in records] == [r["loss"] for r in expected]
     for a, b in zip(whole.parameters(), again.parameters()):
@@ -163,9 +175,9 @@ def test_arms_that_do_not_go_together_are_refused(arm, words, monkeypatch):
 def test_routers_that_look_back_go_through_an_arm(tmp_path, name):
     """Attention received needs a predictor where pictures are drawn token by token."""
     model = fresh(name)
-    session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, (2, 2, 1)))
+    session = Session(name, model, TOKENIZER, DATA, Batches(DATA, TOKENIZER, model.layout, (4, 4, 1)))
     names = ["a-mod.last_half", "early-exit.last_half", "tread.middle", "layer-drop.last_half"]
-    params = Params(models=[name], arms=names, steps=2, batch=2, eval_samples=2, saving=0.26)
+    params = Params(models=[name], arms=names, steps=2, batch=4, eval_samples=2, saving=0.27)
     for arm in arms_of(params, session):
         assert arm.router.predictor == (arm.name.startswith("a-mod") and name == "emu3-tiny")
         assert len(run_arm(params, session, arm, 0, tmp_path / arm.name)["evaluations"]) == 3, arm.name

@@ -48,6 +48,8 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
 
     The same arguments judge the same items. A routed model that draws token by token is calibrated on training rows first.
     """
+    training = model.training
+    model.eval()                                            # some routers decide otherwise in training
     batches = Batches(data, image_tokenizer, model.layout, seed=seed)
     samples = batches.samples(split, start, count, seed=0)
     if model.layout.causal_images and routed_layers(model):
@@ -65,6 +67,7 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
                 right[f"pictures/{category}"].append(matches(detect(picture), sample))
     held_out = batches.held_out(split, min(32, count)).to(model.device)
     per_task = losses(model, held_out).per_task.tolist()
+    model.train(training)
     shares = {name: float(np.mean(values)) for name, values in sorted(right.items())}
     return Quality(questions={k.split("/")[1]: v for k, v in shares.items() if k.startswith("q")},
                    pictures={k.split("/")[1]: v for k, v in shares.items() if k.startswith("p")},
