@@ -42,7 +42,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """The calls that make up a batch (one, or causal and full), the longest run, and whose output each query takes: bool [T, 1, 1], True the causal."""
+    """The calls that make up a batch (one, or causal and full), at least the longest run, and which output a query takes: bool [T, 1, 1], True causal."""
 
     calls: tuple[Call, ...]
     most: int
@@ -61,11 +61,12 @@ def refuses(masks: tuple[str, ...], width: int) -> str:
 def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, ...]) -> Plan:
     """What to call, from the intervals; nothing is read back from the device."""
     size, leading = torch.tensor([lengths, [kind == "prefix" for kind in masks]]).to(hi.device, non_blocking=True)      # int64 [B] each
+    most = max(2, *lengths)                                     # at 1 a kernel may take rows for queries of decoding, of which none is empty
     e = size.cumsum(0)
     s = e - size
     if set(masks) == {"causal"}:
         cu = F.pad(e, (1, 0)).int()
-        return Plan((Call(True, cu, cu),), max(lengths))
+        return Plan((Call(True, cu, cu),), most)
     row = torch.repeat_interleave(torch.arange(len(size), device=hi.device), size, output_size=len(hi))
     leading, i = leading.bool(), torch.arange(1, len(hi) + 1, device=hi.device)
     first = torch.where(leading[row], hi > i, hi < e[row])      # the queries of [s, m)
@@ -78,7 +79,7 @@ def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, 
         begin, end, key = torch.where(front, s, m), torch.where(front, m, e), torch.where(front, x, e)
         bounds = torch.stack([torch.stack([begin, end, e, e], 1), torch.stack([s, key, key, e], 1)]).flatten(1)
         calls.append(Call(causal, *F.pad(bounds, (1, 0)).int()))
-    return Plan(tuple(calls), max(lengths), (first != leading[row])[:, None, None])
+    return Plan(tuple(calls), most, (first != leading[row])[:, None, None])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, name: str) -> Tensor:
