@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: BlockMask, scale: float, name:
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each row of bool [blocks, blocks] has, and which, first in the order: int32 [1, 1, blocks] and [1, 1, blocks, blocks]."""
-    return blocks.sum(1, dtype=torch.int32)[None, None], blocks.int().argsort(1, descending=True, stable=True).int()[None, None]
+    return blocks.sum(1, dtype=torch.int32)[None, None], blocks.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
 
 
 @cache

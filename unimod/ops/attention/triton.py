@@ -67,6 +67,7 @@ def mass_kernel(q, k, lo, hi, label, position, lse, mass, entropy, distance, len
             given = shrink[:, None] * given + tl.dot(p, hot, input_precision="ieee")
         top = new
     out = tl.cast(head, tl.int64) * length + i
+    total = tl.where(real, total, 1.0)
     if LABELS > 0:
         kinds = tl.arange(0, KINDS)
         tl.store(mass + out[:, None] * LABELS + kinds[None, :], given / total[:, None], mask=real[:, None] & (kinds < LABELS)[None, :])
