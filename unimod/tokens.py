@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -123,6 +124,8 @@ class Packed:
     """int64 [T]: the token by whose score a router judges each token, where it is not its own."""
     masks: tuple[str, ...] = ()
     """How each row's intervals are made (`mask_kind`), on the host: [B], or nothing where it is not known. A sorted gather leaves it as it is."""
+    memo: ClassVar[dict | None] = None
+    """What attention works out from the intervals, for the layers that share this batch: the model puts a dict in its place; a routed layer's has none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -134,11 +137,6 @@ class Packed:
         for segment in self.segments:
             n[segment.row] += segment.length
         return tuple(n)
-
-    @cached_property
-    def memo(self) -> dict:
-        """What attention works out from the intervals, kept for the layers that share this batch."""
-        return {}
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:

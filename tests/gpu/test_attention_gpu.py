@@ -45,7 +45,7 @@ def tensors(packed, heads, kv_heads, width, dtype=torch.bfloat16):
 
 def run(name, packed, inputs):
     with use_backend(name):
-        out = interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, inputs[0].shape[2] ** -0.5, packed.masks, packed.memo)
+        out = interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, inputs[0].shape[2] ** -0.5, packed.masks)
     mix = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(out.dtype)
     return [out, *torch.autograd.grad(out, inputs, mix)]
 

@@ -73,7 +73,7 @@ def test_every_layout_in_one_or_two_calls_and_by_the_reference(name, kept):
         packed = routed(packed, torch.rand(len(packed), generator=torch.Generator().manual_seed(3)) < kept)
     inputs = tensors(packed)
     same(split(packed, inputs), truth(*inputs, packed), inputs)
-    same(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, packed.memo), truth(*inputs, packed), inputs)
+    same(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks), truth(*inputs, packed), inputs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,11 +168,11 @@ def test_a_routed_model_by_runs_equals_one_by_sdpa(kind, monkeypatch):
 
 
 def test_a_batch_seen_in_inference_mode_can_be_learned_from():
-    packed = pack(ROWS["showo"])
+    packed, memo = pack(ROWS["showo"]), {}
     inputs = tensors(packed)
     with torch.inference_mode():
-        interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, packed.memo)
-    same(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, packed.memo), truth(*inputs, packed), inputs)
+        interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, memo)
+    same(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, memo), truth(*inputs, packed), inputs)
 
 
 @pytest.mark.parametrize("takes", [(), ("scale", "window_size"), ("scale", "window_size", "enable_gqa")], ids=["2.10", "between", "2.13"])

@@ -127,6 +127,7 @@ class UnifiedModel(nn.Module):
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
+        packed.__dict__.setdefault("memo", {})
         h = self.embed(packed)[None]
         position = packed.position[None]
         layers = [(i, layer) for i, layer in enumerate(self.layers) if i != skip]

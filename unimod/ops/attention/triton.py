@@ -2,7 +2,7 @@
 
 What each query gives (`attention_mass`, and the log-sum-exp of its row) goes over the keys of a block of queries once. What each key receives needs
 that log-sum-exp, and then goes over the queries of a block of keys. Sums are float32 and in a fixed order: no atomics, the same numbers every time.
-Both read k in their own head of `H_kv`. Products of float32 are exact (ieee), of half types in the tensor cores with float32 sums.
+A head of queries reads its group's head of k in place. Products of float32 are exact (ieee), of half types in the tensor cores with float32 sums.
 
     received_j = sum_i w_i exp(s_ij - lse_i)         with  s = q . k * scale
     entropy_i  = ln l - t / l                        with  m = max_j s_ij,  l = sum_j exp(s_ij - m),  t = sum_j exp(s_ij - m) (s_ij - m)
