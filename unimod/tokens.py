@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -121,6 +122,10 @@ class Packed:
     features: Tensor | None = None
     twin: Tensor | None = None
     """int64 [T]: the token by whose score a router judges each token, where it is not its own."""
+    masks: tuple[str, ...] = ()
+    """How each row's intervals are made (`mask_kind`), on the host: [B], or nothing where it is not known. A sorted gather leaves it as it is."""
+    memo: ClassVar[dict | None] = None
+    """What attention works out from the intervals, for the layers that share this batch: the model puts a dict in its place; a routed layer's has none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -179,6 +184,7 @@ class Packed:
             lo=torch.searchsorted(idx, self.lo[idx]),
             hi=torch.searchsorted(idx, self.hi[idx]),
             segments=tuple(segments),
+            masks=self.masks,
         )
 
     def paired(self) -> Packed:
@@ -234,6 +240,7 @@ def pack(sequences: Seq[TokenSequence]) -> Packed:
         target=torch.cat([s.target for s in sequences]),
         segments=tuple(Segment(row, s.task, n, rule) for row, s in enumerate(sequences) for n, rule in s.parts),
         features=torch.cat(features) if features else None,
+        masks=tuple(mask_kind(s.hi) for s in sequences),
     )
 
 
@@ -248,3 +255,16 @@ def suffix_hi(causal: int, total: int) -> Tensor:
     hi = torch.arange(1, total + 1)
     hi[causal:] = total
     return hi
+
+
+def mask_kind(hi: Tensor) -> str:
+    """How the upper ends of a sequence (int64 [n], on the host, lo = 0) are made. A sorted gather keeps the kind.
+
+    causal: every token sees itself and what is before it; prefix: as causal, but the first tokens see one and the same number of tokens;
+    suffix: as causal, but the last tokens see all; general: anything else.
+    """
+    own = torch.arange(1, len(hi) + 1)
+    early, late = int((hi > own).sum()), int((hi < len(hi)).sum())
+    if torch.equal(hi[early:], own[early:]) and bool((hi[:early] == hi[0]).all()):
+        return "prefix" if early else "causal"
+    return "suffix" if torch.equal(hi, own.where(own <= late, len(hi))) else "general"

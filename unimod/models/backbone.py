@@ -56,7 +56,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
         trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
     if cache is not None:
         return cache.attend(module.layer_idx, q, k, v, packed, scaling)[None], None
-    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling)[None], None
+    memo = None if torch.compiler.is_compiling() else packed.memo
+    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -127,6 +128,7 @@ class UnifiedModel(nn.Module):
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
+        packed.__dict__.setdefault("memo", {})
         h = self.embed(packed)[None]
         position = packed.position[None]
         layers = [(i, layer) for i, layer in enumerate(self.layers) if i != skip]

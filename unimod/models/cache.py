@@ -51,7 +51,7 @@ class KVCache:
         used.index_add_(0, row, torch.ones_like(row))
         if first:
             self._most[layer] = max(packed.lengths)
-            return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scale)
+            return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scale, packed.masks, packed.memo)
         most = self._most[layer] = min(self._most[layer] + 1, self.room)      # known on the host, at least what any row holds
         keys, values = (store[layer][:, :, :most] if len(row) == self.rows else store[layer][row, :, :most] for store in (self.keys, self.values))
         allow = torch.arange(most, device=row.device) < used[row, None]

@@ -1,58 +1,18 @@
-"""Attention of packed tokens over intervals, the slow truth: pad the rows to one length, build the boolean mask, use torch's own operators.
-
-    interval_attention    softmax_j(q_i . k_j * scale) v_j            over   lo_i <= j < hi_i
-    attention_received    what the softmax gave each token j, relative to an even share
-"""
+"""The slow truth: pad the rows to one length, build the boolean mask, use torch's own operators. What is computed is said in `__init__`."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ENTRIES = 2**24
-"""Entries of attention maps that `attention_received` holds at a time."""
+"""Entries of attention maps that the statistics hold at a time."""
 
 
-def interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """Attention of packed tokens.
-
-    q: [H, T, d]; k, v: [H_kv, T, d] (H a multiple of H_kv); lo, hi: int64 [T]; lengths: tokens of each row, adding up to T.
-    An interval never leaves its row. Returns [T, H, d] in q's dtype.
-    """
-    rows = _Rows(lengths, q.device)
-    low, high = rows.intervals(lo, hi)
-    j = torch.arange(rows.n, device=q.device)
-    allow = (j >= low[..., None]) & (j < high[..., None])
-    out = F.scaled_dot_product_attention(*map(rows.pad, (q, k, v)), attn_mask=allow[:, None], scale=scale, enable_gqa=q.shape[0] != k.shape[0])
-    return out.transpose(1, 2).flatten(0, 1)[rows.place]        # [B, H, n, d] -> [T, H, d]
-
-
-@torch.no_grad()
-def attention_received(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    """Attention that each token receives from the queries of its own segment, 1 for an even share: float32 [T].
-
-        r_j = mean over queries i of j's segment with lo_i <= j < hi_i of (hi_i - lo_i) * mean over heads of A_ij
-
-    A-MoD's score (arXiv 2412.20875) where a segment is the whole row and sees all of itself; queries of later segments, which may not exist yet,
-    have no say. Arguments as for `interval_attention`; segment: int64 [T], the number of each token's segment.
-    """
-    rows = _Rows(lengths, q.device)
-    low, high = rows.intervals(lo, hi)
-    query, key = rows.pad(q), rows.pad(k).repeat_interleave(q.shape[0] // k.shape[0], 1)
-    of = rows.pad((segment + 1)[None, :, None])[:, 0, :, 0]     # 0 for a pad
-    j = torch.arange(rows.n, device=q.device)
-    total, asked = (torch.zeros(len(lengths), rows.n, device=q.device) for _ in range(2))
-    for some in torch.arange(rows.n, device=q.device).split(max(1, ENTRIES // (query.shape[0] * query.shape[1] * rows.n))):
-        allow = (j >= low[:, some, None]) & (j < high[:, some, None])
-        a = ((query[:, :, some] @ key.transpose(2, 3)).float() * scale).masked_fill(~allow[:, None], -torch.inf).softmax(-1).mean(1)
-        counts = allow & (of[:, some, None] == of[:, None])
-        total += (a * (high - low)[:, some, None] * counts).sum(1)
-        asked += counts.sum(1)
-    return (total / asked.clamp(min=1)).flatten()[rows.place]
-
-
-class _Rows:
+class Rows:
     """Packed rows as a batch of n slots each. `place`: where each packed token lies among the slots of all rows."""
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
@@ -61,14 +21,18 @@ class _Rows:
         row = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths))
         begin = (size.cumsum(0) - size)[row]
         self.even = min(lengths) == self.n                      # then padding is the identity
-        self.begin = begin.to(device)
-        self.place = slice(None) if self.even else (row * self.n + torch.arange(sum(lengths)) - begin).to(device)
+        self.begin = begin.to(device, non_blocking=True)
+        self.place = slice(None) if self.even else (row * self.n + torch.arange(sum(lengths)) - begin).to(device, non_blocking=True)
 
     def pad(self, x: Tensor) -> Tensor:
         """[H, T, d] -> [B, H, n, d], zeros where there is no token."""
         if not self.even:
             x = x.new_zeros(x.shape[0], len(self.lengths) * self.n, x.shape[2]).index_copy(1, self.place, x)
         return x.unflatten(1, (-1, self.n)).transpose(0, 1)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, n, ...] -> [T, ...]."""
+        return x.flatten(0, 1)[self.place]
 
     def intervals(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Intervals within the rows, each [B, n]; pads see all, so that no softmax is empty."""
@@ -77,3 +41,61 @@ class _Rows:
             low = lo.new_zeros(len(self.lengths) * self.n).index_copy(0, self.place, low)
             high = hi.new_full((len(self.lengths) * self.n,), self.n).index_copy(0, self.place, high)
         return low.view(-1, self.n), high.view(-1, self.n)
+
+
+def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, ...]) -> tuple[Rows, Tensor | None]:
+    """The rows and who sees whom among their slots, bool [B, 1, n, n]; None where every row is causal."""
+    rows = Rows(lengths, lo.device)
+    if set(masks) == {"causal"}:
+        return rows, None
+    low, high = rows.intervals(lo, hi)
+    j = torch.arange(rows.n, device=lo.device)
+    return rows, ((j >= low[..., None]) & (j < high[..., None]))[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: tuple[Rows, Tensor | None], scale: float, name: str = "sdpa") -> Tensor:
+    """`interval_attention` by torch's scaled_dot_product_attention."""
+    rows, allow = plan
+    out = F.scaled_dot_product_attention(*map(rows.pad, (q, k, v)), attn_mask=allow, is_causal=allow is None, scale=scale,
+                                         enable_gqa=q.shape[0] != k.shape[0])
+    return rows.unpad(out.transpose(1, 2))                      # [B, H, n, d] -> [T, H, d]
+
+
+@torch.no_grad()
+def attention_received(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """`attention_received`, from maps of a few queries at a time."""
+    rows = Rows(lengths, q.device)
+    low, high = rows.intervals(lo, hi)
+    of = rows.pad((segment + 1)[None, :, None])[:, 0, :, 0]     # 0 for a pad
+    total, asked = (torch.zeros(len(lengths), rows.n, device=q.device) for _ in range(2))
+    for some, allow, a in _maps(q, k, rows, low, high, scale):
+        counts = allow & (of[:, some, None] == of[:, None])
+        total += (a.mean(1) * (high - low)[:, some, None] * counts).sum(1)
+        asked += counts.sum(1)
+    return rows.unpad(total / asked.clamp(min=1))
+
+
+@torch.no_grad()
+def attention_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, labels: int, lengths: tuple[int, ...], scale: float,
+                   position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_mass`, from maps of a few queries at a time."""
+    rows = Rows(lengths, q.device)
+    low, high = rows.intervals(lo, hi)
+    kinds = rows.pad(F.one_hot(label, labels).float()[None])    # [B, 1, n, labels]
+    at = rows.pad(position[None, :, None])[:, :, :, 0].float()  # [B, 1, n]
+    mass, entropy, distance = [], [], []
+    for some, _, a in _maps(q, k, rows, low, high, scale):
+        mass.append(a @ kinds)
+        entropy.append(-torch.xlogy(a, a).sum(-1))
+        distance.append((a * (at[:, :, some, None] - at[:, :, None]).abs()).sum(-1))
+    return tuple(rows.unpad(torch.cat(x, 2).transpose(1, 2)).transpose(0, 1) for x in (mass, entropy, distance))
+
+
+def _maps(q: Tensor, k: Tensor, rows: Rows, low: Tensor, high: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some queries at a time, int64 [m]: whom they may see, bool [B, m, n], and how much they do, float32 [B, H, m, n]."""
+    query, key = rows.pad(q), rows.pad(k).repeat_interleave(q.shape[0] // k.shape[0], 1)
+    j = torch.arange(rows.n, device=q.device)
+    for some in j.split(max(1, ENTRIES // (query.shape[0] * query.shape[1] * rows.n))):
+        allow = (j >= low[:, some, None]) & (j < high[:, some, None])
+        logits = (query[:, :, some] @ key.transpose(2, 3)).float() * scale
+        yield some, allow, logits.masked_fill(~allow[:, None], -torch.inf).softmax(-1)

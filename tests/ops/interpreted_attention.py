@@ -1,0 +1,57 @@
+"""Triton's statistics of attention in its interpreter against the reference; run by test_attention.py with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from ops.attention_rows import GENERAL, ROWS, routed
+
+from unimod.ops.attention import attention_mass, attention_received, triton
+from unimod.ops.backend import use_backend
+from unimod.tokens import pack
+
+BATCHES = {name: pack(ROWS[name][-6:]) for name in ("showo", "showo features", "degenerate")}
+BATCHES |= {"causal": pack(ROWS["emu3"][3:6]), "general": pack([GENERAL, *ROWS["showo"][:2]]), "one token": pack(ROWS["degenerate"][:1])}
+BATCHES["routed"] = routed(BATCHES["showo"], (BATCHES["showo"].position % 3 > 0) & (BATCHES["showo"].row != 2) & (BATCHES["showo"].row != 5))
+
+
+def inside(x):
+    """The same numbers in a larger memory full of nan, last dimension dense."""
+    room = x.new_full((x.shape[0] + 1, x.shape[1] + 3, x.shape[2] + 5), torch.nan)
+    room[:-1, :-3, :-5] = x
+    return room[:-1, :-3, :-5]
+
+
+@pytest.mark.parametrize("dtype, heads, kv_heads, width", [(torch.float32, 2, 1, 24), (torch.bfloat16, 2, 2, 16)])
+@pytest.mark.parametrize("name", BATCHES)
+def test_statistics(name, dtype, heads, kv_heads, width):
+    packed, g = BATCHES[name], torch.Generator().manual_seed(0)
+    q, k = ((2 * torch.randn(h, len(packed), width, generator=g)).to(dtype) for h in (heads, kv_heads))
+    intervals, position = (packed.lo, packed.hi), packed.position
+    with use_backend("reference"):                          # of float32: it rounds the products of halves
+        received = attention_received(q.float(), k.float(), *intervals, packed.segment, packed.lengths, 0.4)
+        expected = attention_mass(q.float(), k.float(), *intervals, packed.modality, 3, packed.lengths, 0.4, position)
+    with use_backend("triton"):
+        torch.testing.assert_close(attention_received(inside(q), inside(k), *intervals, packed.segment, packed.lengths, 0.4), received, atol=1e-4, rtol=1e-4)
+        found = attention_mass(inside(q), inside(k), *intervals, packed.modality, 3, packed.lengths, 0.4, position)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_large_logits_and_many_labels():
+    packed, g = BATCHES["showo"], torch.Generator().manual_seed(0)
+    q, k = (30 * torch.randn(2, len(packed), 16, generator=g) for _ in range(2))
+    label = torch.arange(len(packed)) % 19
+    for ours, theirs in zip(*(_with(name, q, k, packed, label) for name in ("triton", "reference"))):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+def _with(name, q, k, packed, label):
+    with use_backend(name):
+        return attention_mass(q, k, packed.lo, packed.hi, label, 19, packed.lengths, 1.0)
+
+
+def test_torch_sees_through_the_registered_ops():
+    packed = BATCHES["degenerate"]
+    q, k = torch.randn(2, len(packed), 16), torch.randn(1, len(packed), 16)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(triton.attention_received, (q, k, packed.lo, packed.hi, packed.segment, 0.3), test_utils=checks)
+    torch.library.opcheck(triton.attention_mass, (q, k, packed.lo, packed.hi, packed.modality, packed.position, 3, 0.3), test_utils=checks)
