@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .capacity import LearnedCapacity
 from .methods import RouterConfig
-from .ops.select import segment_rank, segment_topk
+from .ops.select import prefix_count, segment_rank, select
 from .tokens import Packed, Segment, Task
 
 
@@ -41,6 +41,8 @@ class Routing:
     """[T]: logits of the predictor, if there is one, that a token is kept."""
     passing: Tensor | None = None
     """[T]: factor on the tokens that pass by, where it is not 1."""
+    rank: Tensor | None = None
+    """int64 [T + 1]: how many kept tokens lie before each token; for `Packed.take` and the kernels."""
 
     @property
     def stays(self) -> Tensor:
@@ -101,18 +103,19 @@ class TaskRouter(nn.Module):
         ranked = score.detach()[judged].masked_fill(always, torch.inf)
         inside = torch.ones_like(always) if trail.inside is None else trail.inside
         ranked = ranked.masked_fill(~(inside | always), -torch.inf)
-        index, last, segments = self._select(ranked, lengths, packed)
+        index, last, rank, segments = self._select(ranked, lengths, packed)
         if any(self._by_threshold(s) for s in packed.segments):
             tasks = {s.task for s in packed.segments if self._by_threshold(s)}
             passes = self.passes(ranked, None if predicted is None else predicted[judged], packed, tasks) & (ranked > -torch.inf)
             index, segments = self._apply_threshold(passes | always, index, packed)
+            rank = prefix_count(index, len(packed))
         free = torch.tensor([self._chooses(s) for s in packed.segments])
-        up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device) & ~always & inside
-        gate = self._gate(score)
-        weight = torch.where(up, gate, 1.0)[index]
+        up = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device, non_blocking=True) & ~always & inside
+        factor = torch.where(up, self._gate(score), 1.0)
+        weight = factor[index]
         if self.learned is not None:
             weight = weight * self._fading(ranked, index, up, lengths, packed)
-        trail.routing = Routing(index, weight, score, segments, last, up, predicted, torch.where(up, gate, 1.0) if self.config.scale_skipped else None)
+        trail.routing = Routing(index, weight, score, segments, last, up, predicted, factor if self.config.scale_skipped else None, rank)
         if self.config.reach == "exit":
             trail.inside = torch.zeros_like(up).index_fill(0, index, True)
         return trail.routing
@@ -149,17 +152,17 @@ class TaskRouter(nn.Module):
         scorers = [part for name, part in self.named_children() if name in ("proj", "predict")]
         return 0 if self.follows else sum(2 * p.numel() for part in scorers for p in part.parameters() if p.ndim > 1)
 
-    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, tuple[Segment, ...]]:
-        """The kept tokens, the token that each segment took last, and the segments of the kept ones."""
+    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+        """The kept tokens, the token that each segment took last, how many kept ones lie before each token, and the segments of the kept ones."""
         if self.config.compete == "batch":                  # who gets how much is read from the device
             places = sum(self.capacity[int(s.task)] * s.length for s in packed.segments)
-            index, last = segment_topk(ranked, (len(ranked),), (share(places / len(ranked), len(ranked)),))
+            index, last, rank = select(ranked, (len(ranked),), (share(places / len(ranked), len(ranked)),))
             of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[index.cpu()]
             keep, last = torch.bincount(of, minlength=len(lengths)).tolist(), last.expand(len(lengths))
         else:
             keep = self.kept(packed, self._rows(packed, drawn=True) if self.config.compete == "rows" else None)
-            index, last = segment_topk(ranked, lengths, keep)
-        return index, last, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
+            index, last, rank = select(ranked, lengths, keep)
+        return index, last, rank, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
 
     def _rows(self, packed: Packed, drawn: bool) -> set[int]:
         """Of each task's rows the share of its capacity, drawn at random or the first ones."""
@@ -210,7 +213,7 @@ class TaskRouter(nn.Module):
     def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
         """Factor by which each kept token enters while capacities are learned: [K]."""
         _, always = packed.always(self.config.keep)
-        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths)).to(ranked.device)[index] for x in (lengths, always))
+        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths)).to(ranked.device, non_blocking=True)[index] for x in (lengths, always))
         factor = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, (places - fixed).clamp(min=1))
         return torch.where(up[index], factor, 1.0)
 

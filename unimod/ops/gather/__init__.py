@@ -18,7 +18,7 @@ class Norm:
     """A norm over the width D: LayerNorm (centred), or RMSNorm as transformers' Llama writes it, rounded before it is multiplied."""
 
     weight: Tensor
-    """[D]"""
+    """[D], of the dtype of what is normalised."""
     bias: Tensor | None
     """[D]; LayerNorm only."""
     eps: float

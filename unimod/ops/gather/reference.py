@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def gather_norm(h: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
-    """x = h[index] and its LayerNorm (centred) or RMSNorm, in h's dtype."""
+    """x = h[index] and its LayerNorm (centred) or RMSNorm."""
     x = h[index]
     if centred:
-        return x, F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x, (weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
+    return x, weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

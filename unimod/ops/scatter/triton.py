@@ -23,10 +23,7 @@ def forward_kernel(h, y, gated, weight, rank, out, D, GATED: tl.constexpr, INPLA
     slot = tl.load(rank + t)
     if tl.load(rank + t + 1) > slot:
         new = tl.load(y + slot * D + d, mask=inside).to(tl.float32)
-        if GATED:
-            update = tl.load(gated + slot * D + d, mask=inside).to(tl.float32)
-        else:
-            update = new - tl.load(h + row, mask=inside).to(tl.float32)
+        update = tl.load(gated + slot * D + d, mask=inside).to(tl.float32) if GATED else new - tl.load(h + row, mask=inside).to(tl.float32)
         tl.store(out + row, new + (tl.load(weight + slot).to(tl.float32) - 1) * update, mask=inside)
     elif not INPLACE:
         tl.store(out + row, tl.load(h + row, mask=inside), mask=inside)
@@ -38,10 +35,10 @@ def backward_kernel(grad, h, y, gated, weight, rank, dh, dy, dgated, dweight, D,
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside, row = d < D, t * D + d
-    g = tl.load(grad + row, mask=inside, other=0)
+    given = tl.load(grad + row, mask=inside, other=0)
     slot = tl.load(rank + t)
     if tl.load(rank + t + 1) > slot:
-        g = g.to(tl.float32)
+        g = given.to(tl.float32)
         w = tl.load(weight + slot).to(tl.float32)
         small = slot * D + d
         if LEARNED:
@@ -58,7 +55,7 @@ def backward_kernel(grad, h, y, gated, weight, rank, dh, dy, dgated, dweight, D,
             tl.store(dh + row, (1 - w) * g, mask=inside)
             tl.store(dy + small, w * g, mask=inside)
     else:
-        tl.store(dh + row, g, mask=inside)
+        tl.store(dh + row, given, mask=inside)
 
 
 def _forward(h: Tensor, y: Tensor, gated: Tensor | None, weight: Tensor, rank: Tensor, out: Tensor) -> None:
