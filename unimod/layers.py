@@ -70,7 +70,7 @@ class MoDLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], trail: Trail | None = None,
                 **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
-        routing = self.router(hidden_states[0], packed, trail)
+        routing = self.router(hidden_states.squeeze(0), packed, trail)   # not [0], whose backward fills a tensor of zeros
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
@@ -85,24 +85,25 @@ class MoDLayer(nn.Module):
         x, y, mlp = (self._gradient_checkpointing_func(run, hidden_states) if self.gradient_checkpointing and self.training else run(hidden_states))
         if trail and trail.watched:                         # skipped tokens keep what they received last
             trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
+        passed, x, y = passed.squeeze(0), x.squeeze(0), y.squeeze(0)
         if routing.passing is None:
-            return scatter(passed[0], y[0], i, routing.weight, x=x[0], gated=mlp, rank=routing.rank)[None]
+            return scatter(passed, y, i, routing.weight, x=x, gated=mlp, rank=routing.rank)[None]
         write = scatter if torch.is_grad_enabled() else scatter_    # `passed` is this layer's own; the caller may still hold hidden_states
-        return write(passed[0], y[0], i, routing.weight, gated=y[0] - x[0] if mlp is None else mlp, rank=routing.rank)[None]
+        return write(passed, y, i, routing.weight, gated=y - x if mlp is None else mlp, rank=routing.rank)[None]
 
     def _through(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kept tokens, the layer's output on them, and its MLP's [K, D] where that is gated."""
         x = self._gather(hidden_states, routing)
         y = layer_output(self.layer(x, **kwargs))
         mlp, self._mlp, self._normed = self._mlp, None, None
-        return x, y, None if mlp is None else mlp[0]
+        return x, y, None if mlp is None else mlp.squeeze(0)
 
     def _gather(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, `_norm` hands the layer the result."""
         norm = known_norm(getattr(self.layer, "input_layernorm", None))
         if norm is None or norm.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
             return hidden_states[:, routing.index]
-        x, n = gather_norm(hidden_states[0], routing.index, norm, routing.rank)
+        x, n = gather_norm(hidden_states.squeeze(0), routing.index, norm, routing.rank)
         self._normed = x[None], n[None]
         return self._normed[0]
 

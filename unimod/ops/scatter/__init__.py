@@ -31,7 +31,7 @@ def scatter_(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, gated: Tens
     """The same written into h, which it returns: for an h that nobody else holds, and without gradients (RuntimeError where h asks for one)."""
     if h.requires_grad:
         raise RuntimeError("scatter_ overwrites h and has no backward; use scatter, or torch.no_grad().")
-    if backend("kernels", h.device.type, h.dtype) == "triton":
+    if h.is_contiguous() and backend("kernels", h.device.type, h.dtype) == "triton":
         from . import triton
 
         triton.scatter_(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank)
