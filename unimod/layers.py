@@ -53,7 +53,9 @@ class MoDLayer(nn.Module):
         layer.gradient_checkpointing = False                # it is this layer, gate included, that is recomputed
         self._mlp: Tensor | None = None
         self._normed: tuple[Tensor, Tensor] | None = None
-        if known_norm(norm := getattr(layer, "input_layernorm", None)):
+        norm = getattr(layer, "input_layernorm", None)
+        self._hands = known_norm(norm) is not None and "forward" not in vars(norm)
+        if self._hands:
             norm.forward = partial(self._norm, norm.forward)
         self._tap = layer.mlp.register_forward_hook(self._keep) if router.config.branch == "mlp" else None
 
@@ -82,7 +84,7 @@ class MoDLayer(nn.Module):
         before = trail and trail.received
         run = partial(self._through, routing=routing, packed=packed.take(i, routing.segments, routing.rank),
                       position_embeddings=(cos[:, i], sin[:, i]), trail=trail, **kwargs)
-        x, y, mlp = (self._gradient_checkpointing_func(run, hidden_states) if self.gradient_checkpointing and self.training else run(hidden_states))
+        x, y, mlp = self._gradient_checkpointing_func(run, hidden_states) if self.gradient_checkpointing and self.training else run(hidden_states)
         if trail and trail.watched:                         # skipped tokens keep what they received last
             trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
         passed, x, y = passed.squeeze(0), x.squeeze(0), y.squeeze(0)
@@ -100,9 +102,9 @@ class MoDLayer(nn.Module):
 
     def _gather(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, `_norm` hands the layer the result."""
-        norm = known_norm(getattr(self.layer, "input_layernorm", None))
+        norm = known_norm(self.layer.input_layernorm) if self._hands else None
         if norm is None or norm.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
-            return hidden_states[:, routing.index]
+            return hidden_states.squeeze(0).index_select(0, routing.index)[None]
         x, n = gather_norm(hidden_states.squeeze(0), routing.index, norm, routing.rank)
         self._normed = x[None], n[None]
         return self._normed[0]
@@ -118,8 +120,8 @@ class MoDLayer(nn.Module):
         """The stock layer as it was before it was wrapped, with its present weights."""
         if self._tap:
             self._tap.remove()
-        if norm := getattr(self.layer, "input_layernorm", None):
-            norm.__dict__.pop("forward", None)
+        if self._hands:
+            del self.layer.input_layernorm.forward
         MoDLayer.checkpointing_of(self.layer, self)
         return self.layer
 

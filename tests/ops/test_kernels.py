@@ -34,8 +34,8 @@ def test_every_kernel_equals_its_reference_in_the_interpreter():
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_a100_h100_and_b200(tmp_path):
     lines = run(str(HERE / "compile_kernels.py"), "80", "90", "100", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    for target in ("sm_80", "sm_90", "sm_100"):
-        assert len([line for line in lines if line.startswith(target + " ")]) == 17
+    for target, kernels in {"sm_80": 9, "sm_90": 18, "sm_100": 9}.items():
+        assert len([line for line in lines if line.startswith(target + " ")]) == kernels
 
 
 def test_scatter_and_its_gradients_by_hand():

@@ -55,7 +55,7 @@ def _sizes(lengths: tuple[int, ...], keep: tuple[int, ...], device: torch.device
     return torch.tensor(list(rows), dtype=torch.int32).to(device, non_blocking=True)
 
 
-@torch.library.custom_op("unimod::select", mutates_args=())
+@torch.library.custom_op("unimod::select", mutates_args=(), schema="(Tensor score, SymInt[] lengths, SymInt[] keep) -> (Tensor, Tensor, Tensor)")
 def _select(score: Tensor, lengths: list[int], keep: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     index, last, rank = (torch.empty(n, dtype=torch.long, device=score.device) for n in (sum(keep), len(keep), len(score) + 1))
     block = max(16, 1 << (max(lengths) - 1).bit_length())
