@@ -8,7 +8,7 @@ The state dict keeps the backbone's stock keys; router keys stand beside them (`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from .capacity import LearnedCapacity
 from .config import TASKS, ParameterError
 from .methods import RouterConfig
+from .ops.backend import backend
+from .ops.gather import gather_norm, known_norm
+from .ops.scatter import scatter, scatter_
 from .plan import CapacityPlan
 from .router import Routing, TaskRouter, Trail
 from .tokens import Packed
@@ -49,6 +52,11 @@ class MoDLayer(nn.Module):
         self.checkpointing_of(layer)
         layer.gradient_checkpointing = False                # it is this layer, gate included, that is recomputed
         self._mlp: Tensor | None = None
+        self._normed: tuple[Tensor, Tensor] | None = None
+        norm = getattr(layer, "input_layernorm", None)
+        self._hands = known_norm(norm) is not None and "forward" not in vars(norm)
+        if self._hands:
+            norm.forward = partial(self._norm, norm.forward)
         self._tap = layer.mlp.register_forward_hook(self._keep) if router.config.branch == "mlp" else None
 
     def checkpointing_of(self, layer: nn.Module) -> None:
@@ -64,28 +72,46 @@ class MoDLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], trail: Trail | None = None,
                 **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
-        routing = self.router(hidden_states[0], packed, trail)
+        routing = self.router(hidden_states.squeeze(0), packed, trail)   # not [0], whose backward fills a tensor of zeros
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
-        i, x, (cos, sin) = routing.index, hidden_states, position_embeddings
+        i, (cos, sin), passed = routing.index, position_embeddings, hidden_states
         if routing.passing is not None:
-            hidden_states = hidden_states * routing.passing[:, None].to(x.dtype)
+            passed = hidden_states * routing.passing[:, None].to(hidden_states.dtype)
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
-            return hidden_states
-        before, x = trail and trail.received, x[:, i]
-        run = partial(self._through, packed=packed.take(i, routing.segments), position_embeddings=(cos[:, i], sin[:, i]), trail=trail, **kwargs)
-        y, mlp = self._gradient_checkpointing_func(run, x) if self.gradient_checkpointing and self.training else run(x)
+            return passed
+        before = trail and trail.received
+        run = partial(self._through, routing=routing, packed=packed.take(i, routing.segments, routing.rank),
+                      position_embeddings=(cos[:, i], sin[:, i]), trail=trail, **kwargs)
+        x, y, mlp = self._gradient_checkpointing_func(run, hidden_states) if self.gradient_checkpointing and self.training else run(hidden_states)
         if trail and trail.watched:                         # skipped tokens keep what they received last
             trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
-        gated = y - x if mlp is None else mlp
-        return hidden_states.index_copy(1, i, (y + (routing.weight[:, None] - 1).to(x.dtype) * gated).to(x.dtype))
+        passed, x, y = passed.squeeze(0), x.squeeze(0), y.squeeze(0)
+        if routing.passing is None:
+            return scatter(passed, y, i, routing.weight, x=x, gated=mlp, rank=routing.rank)[None]
+        write = scatter if torch.is_grad_enabled() else scatter_    # `passed` is this layer's own; the caller may still hold hidden_states
+        return write(passed, y, i, routing.weight, gated=y - x if mlp is None else mlp, rank=routing.rank)[None]
 
-    def _through(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
-        """The layer's output on the kept tokens, and its MLP's where that is gated."""
+    def _through(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The kept tokens, the layer's output on them, and its MLP's [K, D] where that is gated."""
+        x = self._gather(hidden_states, routing)
         y = layer_output(self.layer(x, **kwargs))
-        mlp, self._mlp = self._mlp, None
-        return y, mlp
+        mlp, self._mlp, self._normed = self._mlp, None, None
+        return x, y, None if mlp is None else mlp.squeeze(0)
+
+    def _gather(self, hidden_states: Tensor, routing: Routing) -> Tensor:
+        """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, `_norm` hands the layer the result."""
+        norm = known_norm(self.layer.input_layernorm) if self._hands else None
+        if norm is None or norm.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
+            return hidden_states.squeeze(0).index_select(0, routing.index)[None]
+        x, n = gather_norm(hidden_states.squeeze(0), routing.index, norm, routing.rank)
+        self._normed = x[None], n[None]
+        return self._normed[0]
+
+    def _norm(self, stock: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The layer's input norm: what was worked out on the way for this very tensor, else its own forward."""
+        return self._normed[1] if self._normed is not None and x is self._normed[0] else stock(x)
 
     def _keep(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         self._mlp = out
@@ -94,6 +120,8 @@ class MoDLayer(nn.Module):
         """The stock layer as it was before it was wrapped, with its present weights."""
         if self._tap:
             self._tap.remove()
+        if self._hands:
+            del self.layer.input_layernorm.forward
         MoDLayer.checkpointing_of(self.layer, self)
         return self.layer
 

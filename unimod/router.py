@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .capacity import LearnedCapacity
 from .methods import RouterConfig
-from .ops.select import segment_rank, segment_topk
+from .ops.select import prefix_count, segment_rank, select
 from .tokens import Packed, Segment, Task
 
 
@@ -41,6 +41,8 @@ class Routing:
     """[T]: logits of the predictor, if there is one, that a token is kept."""
     passing: Tensor | None = None
     """[T]: factor on the tokens that pass by, where it is not 1."""
+    rank: Tensor | None = None
+    """int64 [T + 1]: how many kept tokens lie before each token; for `Packed.take` and the kernels."""
 
     @property
     def stays(self) -> Tensor:
@@ -97,7 +99,7 @@ class TaskRouter(nn.Module):
         predicted = self._of_task(self.predict(h.detach()), packed) if self.config.predictor else None
         score, lengths = self.scores(h, packed, trail), tuple(s.length for s in packed.segments)
         free = torch.tensor([self._chooses(s) for s in packed.segments])
-        free = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device)
+        free = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device, non_blocking=True)
         always, _ = packed.always(self.config.keep)
         if self.config.compete == "batch":
             always = ~free                                  # places are for all; who has no choice has one
@@ -105,19 +107,20 @@ class TaskRouter(nn.Module):
         ranked = score.detach()[judged].masked_fill(always, torch.inf)
         inside = torch.ones_like(always) if trail.inside is None else trail.inside
         ranked = ranked.masked_fill(~(inside | always), -torch.inf)
-        index, last, segments = self._select(ranked, lengths, packed)
+        index, last, rank, segments = self._select(ranked, lengths, packed)
         if any(self._by_threshold(s) for s in packed.segments):
             if "labelled" in self.config.keep:
                 raise RuntimeError("keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
             tasks = {s.task for s in packed.segments if self._by_threshold(s)}
             passes = self.passes(ranked, None if predicted is None else predicted[judged], packed, tasks) & (ranked > -torch.inf)
             index, segments = self._apply_threshold(passes | always, index, packed)
+            rank = prefix_count(index, len(packed))
         up = free & ~always & inside
-        gate = self._gate(score)
-        weight = torch.where(up, gate, 1.0)[index]
+        factor = torch.where(up, self._gate(score), 1.0)
+        weight = factor[index]
         if self.learned is not None and self.training:
             weight = weight * self._fading(ranked, index, up, lengths, packed)
-        trail.routing = Routing(index, weight, score, segments, last, up, predicted, torch.where(up, gate, 1.0) if self.config.scale_skipped else None)
+        trail.routing = Routing(index, weight, score, segments, last, up, predicted, factor if self.config.scale_skipped else None, rank)
         if self.config.reach == "exit":
             trail.inside = torch.zeros_like(up).index_fill(0, index, True)
         return trail.routing
@@ -154,21 +157,21 @@ class TaskRouter(nn.Module):
         scorers = [part for name, part in self.named_children() if name in ("proj", "predict")]
         return 0 if self.follows else sum(2 * p.numel() for part in scorers for p in part.parameters() if p.ndim > 1)
 
-    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, tuple[Segment, ...]]:
-        """The kept tokens, the token that each segment took last, and the segments of the kept ones."""
+    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+        """The kept tokens, the token that each segment took last, how many kept ones lie before each token, and the segments of the kept ones."""
         if self.config.compete == "batch":                  # who gets how much is read from the device
             places = sum((self.capacity[int(s.task)] if self._chooses(s) else 1) * s.length for s in packed.segments)
             keep = self.kept(packed)
             k = sum(keep) if ranked.is_meta else share(places / len(ranked), len(ranked))
-            index, last = segment_topk(ranked, (len(ranked),), (k,))
+            index, last, rank = select(ranked, (len(ranked),), (k,))
             if not index.is_meta:                           # where there are no numbers, everyone gets a fair share
                 of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[index.cpu()]
                 keep = torch.bincount(of, minlength=len(lengths)).tolist()
             last = last.expand(len(lengths))
         else:
             keep = self.kept(packed, self._rows(packed, drawn=True) if self.config.compete == "rows" else None)
-            index, last = segment_topk(ranked, lengths, keep)
-        return index, last, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
+            index, last, rank = select(ranked, lengths, keep)
+        return index, last, rank, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
 
     def _rows(self, packed: Packed, drawn: bool) -> set[int]:
         """Of each task's rows the share of its capacity, drawn at random or the first ones."""
@@ -219,7 +222,7 @@ class TaskRouter(nn.Module):
     def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
         """Factor by which each kept token enters while capacities are learned: [K]."""
         _, always = packed.always(self.config.keep)
-        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths), output_size=len(ranked)).to(ranked.device)[index]
+        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths), output_size=len(ranked)).to(ranked.device, non_blocking=True)[index]
                          for x in (lengths, always))
         factor = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, (places - fixed).clamp(min=1))
         return torch.where(up[index], factor, 1.0)

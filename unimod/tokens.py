@@ -173,18 +173,17 @@ class Packed:
             found[kinds] = mask.to(self.ids.device), counts
         return found[kinds]
 
-    def take(self, idx: Tensor, segments: Seq[Segment]) -> Packed:
+    def take(self, idx: Tensor, segments: Seq[Segment], rank: Tensor | None = None) -> Packed:
         """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
 
-        Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)).
+        Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)), looked up in `rank`
+        (int64 [T + 1]: how many of idx lie before each token) where the caller has it.
         Features stay behind: they have been embedded before any layer runs. So do twins: they are for routers, which see the whole batch.
         """
+        lo, hi = (torch.searchsorted(idx, x[idx]) if rank is None else rank[x[idx]] for x in (self.lo, self.hi))
         return Packed(
             **{name: getattr(self, name)[idx] for name in ("ids", "row", "position", "task", "modality", "target")},
-            lo=torch.searchsorted(idx, self.lo[idx]),
-            hi=torch.searchsorted(idx, self.hi[idx]),
-            segments=tuple(segments),
-            masks=self.masks,
+            lo=lo, hi=hi, segments=tuple(segments), masks=self.masks,
         )
 
     def paired(self) -> Packed:

@@ -31,7 +31,8 @@ from unimod.train import Objective, TrainConfig, _groups, train
 
 WORLD = 2
 CONFIG = TrainConfig(steps=4, lr=3e-3, save_every=2)
-ROUTERS = {**{name: config for name, config in PRESETS.items() if config.score == "learned" and config.compete == "segment"}, "predictor": RouterConfig(predictor=True), "dense": None}
+LEARNED = {name: config for name, config in PRESETS.items() if config.score == "learned" and config.compete == "segment"}
+ROUTERS = {**LEARNED, "predictor": RouterConfig(predictor=True), "dense": None}
 SHARDED = [("dense", False), ("unimod", False), ("unimod", True), ("predictor", False), ("gamma-mod", True)]
 
 

@@ -26,6 +26,8 @@ _HALF = (torch.float16, torch.bfloat16)
 def _triton(device: str, dtype: torch.dtype) -> str:
     if find_spec("triton") is None:
         return "triton is not installed (pip install 'unimod[gpu]')"
+    if dtype not in (torch.float32, *_HALF):
+        return f"its kernels compute in float32, this is {str(dtype).removeprefix('torch.')}"
     return "" if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "triton needs a CUDA device, or TRITON_INTERPRET=1"
 
 
@@ -82,6 +84,7 @@ def _checked(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
+@torch.compiler.assume_constant_result
 def _choose(family: str, device: str, dtype: torch.dtype, names: tuple[str, ...]) -> str:
     for name in names:
         if name in FAMILIES[family]:

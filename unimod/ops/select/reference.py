@@ -13,8 +13,7 @@ def segment_topk(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...])
     Returns `index` (int64 [K], ascending) and `last` (int64 [S]): the token each segment took last, i.e. its k-th best (for
     keep[s] = 0 its best). Ties go to the earlier token. Raises ValueError on sizes that do not fit.
     """
-    if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
-        raise ValueError(f"segment_topk: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
+    check_sizes(score, lengths, keep)
     size, k = torch.tensor(lengths), torch.tensor(keep)
     order = _best_first(score, lengths)
     start = size.cumsum(0) - size
@@ -22,6 +21,23 @@ def segment_topk(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...])
     index = order[slot.to(score.device)].sort().values
     last = order[(start + (k - 1).clamp(min=0)).clamp(max=len(score) - 1).to(score.device)]
     return index, last
+
+
+def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """`segment_topk` and the prefix count of its index."""
+    index, last = segment_topk(score, lengths, keep)
+    return index, last, prefix_count(index, len(score))
+
+
+def prefix_count(index: Tensor, n: int) -> Tensor:
+    """How many of `index` (int64 [K], ascending, unique, below n) lie before each of n tokens, and before the end: int64 [n + 1]."""
+    return torch.zeros(n + 1, dtype=torch.long, device=index.device).index_fill_(0, index + 1, 1).cumsum(0)
+
+
+def check_sizes(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> None:
+    """Raise ValueError on sizes that do not fit."""
+    if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
+        raise ValueError(f"segment_topk: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
 
 
 def segment_rank(score: Tensor, lengths: tuple[int, ...]) -> Tensor:

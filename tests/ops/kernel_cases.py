@@ -1,0 +1,114 @@
+"""What every kernel of a routed layer must do, on any device: each check runs the kernel in memory full of NaN and compares it with the reference in
+float64, outputs and all gradients."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
+
+from unimod.ops.backend import use_backend
+from unimod.ops.gather import gather_norm, known_norm
+from unimod.ops.scatter import scatter, scatter_
+from unimod.ops.select import prefix_count, reference, select
+
+ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Relative error allowed: a few roundings of the dtype; for float32 of a sum. Triton's interpreter cuts bfloat16 off instead: twice as much."""
+SHAPES = {"one token": (1, 16, (0,)), "none kept": (9, 33, ()), "one kept": (23, 64, (22,)), "all kept": (17, 40, tuple(range(17))),
+          "ragged": (61, 100, (*range(0, 20, 3), 40, 41, 42, 60))}
+"""Tokens, width, and the tokens that are kept."""
+
+
+@contextmanager
+def poisoned():
+    """Memory that torch hands out unwritten is NaN, or the largest integer, as long as the block lasts."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all() and int(torch.empty(1, dtype=torch.long)) == torch.iinfo(torch.long).max
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape, seed, device, dtype):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype).requires_grad_()
+
+
+def both(run, leaves, seed):
+    """What `run(*leaves)` returns and the gradients of the leaves for a random mix of it, by the kernels; then by the reference in float64."""
+    found = []
+    for name, inputs in (("triton", leaves), ("reference", [x.detach().double().requires_grad_() for x in leaves])):
+        with use_backend(name), poisoned():
+            outs = run(*inputs)
+            grads = [draw(*out.shape, seed=seed + n, device=out.device, dtype=leaves[0].dtype).detach().to(out.dtype) for n, out in enumerate(outs)]
+            found.append((*outs, *torch.autograd.grad(outs, inputs, grads)))
+    return found
+
+
+def allowed(dtype, device):
+    return ROUNDING[dtype] * (2 if dtype == torch.bfloat16 and torch.device(device).type == "cpu" else 1)
+
+
+def near(ours, truth, dtype, names):
+    for name, a, b in zip(names, ours, truth, strict=True):
+        assert a.shape == b.shape, name
+        error, scale = allowed(dtype, a.device), b.detach().abs().max().item() if b.numel() else 1.0
+        torch.testing.assert_close(a.double(), b, rtol=error, atol=error * scale / 4, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def check_scatter(device, dtype, tokens, width, kept, gated, weight_dtype):
+    index = torch.tensor(kept, dtype=torch.long, device=device)
+    h, y, m = (draw(n, width, seed=s, device=device, dtype=dtype) for s, n in enumerate((tokens, len(kept), len(kept))))
+    w = (0.3 * draw(len(kept), seed=4, device=device, dtype=torch.float32) + 1).to(weight_dtype).detach().requires_grad_()
+    leaves = [h, y, w, m] if gated else [h, y, w]
+
+    def run(h, y, w, m=None):
+        return (scatter(h, y, index, w, gated=m, rank=prefix_count(index, tokens)),)
+    near(*both(run, leaves, 9), dtype, ("out", "dh", "dy", "dweight", "dgated")[:1 + len(leaves)])
+    with use_backend("triton"), poisoned(), torch.no_grad():
+        out, place = run(*leaves)[0], h.detach().clone()
+        assert scatter_(place, y, index, w, gated=m if gated else None) is place and torch.equal(place, out), "in place, the same bits"
+        assert torch.equal(scatter(h, y, index, torch.ones_like(w), gated=m if gated else None), h.detach().index_copy(0, index, y)), "exact at weight 1"
+    with use_backend("triton"):                             # nothing to learn: y and h are not kept for the backward pass
+        out = scatter(h, y, index, w.detach())
+        dh, dy = torch.autograd.grad(out, (h, y), torch.ones_like(out))
+    near((dh[index], dy), ((1 - w.double())[:, None].expand_as(y), w.double()[:, None].expand_as(y)), dtype, ("dh", "dy"))
+
+
+def norm_module(kind, width, device, dtype):
+    module = {"layer": lambda: nn.LayerNorm(width), "layer without bias": lambda: nn.LayerNorm(width, bias=False),
+              "rms": lambda: Emu3RMSNorm(width, eps=1e-5)}[kind]()
+    for n, p in enumerate(module.parameters()):
+        p.data = torch.randn(width, generator=torch.Generator().manual_seed(20 + n)) + (n == 0)
+    return module.to(device, dtype)
+
+
+def check_gather(device, dtype, tokens, width, kept, kind):
+    index, module = torch.tensor(kept, dtype=torch.long, device=device), norm_module(kind, width, device, dtype)
+    h, names = draw(tokens, width, seed=0, device=device, dtype=dtype), [n for n, _ in module.named_parameters()]
+    with torch.no_grad():
+        h[:] = 3 * h + 1                                    # a mean to be taken off
+
+    def run(h, *parameters):
+        given = dict(zip(names, parameters))
+        norm = known_norm(module)
+        norm = type(norm)(given["weight"], given.get("bias"), norm.eps, norm.centred)
+        return gather_norm(h, index, norm, prefix_count(index, tokens))
+    near(*both(run, [h, *module.parameters()], 30), dtype, ("x", "n", "dh", *(f"d{n}" for n in names)))
+    with use_backend("triton"), torch.no_grad():
+        x, n = run(h, *module.parameters())
+    stock = module(h[index]).detach()
+    assert torch.equal(x, h[index]) and n.dtype == stock.dtype
+    torch.testing.assert_close(n, stock, rtol=allowed(dtype, device), atol=allowed(dtype, device))
+    if n.numel() and dtype != torch.float32 and allowed(dtype, device) == ROUNDING[dtype]:
+        assert (n == stock).double().mean() > 0.98, "rounded where transformers' norm rounds"
+
+
+def check_select(score, lengths, keep):
+    with use_backend("triton"), poisoned():
+        index, last, rank = select(score, lengths, keep)
+    expected = reference.select(score.cpu(), lengths, keep)
+    assert torch.equal(index.cpu(), expected[0]) and torch.equal(rank.cpu(), expected[2])
+    there = torch.tensor(lengths) > 0
+    assert torch.equal(last.cpu()[there], expected[1][there])
+    assert ((last >= 0) & (last < len(score))).all()

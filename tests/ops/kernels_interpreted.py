@@ -1,0 +1,157 @@
+"""The kernels through Triton's interpreter; run by test_kernels.py in processes of their own, with TRITON_INTERPRET=1."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import SHAPES, check_gather, check_scatter, check_select, norm_module
+
+from unimod.layers import apply_mod, record_routing, remove_mod
+from unimod.methods import PRESETS, RouterConfig
+from unimod.models.backbone import losses
+from unimod.models.checkpoint import build_model
+from unimod.ops.backend import backend, use_backend
+from unimod.ops.gather import known_norm
+from unimod.plan import CapacityPlan
+from unimod.tokens import pack
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))
+from tiny_rows import WORDS, make_rows
+
+HALF = torch.bfloat16
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["update", "mlp"])
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (HALF, torch.float32), (HALF, HALF), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scatter(shape, dtype, weight_dtype, gated):
+    check_scatter("cpu", dtype, *SHAPES[shape], gated, weight_dtype)
+
+
+@pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gather(shape, dtype, kind):
+    check_gather("cpu", dtype, *SHAPES[shape], kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("lengths, keep", [((1,), (1,)), ((1,), (0,)), ((7,), (0,)), ((7,), (7,)), ((64,), (63,)), ((3, 3), (0, 0)),
+                                           ((40, 25, 33), (1, 24, 9)), ((0, 5, 0, 1, 20, 0), (0, 2, 0, 1, 10, 0))], ids=str)
+def test_select(lengths, keep, dtype):
+    T = sum(lengths)
+    g = torch.Generator().manual_seed(T)
+    check_select(torch.randn(T, generator=g).to(dtype), lengths, keep)
+    check_select(torch.randint(3, (T,), generator=g).to(dtype), lengths, keep)
+    pool = torch.tensor([-torch.inf, torch.inf, 0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 3e38, -3e38])
+    check_select(pool[torch.randint(len(pool), (T,), generator=g)].to(dtype), lengths, keep)
+    check_select(pool.new_full((T,), -torch.inf).to(dtype), lengths, keep)
+    check_select(torch.tensor([torch.nan, 1.0, -torch.inf])[torch.randint(3, (T,), generator=g)].to(dtype), lengths, keep)
+
+
+def test_select_takes_what_the_kernel_cannot_to_the_reference(monkeypatch):
+    import unimod.ops.select as module
+    monkeypatch.setattr(module, "LONGEST", 4)
+    monkeypatch.setitem(sys.modules, "unimod.ops.select.triton", None)
+    assert module.select(torch.arange(5.0), (5,), (2,))[0].tolist() == [3, 4]
+    assert backend("kernels", "cpu", torch.float64) == "reference"
+    with pytest.raises(ValueError, match="does not fit"):
+        module.select(torch.zeros(3), (3,), (4,))
+
+
+def test_opcheck():
+    """Schemas, fake tensors, and gradients under aot with dynamic shapes, of every op."""
+    from unimod.ops.gather import triton as gather
+    from unimod.ops.scatter import triton as scattering
+    from unimod.ops.select import triton as selecting
+    h, y, w, index = torch.randn(6, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True), torch.rand(2, requires_grad=True), torch.tensor([1, 4])
+    rank, m, weight = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.randn(2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    check = torch.library.opcheck
+    check(selecting._select, (torch.rand(6), [4, 2], [1, 1]))
+    check(scattering.scatter, (h, y, None, w, rank))
+    check(scattering.scatter, (h, y, m, w, rank))
+    check(scattering.scatter_, (h.detach().clone(), y.detach(), None, w.detach(), rank))
+    plain = [t.detach() for t in (h, y, m, w)]
+    check(scattering.scatter_backward, (plain[0], plain[0], plain[1], None, plain[3], rank, plain[1][:0, 0], False))
+    check(scattering.scatter_backward, (plain[0], None, None, plain[2], plain[3], rank, plain[1][:0, 0], True))
+    for bias, centred in ((torch.rand(8, requires_grad=True), True), (None, False)):
+        check(gather.gather_norm, (h, index, weight, bias, rank, 1e-5, centred))
+        check(gather.gather_norm_backward, (plain[1], plain[2], plain[1], weight.detach(), rank, 1e-5, centred, centred))
+
+
+@pytest.fixture(params=["showo-tiny", "emu3-tiny"])
+def layer(request):
+    """A model with one routed layer in training mode, and a batch of three tasks' rows."""
+    torch.manual_seed(0)
+    model = build_model(request.param, WORDS, codebook_size=16, grid=(2, 2), text_budget=16)
+    rows = make_rows(model.layout)
+    return model, pack([rows[0], rows[-1]])
+
+
+def step(model, packed, name):
+    """Loss, gradients and routing by the kernels or by the reference."""
+    with use_backend(name), record_routing() as log:
+        torch.manual_seed(0)
+        loss = losses(model, packed).total
+        loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), grads, {n: r.index for n, r in log.items()}
+
+
+def routed(model, config):
+    plan = CapacityPlan({"t2i": [1, 1, 1, 1, 1, 1, .5, 1], "mmu": [1, 1, 1, 1, 1, 1, .3, 1]})
+    return apply_mod(model, plan, config).train()
+
+
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["p-mod"], RouterConfig(gate="sigmoid", scale_skipped=True, std=0.5)],
+                         ids=["unimod", "p-mod", "scaled"])
+def test_a_routed_model_computes_the_same(layer, config, monkeypatch):
+    model, packed = layer
+    normed, seen = model.layers[6].input_layernorm, []
+    stock = type(normed).forward
+    monkeypatch.setattr(type(normed), "forward", lambda self, x: seen.append(self) or stock(self, x))
+    ours = step(routed(model, config), packed, "triton")
+    assert normed not in seen and model.layers[5].input_layernorm in seen, "the kernel normed what the layer was given"
+    torch.testing.assert_close(ours, step(copy.deepcopy(model), packed, "reference"), atol=1e-5, rtol=1e-4)
+    step(model, packed, "reference")
+    assert normed in seen
+    with use_backend("triton"), torch.no_grad():
+        h = model.embed(packed)[None]
+        before = h.clone()
+        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
+        out = model.layers[6](h, packed=packed, position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None])
+        assert torch.equal(h, before) and not torch.equal(out, h), "what the caller holds is not written to"
+        dense = remove_mod(copy.deepcopy(model))
+        assert torch.equal(dense(packed), remove_mod(model)(packed)) and "forward" not in vars(normed)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(layer, reentrant):
+    model, packed = layer
+    plain = step(routed(model, RouterConfig(std=0.5)), packed, "triton")
+    model.lm.activation_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(step(model, packed, "triton"), plain)
+
+
+def test_compile_without_a_graph_break(layer):
+    model, packed = layer
+    layer = routed(model, PRESETS["gamma-mod"]).layers[6]
+    with torch.no_grad():
+        h = model.embed(packed)[None]
+        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
+    packed.always(PRESETS["gamma-mod"].keep)
+    found, leaves = [], (layer.input_layernorm.weight, layer.router.proj.weight)
+    with use_backend("triton"):
+        for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+            out = run(h, packed=packed, position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None], cache=None)
+            found.append((out, torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_norms_that_compute_something_else_are_left_alone():
+    module = norm_module("layer", 8, "cpu", torch.float32)
+    assert known_norm(module).centred and not known_norm(norm_module("rms", 8, "cpu", torch.float32)).centred
+    assert known_norm(torch.nn.LayerNorm(8, elementwise_affine=False)) is None and known_norm(torch.nn.RMSNorm(8)) is None and known_norm(None) is None
