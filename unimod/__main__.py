@@ -1,4 +1,4 @@
-"""The command line: `python -m unimod {list,check,run,report,inspect,plan,train-tiny}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,inspect,plan,bench,train-tiny}`; each command explains itself with --help.
 
     python -m unimod run all -f params/default.yaml
 """
@@ -17,7 +17,7 @@ from . import report, workbook
 from .config import MODELS, ParameterError
 from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .request import Request, notebooks
-from .run import RUNNERS, RunError
+from .run import RUNNERS, RunError, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                          help="what the share is of: token-layer computations as the paper counts, or a training step's FLOPs (default paper)")
     command.add_argument("--router", default="unimod", help="routers to count with, a name in unimod.methods.PRESETS (default unimod)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
+
+    command = add(commands, "bench", run_bench, "what routing saves in time and memory on this machine, measured in turn with the dense model")
+    command.add_argument("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, or gpu (all, on released sizes)")
+    command.add_argument("--preset", default="cpu", help="cpu, showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for these four")
+    command.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
+    command.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help="drop what is not done by then (default: none; 450 for gpu)")
+    command.add_argument("--json", action="store_true", help="as one JSON object")
+    command.add_argument("--out", metavar="FILE", help="also write the JSON object there, such as notebooks/records/bench-h200.json")
 
     command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
     command.add_argument("name", choices=MODELS)
@@ -156,6 +164,18 @@ def show_plan(args: argparse.Namespace) -> None:
     print(f"  full      {found.full:6.1%} saved   a training step: attention's quadratic term, routers, head, text kept by rule, the pictures' codes")
     print(f"  measured  {found.measured:6.1%} saved   torch's counter, forward and backward, on the same step")
     print(f"  model     {found.model:6.1%} saved   as full, without the pictures' codes")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Measure, write the record and print it. Raises `ParameterError`, before anything is measured."""
+    from .bench.command import bench  # torch is not needed by most other commands
+    from .bench.record import table
+
+    found = bench(args.what, args.preset, args.rounds, args.deadline)
+    text = json.dumps(found, indent=1) + "\n"
+    if args.out:
+        write(Path(args.out), text)
+    print(text if args.json else f"{found['device']}, {found['command']}\n\n{table(found)}", end="")
 
 
 def train_tiny(args: argparse.Namespace) -> None:
