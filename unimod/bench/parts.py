@@ -33,7 +33,7 @@ def part_shares(model: UnifiedModel, forward: Callable[[], Tensor], update: Call
     """
     for _ in range(2):
         model.zero_grad(set_to_none=True)
-        with _Attribution(model) as clock:
+        with Attribution(model) as clock:
             loss = forward()
             loss.sum().backward()
             clock.optimising = True
@@ -43,7 +43,7 @@ def part_shares(model: UnifiedModel, forward: Callable[[], Tensor], update: Call
     return {part: spent.get(part, 0.0) / total for part in PARTS}
 
 
-class _Attribution(TorchDispatchMode):
+class Attribution(TorchDispatchMode):
     """Times every operation and says which part it belongs to, while it is entered."""
 
     def __init__(self, model: UnifiedModel) -> None:
@@ -51,10 +51,11 @@ class _Attribution(TorchDispatchMode):
         self.model, self.cuda, self.optimising = model, model.device.type == "cuda", False
         self.inside: list[str] = []
         self.of_node: dict[int, str] = {}
-        self.samples: list[tuple[str, object, object]] = []
+        self.samples: list[tuple[str, str, object, object]] = []
+        """Part, operation, and when it began and ended."""
         self.hooks: list = []
 
-    def __enter__(self) -> _Attribution:
+    def __enter__(self) -> Attribution:
         self._watch(self.model, "model")
         self._watch(self.model.head, "head")
         for layer in self.model.layers:
@@ -80,7 +81,7 @@ class _Attribution(TorchDispatchMode):
         part = self._part(func.__name__)
         began = self._now()
         out = func(*args, **(kwargs or {}))
-        self.samples.append((part, began, self._now()))
+        self.samples.append((part, func.__name__, began, self._now()))
         return out
 
     def _part(self, name: str) -> str:
@@ -110,7 +111,7 @@ class _Attribution(TorchDispatchMode):
         """Time per part."""
         wait()
         total: dict[str, float] = {}
-        for part, began, ended in self.samples:
+        for part, _, began, ended in self.samples:
             total[part] = total.get(part, 0.0) + (began.elapsed_time(ended) if self.cuda else ended - began)
         return total
 

@@ -102,8 +102,9 @@ def materialise(model: UnifiedModel, device: str, dtype: torch.dtype) -> Unified
     return model.train()
 
 
-def row_of(layout: Layout, tokens: int, mmu: bool) -> TokenSequence:
-    """A row of exactly so many tokens (0: as many as the model's own rows have) with as large a picture as there is room for."""
+def row_of(layout: Layout, tokens: int, mmu: bool, text: float = 1.0) -> TokenSequence:
+    """A row of exactly so many tokens (0: about as many as the model's own rows have) with as large a picture as there is room for, or the same
+    row with this share of its text. Raises ValueError where no row is as short, or as long."""
     tokens = tokens or layout.image_tokens + min(layout.text_budget, 64)
     for height in range(layout.grid[0], 0, -1):
         part = layout.resized((height, layout.grid[1]))
@@ -115,7 +116,7 @@ def row_of(layout: Layout, tokens: int, mmu: bool) -> TokenSequence:
 
         room = tokens - len(write(0).ids)
         if room >= 0 and len((row := write(room)).ids) == tokens:
-            return row
+            return row if text == 1 else write(round(text * room))
     raise ValueError(f"No picture of {layout.grid[1]} columns and text of {layout.text_budget} tokens make {tokens} tokens.")
 
 
@@ -127,6 +128,6 @@ def _llama() -> UnifiedModel:
         return UnifiedModel(Emu3ForCausalLM(config), layout)
 
 
-def spread(rows: int, low: int, high: int) -> list[int]:
-    """Lengths between two, evenly spread and out of order, for ragged batches."""
-    return [low + round((high - low) * ((i * math.sqrt(2)) % 1)) for i in range(rows)]
+def ragged(layout: Layout, tokens: int, batch: int) -> list[TokenSequence]:
+    """Rows of at most so many tokens, t2i and mmu in turn; the share of the longest text that each has is evenly spread and out of order."""
+    return [row_of(layout, tokens, mmu=i % 2 == 1, text=1 - i * math.sqrt(2) % 1) for i in range(batch)]

@@ -21,7 +21,7 @@ from .clock import columns, compared, realised, rounds_of, saved_for_backward, w
 from .compare import Padded, padded_step
 from .job import Job
 from .parts import part_shares
-from .sizes import row_of, spread, twin
+from .sizes import ragged, twin
 
 
 def layer(job: Job) -> Iterator[dict]:
@@ -65,10 +65,8 @@ def step(job: Job) -> Iterator[dict]:
     The learning rate is 0, so that all arms keep the same weights; the work is the same. FLOPs and `realised` are of the whole step.
     """
     size, device = job.size, job.device
-    model, rows = size.build(device, job.dtype, step=True)
-    longest = len(rows[0].ids)
-    rows = [row_of(model.layout, n, mmu=i % 2 == 1) for i, n in enumerate(spread(len(rows), longest - model.layout.text_budget // 2, longest))] \
-        if size.tokens else rows
+    model, _ = size.build(device, job.dtype, step=True)
+    rows = ragged(model.layout, size.tokens, size.batch)
     packed, padded = pack(rows).to(device), Padded.of(rows, model.head.weight)
     arms = {"1": model} | {name: apply_mod(twin(model), plan).train() for name, plan in size.plans(len(model.layers)).items()}
     optimizers = {name: torch.optim.AdamW(arm.parameters(), lr=0.0, fused=device == "cuda" or None) for name, arm in arms.items()}
