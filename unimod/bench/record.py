@@ -19,7 +19,7 @@ from .clock import OutOfTime
 from .job import Job
 
 COLUMNS = {
-    "layer": ("preset", "tokens", "layers", "capacity", "backend", "flops", "time", "time_wall", "realised", "realised_wall", "memory", "ms", "rounds", "note"),
+    "layer": ("preset", "tokens", "batch", "layers", "capacity", "backend", "flops", "time", "time_wall", "realised", "realised_wall", "memory", "ms", "rounds", "note"),
     "step": ("preset", "tokens", "layers", "way", "capacity", "backend", "flops", "time", "realised", "memory", "ms", "rounds", "note"),
     "decode": ("preset", "what", "batch", "layers", "capacity", "backend", "per_second", "time", "of_floor", "ms", "rounds", "note"),
     "attention": ("preset", "tokens", "batch", "backend", "time", "ms", "rounds", "note"),
