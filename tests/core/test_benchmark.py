@@ -161,6 +161,8 @@ def test_the_gpu_set_begins_with_the_preferred_backends(monkeypatch):
     jobs = jobs_of(("layer", "step"), [*SIZES["showo-256"], *SIZES["emu3-8k"]], 9)
     assert [(job.kind, job.attention, job.kernels) for job in jobs[:6]] == [(k, "flash", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3]
     assert [(job.kind, job.attention, job.kernels) for job in jobs[6:]] == [("layer", "sdpa", ("triton",))] * 3
+    assert [list(job.size.plans(16)) for job in (jobs[0], jobs[-1])] == [["0.5", "0.8", "0.2", "paper"], ["0.5", "paper"]]
+    assert [job.size.preset for job in jobs_of(("decode",), [SIZES[name][0] for name in CUDA], 9)] == ["showo-256", "emu3-4k"]
     assert main(COMMAND.split()[3:]) == 2, "the command that notebook 06 names is one that exists"
 
 

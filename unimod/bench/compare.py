@@ -36,7 +36,8 @@ class Padded:
     position: Tensor
     target: Tensor
     mask: Tensor
-    tasks: tuple[Task, ...]
+    tasks: tuple[Task | None, ...]
+    """Of each row; None where it has no target."""
 
     @classmethod
     def of(cls, rows: list[TokenSequence], like: Tensor) -> Padded:
@@ -48,7 +49,7 @@ class Padded:
 
         hidden = torch.arange(n, device=like.device) >= padded("hi", n)[:, None, :, None]
         mask = like.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(like.dtype).min)
-        return cls(padded("ids"), padded("position"), padded("target", IGNORE), mask, tuple(row.task for row in rows))
+        return cls(padded("ids"), padded("position"), padded("target", IGNORE), mask, tuple(map(_learned, rows)))
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def against_stock(model: UnifiedModel, rows: list[TokenSequence]) -> Difference:
     gradient = torch.autograd.grad(losses(model, packed).total, weight)[0]
     with stock_attention(model) as lm:
         theirs = [_logits(lm, Padded.of([row], weight))[0] for row in rows]
-    expected = torch.autograd.grad(_loss(theirs, [row.target.to(weight.device) for row in rows], [row.task for row in rows]), weight)[0]
+    expected = torch.autograd.grad(_loss(theirs, [row.target.to(weight.device) for row in rows], list(map(_learned, rows))), weight)[0]
     logits = torch.cat(theirs).detach()
     return Difference(float((ours - logits).abs().max()), float(logits.abs().max()), float((gradient - expected).abs().max()), float(expected.abs().max()))
 
@@ -87,12 +88,16 @@ def _logits(lm: nn.Module, batch: Padded) -> Tensor:
     return lm(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position).logits
 
 
-def _loss(logits: Tensor | list[Tensor], target: Tensor | list[Tensor], tasks: tuple[Task, ...] | list[Task]) -> Tensor:
+def _learned(row: TokenSequence) -> Task | None:
+    return row.task if (row.target != IGNORE).any() else None
+
+
+def _loss(logits: Tensor | list[Tensor], target: Tensor | list[Tensor], tasks: tuple[Task | None, ...] | list[Task | None]) -> Tensor:
     """The weighted sum of each task's mean cross entropy over all places of its rows that have a target."""
     total = torch.zeros((), device=logits[0].device)
     for task in Task:
         mine = [i for i, t in enumerate(tasks) if t == task]
-        if any((target[i] != IGNORE).any() for i in mine):
+        if mine:
             x, y = (torch.cat([part[i] for i in mine]) for part in (logits, target))
             total = total + COEFFICIENTS[task] * F.cross_entropy(x.float(), y, ignore_index=IGNORE)
     return total

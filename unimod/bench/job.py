@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,13 +91,17 @@ def available(family: str, device: str) -> tuple[str, ...]:
 
 
 def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: float = math.inf) -> list[Job]:
-    """What to measure, in order: first everything by the preferred attention, with every kernels backend; then the stack by the other attentions."""
-    jobs, later = [], []
+    """What to measure, in order: first everything by the preferred attention, with every kernels backend; then the stack at the first capacity by the
+    other attentions. Of several sizes of one model, the first decodes."""
+    jobs, later, decoding = [], [], set()
     for kind in kinds:
         for size in sizes:
+            if kind == "decode" and size.family in decoding:
+                continue
+            decoding |= {size.family} if kind == "decode" else set()
             device = device_of(size)
             kernels, (first, *others) = available("kernels", device), available("attention", device)
             jobs.append(Job(kind, size, rounds, kernels, first, until))
             if kind == "layer":
-                later += [Job(kind, size, rounds, kernels[:1], name, until) for name in others]
+                later += [Job(kind, replace(size, capacities=size.capacities[:1]), rounds, kernels[:1], name, until) for name in others]
     return jobs + later

@@ -17,14 +17,17 @@ import torch
 from ..run import facts
 from .clock import OutOfTime
 from .job import Job
+from .parts import PARTS
 
 COLUMNS = {
-    "layer": ("preset", "tokens", "batch", "layers", "capacity", "backend", "flops", "time", "time_wall", "realised", "realised_wall", "memory", "ms", "rounds", "note"),
+    "layer": ("preset", "tokens", "batch", "layers", "capacity", "backend", "flops", "time", "time_wall", "realised", "realised_wall", "memory", "ms", "rounds",
+              "note"),
     "step": ("preset", "tokens", "layers", "way", "capacity", "backend", "flops", "time", "realised", "memory", "ms", "rounds", "note"),
+    "shares": ("preset", "tokens", "layers", "capacity", *PARTS),
     "decode": ("preset", "what", "batch", "layers", "capacity", "backend", "per_second", "time", "of_floor", "ms", "rounds", "note"),
     "attention": ("preset", "tokens", "batch", "backend", "time", "ms", "rounds", "note"),
 }
-"""What the table shows of each kind of row."""
+"""What the table shows of each kind of row; shares: of each part in the steps."""
 HEADS = {"flops": "FLOPs", "time_wall": "wall time", "realised_wall": "realised, wall", "per_second": "tokens/s", "of_floor": "of the read floor"}
 
 
@@ -66,9 +69,9 @@ def measure(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[di
 
 def table(found: dict) -> str:
     """The record as Markdown, one table per kind of row: what the command prints and the README quotes."""
-    parts = []
+    parts, shares = [], [{**row, **row["shares"], "bench": "shares"} for row in found["rows"] if row.get("shares")]
     for kind, columns in COLUMNS.items():
-        rows = [row for row in found["rows"] if row["bench"] == kind]
+        rows = [row for row in (*found["rows"], *shares) if row["bench"] == kind]
         if rows:
             shown = [c for c in columns if any(row.get(c) not in (None, "") for row in rows)]
             lines = [[HEADS.get(c, c) for c in shown], *([_cell(row, c) for c in shown] for row in rows)]
@@ -76,12 +79,6 @@ def table(found: dict) -> str:
             lines.insert(1, ["-" * w for w in width])
             parts.append("".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |\n" for line in lines))
     return "\n".join(parts)
-
-
-def shares_table(found: dict) -> list[dict]:
-    """Share of each part in a step: one row per measured arm and part."""
-    return [{"preset": row["preset"], "capacity": str(row["capacity"]), "part": part, "share": share}
-            for row in found["rows"] if row.get("shares") for part, share in row["shares"].items()]
 
 
 def _cell(row: dict, column: str) -> str:

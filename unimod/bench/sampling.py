@@ -25,7 +25,7 @@ from .job import Job
 from .sizes import twin
 
 BATCHES = (1, 8)
-NEW = {"cpu": (2, 10), "cuda": (2, 50)}
+NEW = {"cpu": (2, 10), "cuda": (2, 34)}
 """Tokens of the short and the long answer."""
 PROMPT = 1024
 """Most picture codes of a prompt."""

@@ -39,18 +39,13 @@ class Size:
     layers: int = 0
     step_layers: int = 0
 
-    @property
-    def cuda(self) -> bool:
-        """Whether it is too large for a CPU."""
-        return self.preset in CUDA
-
     def outline(self, step: bool = False) -> tuple[UnifiedModel, list[TokenSequence]]:
         """The dense model on the meta device, and the rows: t2i, and where there is a paper's plan every other one mmu."""
         model = _llama() if self.preset == "cpu" else preset(self.preset)[0]
         keep = (self.step_layers or self.layers) if step else self.layers
         if keep:
             model.decoder.layers = model.decoder.layers[:keep]
-        return model, [row_of(model.layout, self.tokens, mmu=bool(self.paper) and i % 2 == 1) for i in range(self.batch)]
+        return model, [row_of(model.layout, self.tokens, mmu=self.family in PAPER and i % 2 == 1) for i in range(self.batch)]
 
     def build(self, device: str, dtype: torch.dtype, step: bool = False) -> tuple[UnifiedModel, list[TokenSequence]]:
         """The same with random weights, in training mode."""
@@ -58,17 +53,19 @@ class Size:
         return materialise(model, device, dtype), rows
 
     @property
-    def paper(self) -> str:
-        """Which of the paper's plans belongs to it."""
-        return next((name for name in ("showo", "emu3") if self.preset.startswith(name)), "")
+    def family(self) -> str:
+        """Which of the paper's models it is; the cpu preset is a family of its own, without a plan of the paper's."""
+        return self.preset.split("-")[0]
 
     def plans(self, layers: int) -> dict[str, CapacityPlan]:
         """Every other layer at each of the capacities, and the paper's own plan."""
         routed = len(range(1, layers, 2))
         plans = {f"{c:g}": interleaved(layers, (1 - c) * routed / layers) for c in self.capacities}
-        return plans | ({"paper": {"showo": paper_showo, "emu3": paper_emu3}[self.paper](layers)} if self.paper else {})
+        return plans | ({"paper": PAPER[self.family](layers)} if self.family in PAPER else {})
 
 
+PAPER = {"showo": paper_showo, "emu3": paper_emu3}
+"""The paper's own plans."""
 _HALF = (0.5, 0.8, 0.2)
 SIZES = {
     "cpu": (Size("cpu", 512, 8, (0.5, 0.125)), Size("cpu", 128, 8, (0.5, 0.125))),

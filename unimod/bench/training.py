@@ -69,15 +69,19 @@ def step(job: Job) -> Iterator[dict]:
     rows = ragged(model.layout, size.tokens, size.batch)
     packed, padded = pack(rows).to(device), Padded.of(rows, model.head.weight)
     arms = {"1": model} | {name: apply_mod(twin(model), plan).train() for name, plan in size.plans(len(model.layers)).items()}
-    optimizers = {name: torch.optim.AdamW(arm.parameters(), lr=0.0, fused=device == "cuda" or None) for name, arm in arms.items()}
+    ours, fused = {id(p) for p in model.parameters()}, device == "cuda" or None
+    shared = torch.optim.AdamW(model.parameters(), lr=0.0, fused=fused)      # one state for the weights that all arms have
+    own = {name: [p for p in arm.parameters() if id(p) not in ours] for name, arm in arms.items()}
+    routers = {name: torch.optim.AdamW(params, lr=0.0, fused=fused) for name, params in own.items() if params}
 
     def forward(name: str) -> torch.Tensor:
         return padded_step(model, padded) if name == "padded" else losses(arms[name], packed).total
 
     def update(name: str) -> None:
-        name = "1" if name == "padded" else name
-        torch.nn.utils.clip_grad_norm_(arms[name].parameters(), 1.0)
-        optimizers[name].step()
+        torch.nn.utils.clip_grad_norm_(arms.get(name, model).parameters(), 1.0)
+        shared.step()
+        if name in routers:
+            routers[name].step()
 
     def run(name: str) -> None:
         forward(name).backward()
@@ -95,14 +99,14 @@ def step(job: Job) -> Iterator[dict]:
         for name in names:
             arm = arms.get(name, model)
             cost = count(arm, packed)
-            flops = cost.step / cost.dense_step
+            flops = None if name == "padded" else cost.step / cost.dense_step      # its padding is not counted
             memory = peak(arm, lambda name=name: forward(name), lambda out, name=name: (out.backward(), update(name)))
             clear()
             shares = part_shares(arm, lambda name=name: forward(name), lambda name=name: update(name)) if name != "padded" else None
             clear()
             yield job.row(len(packed), model, capacity=1.0 if name == "padded" else _number(name), way="padded" if name == "padded" else "packed",
                           backend="stock,sdpa" if name == "padded" else f"{kernels},{job.attention}", flops=flops, memory=memory,
-                          realised=realised(times[name]["ratio"], flops), realised_wall=realised(times[name]["wall"], flops), shares=shares,
+                          realised=realised(times[name]["ratio"], flops or 1), realised_wall=realised(times[name]["wall"], flops or 1), shares=shares,
                           **columns(times[name]))
 
 
