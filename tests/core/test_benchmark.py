@@ -11,7 +11,7 @@ from unimod.__main__ import main
 from unimod.bench import costs as costs_module
 from unimod.bench.clock import LEAST, OutOfTime, Times, compared, realised, rounds_of
 from unimod.bench.costs import CostTable, costs, predicted_seconds
-from unimod.bench.estimate import COMMAND
+from unimod.bench.estimate import COMMAND, PAPER, on_gpu
 from unimod.bench.job import Job, jobs_of
 from unimod.bench.parts import PARTS, Attribution, part_shares
 from unimod.bench.record import measure, table
@@ -208,3 +208,12 @@ def test_a_measured_table_rises_with_what_is_kept():
     model, rows = preset("showo-tiny")
     found = costs_module.measured(model, rows[:1], None, "cpu", rounds=1)
     assert found.tokens >= 1024 and found.kept == pytest.approx(costs_module.SHARES, abs=0.01) and found.dense > 0 and len(found.seconds) == 6
+
+
+def test_an_estimate_is_called_one_until_there_is_a_record(tmp_path):
+    assert {row["source"] for row in on_gpu(tmp_path)} == {PAPER}
+    row = {"bench": "layer", "preset": "showo-256", "tokens": 3870, "capacity": 0.5, "backend": "triton,flash", "realised": 0.5}
+    for name, device in (("bench-cpu.json", "CPU (x), 1 of 2 cores"), ("bench-gpu.json", "NVIDIA Z")):
+        (tmp_path / name).write_text(json.dumps({"device": device, "commit": "abc", "rows": [row, row | {"realised": None}, row | {"bench": "step"}]}))
+    assert on_gpu(tmp_path) == [{"model": "showo-256, 3870 tokens", "kept": "0.5", "way": "triton,flash", "realised": 0.5,
+                                 "source": "bench-gpu.json: NVIDIA Z, commit abc"}]

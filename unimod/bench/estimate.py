@@ -21,12 +21,13 @@ COMMAND = "python -m unimod bench gpu --out notebooks/records/bench-gpu.json"
 
 
 def on_gpu(folder: Path) -> list[dict]:
-    """Realised shares of the stack on a GPU, of the committed records (bench-*.json); where there is none, the estimate. `source` says which."""
+    """Realised shares of the stack on a GPU, of the committed records (bench-*.json); where there is none, the estimate. `source` says which; `kept` is
+    the capacity of every other layer, or "paper" for the paper's own plan."""
     rows = []
     for path in sorted(folder.glob("bench-*.json")):
         found = json.loads(path.read_text())
-        rows += [{"shape": f"{row['preset']}, {row['tokens']} tokens, kept {row['capacity']}", "way": row["backend"], "realised": row["realised"],
+        rows += [{"model": f"{row['preset']}, {row['tokens']} tokens", "kept": str(row["capacity"]), "way": row["backend"], "realised": row["realised"],
                   "source": f"{path.name}: {found['device']}, commit {found['commit'][:10]}"}
                  for row in found["rows"] if row["bench"] == "layer" and row["realised"] is not None and not found["device"].startswith("CPU")]
-    return rows or [{"shape": f"{row['preset']}, {row['batch']}, kept 0.5", "way": way, "realised": row[way], "source": PAPER}
+    return rows or [{"model": f"{row['preset']}, {row['batch']}", "kept": "0.5", "way": way, "realised": row[way], "source": PAPER}
                     for row in ESTIMATE for way in ("plain torch", "fused", "fused in place")]
