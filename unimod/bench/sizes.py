@@ -73,7 +73,7 @@ SIZES = {
     "emu3-tiny": (Size("emu3-tiny", 0, 8, _HALF),),
     "showo-256": (Size("showo-256", 387, 10, _HALF), Size("showo-256", 387, 24, _HALF)),
     "showo-512": (Size("showo-512", 1155, 8, _HALF),),
-    "emu3-4k": (Size("emu3-4k", 4096, 4, _HALF, layers=16, step_layers=8),),
+    "emu3-4k": (Size("emu3-4k", 4096, 4, _HALF, layers=16, step_layers=4),),
     "emu3-8k": (Size("emu3-8k", 8192, 1, _HALF, layers=16, step_layers=8),),
 }
 """By preset. Tokens 0: rows as long as the model's own. Emu3's 32 layers do not fit one device with their activations, gradients and optimizer."""
