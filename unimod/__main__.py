@@ -1,4 +1,4 @@
-"""The command line: `python -m unimod {list,check,run,report,inspect,plan,train-tiny}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,inspect,plan,bench,train-tiny}`; each command explains itself with --help.
 
     python -m unimod run all -f params/default.yaml
 """
@@ -17,7 +17,7 @@ from . import report, workbook
 from .config import MODELS, ParameterError
 from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .request import Request, notebooks
-from .run import RUNNERS, RunError
+from .run import RUNNERS, RunError, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and plan-highest.yaml")
     command.add_argument("--model", required=True, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
     command.add_argument("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)")
-    command.add_argument("--count", choices=("paper", "full"), default="paper",
-                         help="what the share is of: token-layer computations as the paper counts, or a training step's FLOPs (default paper)")
+    command.add_argument("--count", choices=("paper", "full", "time"), default="paper",
+                         help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the stack's time on this "
+                              "machine, predicted from measured layers (default paper)")
     command.add_argument("--router", default="unimod", help="routers to count with, a name in unimod.methods.PRESETS (default unimod)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
+
+    command = add(commands, "bench", run_bench, "what routing saves in time and memory on this machine, measured in turn with the dense model")
+    command.add_argument("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, or gpu (all, on released sizes)")
+    command.add_argument("--preset", default="cpu", help="cpu, showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for these four")
+    command.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
+    command.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help="drop what is not done by then (default: none; 450 for gpu)")
+    command.add_argument("--json", action="store_true", help="as one JSON object")
+    command.add_argument("--out", metavar="FILE", help="also write the JSON object there, such as notebooks/records/bench-h200.json")
 
     command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
     command.add_argument("name", choices=MODELS)
@@ -122,7 +131,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 def show_plan(args: argparse.Namespace) -> None:
     """Print a plan and its savings. Raises `ParameterError`, for all but what depends on the model before there is one."""
-    from .flops import count, planned, savings  # torch is not needed by most other commands
+    from .bench.costs import costs, predicted_seconds  # torch is not needed by most other commands
+    from .flops import count, planned, savings
     from .methods import PRESETS
     from .presets import picture_tokenizer, preset
     from .tokens import pack
@@ -140,16 +150,20 @@ def show_plan(args: argparse.Namespace) -> None:
             found = count(model, pack(rows), image_tokenizer)
         return found.step / found.dense_step
 
+    def seconds(plan: CapacityPlan) -> float:
+        return predicted_seconds(model, plan, pack(rows), table, router) / (len(model.layers) * table.dense)
+
     maker = partial(make, len(model.layers))
     try:
-        plan = maker(args.saving) if args.count == "paper" else solve(maker, cost, 1 - args.saving)
+        table = costs(model, rows, router) if args.count == "time" else None
+        plan = maker(args.saving) if args.count == "paper" else solve(maker, seconds if table else cost, 1 - args.saving)
     except ParameterError as error:
         raise ParameterError(f"{args.plan} on {args.model}, {args.saving:.1%} counted as {args.count}: {error}") from None
     found = savings(model, plan, rows, router, image_tokenizer)
     tokens, kinds = {row.task.name.lower(): len(row.ids) for row in rows}, [plan.kind(i) for i in range(plan.layers)]
     if args.json:
         print(json.dumps({"model": args.model, "plan": args.plan, "router": args.router, "layers": plan.layers, "tokens": tokens,
-                          "capacity": plan.capacity, "kinds": kinds, "savings": asdict(found)}))
+                          "capacity": plan.capacity, "kinds": kinds, "savings": asdict(found), "time": 1 - seconds(plan) if table else None}))
         return
     print(plan, f"kinds  {' '.join(kinds)}", plan.draw(), sep="\n")
     print(f"on {args.model}, routers {args.router}, one row of {' and one of '.join(f'{n} {task} tokens' for task, n in tokens.items())}:")
@@ -157,6 +171,20 @@ def show_plan(args: argparse.Namespace) -> None:
     print(f"  full      {found.full:6.1%} saved   a training step: attention's quadratic term, routers, head, text kept by rule, the pictures' codes")
     print(f"  measured  {found.measured:6.1%} saved   torch's counter, forward and backward, on the same step")
     print(f"  model     {found.model:6.1%} saved   as full, without the pictures' codes")
+    if table:
+        print(f"  time      {1 - seconds(plan):6.1%} saved   of the stack's predicted time, forward and backward of {table.tokens} tokens on {table.device}")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Measure, write the record and print it. Raises `ParameterError`, before anything is measured."""
+    from .bench.command import bench  # torch is not needed by most other commands
+    from .bench.record import table
+
+    found = bench(args.what, args.preset, args.rounds, args.deadline)
+    text = json.dumps(found, indent=1) + "\n"
+    if args.out:
+        write(Path(args.out), text)
+    print(text if args.json else f"{found['device']}, {found['command']}\n\n{table(found)}", end="")
 
 
 def train_tiny(args: argparse.Namespace) -> None:

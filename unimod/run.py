@@ -13,11 +13,15 @@ from __future__ import annotations
 import array
 import base64
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -169,6 +173,22 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def facts() -> dict[str, object]:
+    """What ran this: code, versions, machine."""
+    root = Path(__file__).resolve().parents[1]
+    git = {"sha": None, "dirty": None}
+    if (root / ".git").exists() and shutil.which("git"):
+        say = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
+        git = {"sha": say("rev-parse", "--verify", "-q", "HEAD") or None, "dirty": bool(say("status", "--porcelain"))}
+    versions = {"python": platform.python_version()}
+    for name in ("unimod", "torch", "transformers", "triton", "plotly", "papermill"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"git": git, "versions": versions, "platform": platform.platform()}
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:

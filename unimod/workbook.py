@@ -14,10 +14,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -29,7 +27,7 @@ import yaml
 from . import report
 from .config import ParameterError
 from .request import Request, Step
-from .run import RUNNERS, RunError, write
+from .run import RUNNERS, RunError, facts, write
 
 HEARTBEAT = 15.0
 """Seconds between two signs of life of a running cell."""
@@ -87,7 +85,7 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
     asked = {name: getattr(step.params, name) for name in step.book.defaults if name not in RUNNERS}
     write(folder / "params.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     record = {"notebook": step.book.name, "title": step.book.title, "key": folder.name, "status": "running", "exit": None,
-              "start": datetime.now(UTC).isoformat(timespec="seconds"), "seed": asked.get("seed"), **_facts()}
+              "start": datetime.now(UTC).isoformat(timespec="seconds"), "seed": asked.get("seed"), **facts()}
     write(folder / "run.json", json.dumps(record, indent=1))
     code = 1
     try:
@@ -227,22 +225,6 @@ def _extra(package: str) -> str:
         if re.search(rf"\b{name.replace('-', '[-_]')}\b", package):
             return f"Install it with: pip install -e '.[{extra[1]}]'" if extra else "Install it with: pip install -e ."
     return "Install what the notebooks need with: pip install -e '.[notebooks]'"
-
-
-def _facts() -> dict[str, object]:
-    """What ran this: code, versions, machine."""
-    root = Path(__file__).resolve().parents[1]
-    git = {"sha": None, "dirty": None}
-    if (root / ".git").exists() and shutil.which("git"):
-        say = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
-        git = {"sha": say("rev-parse", "--verify", "-q", "HEAD") or None, "dirty": bool(say("status", "--porcelain"))}
-    versions = {"python": platform.python_version()}
-    for name in ("unimod", "torch", "transformers", "plotly", "papermill"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"git": git, "versions": versions, "platform": platform.platform()}
 
 
 def _short(path: Path) -> str:

@@ -1,0 +1,129 @@
+"""Plans by predicted time: what one decoder layer takes on this device at a handful of kept sizes, measured once and kept.
+
+    table = costs(model, rows, config)                              # a CostTable, from ~/.cache/unimod/costs when it was measured before
+    seconds = predicted_seconds(model, plan, packed, table, config)
+    plan = solve(partial(last_half, 8), lambda plan: predicted_seconds(...) / (8 * table.dense), 0.8)       # 20 % less time of the stack
+
+A FLOP that is not spent may still cost: routers, gather and scatter take the same time whatever is kept, so a small saving may be none. The
+table holds whole routed layers, so the prediction knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import TASKS, ParameterError
+from ..flops import planned
+from ..layers import MoDLayer, apply_mod
+from ..methods import RouterConfig
+from ..models.backbone import UnifiedModel
+from ..ops.backend import backend
+from ..plan import CapacityPlan
+from ..run import facts, write
+from ..tokens import Packed, TokenSequence, pack
+from .clock import rounds_of
+from .job import dtype_of
+from .record import describe
+from .sizes import materialise, twin
+
+SHARES = (0.05, 0.15, 0.3, 0.5, 0.75, 0.95)
+"""Capacities at which a routed layer is measured."""
+TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of the measured batch, at least: the rows again and again."""
+SLOW = 1e11
+"""FLOPs of one layer's forward above which a CPU is not asked to measure."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds of one decoder layer, forward and backward, on a batch of `tokens`. Raises `ParameterError` where the numbers do not make a table."""
+
+    device: str
+    tokens: int
+    dense: float
+    kept: tuple[float, ...]
+    """Shares of the tokens that a routed layer processed, ascending."""
+    seconds: tuple[float, ...]
+    """What it took."""
+
+    def __post_init__(self) -> None:
+        if not self.kept or len(self.kept) != len(self.seconds) or list(self.kept) != sorted(set(self.kept)) or min(self.dense, *self.seconds) <= 0:
+            raise ParameterError(f"Not a table of costs: dense={self.dense}, kept={self.kept}, seconds={self.seconds}; delete its file to measure anew.")
+
+    def routed(self, share: float) -> float:
+        """Seconds of a routed layer that processes this share of the tokens: linear between the measured ones, never less for more tokens."""
+        rising = [max(self.seconds[: i + 1]) for i in range(len(self.seconds))]
+        for i in range(1, len(self.kept)):
+            if share <= self.kept[i]:
+                a, b = self.kept[i - 1], self.kept[i]
+                return rising[i - 1] + (rising[i] - rising[i - 1]) * (max(share, a) - a) / (b - a)
+        return rising[-1]
+
+
+def predicted_seconds(model: UnifiedModel, plan: CapacityPlan, packed: Packed, table: CostTable, config: RouterConfig | None = None) -> float:
+    """Seconds of the layer stack under a plan, forward and backward, on a batch of `table.tokens` like `packed`; the dense model is left as it was."""
+    with planned(model, plan, config):
+        return sum(table.routed(sum(layer.router.kept(packed)) / len(packed)) if isinstance(layer, MoDLayer) else table.dense for layer in model.layers)
+
+
+def costs(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConfig | None = None, folder: Path | None = None) -> CostTable:
+    """The table of a dense model (on any device; weights do not matter), measured now or before.
+
+    Kept under `folder` (default ~/.cache/unimod/costs) by device, dtype, threads, versions, backends, router and sizes. Raises `ParameterError` for
+    a layer too large to be measured on a CPU.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = sum(p.numel() for p in model.layers[0].parameters())
+    tokens = sum(len(row.ids) for row in rows)
+    if device == "cpu" and 2 * weights * max(tokens, TOKENS["cpu"]) > SLOW:
+        raise ParameterError(f"A layer of {weights / 1e6:.0f} M weights is not timed on a CPU, and its time here would say nothing about a GPU. Run this where "
+                             "there is CUDA, or count FLOPs: --count full.")
+    versions = {k: v for k, v in facts()["versions"].items() if k in ("unimod", "torch", "transformers", "triton")}
+    key = {"device": describe(device), "dtype": str(dtype_of(device)), "versions": versions, "model": model.decoder.config.to_dict(),
+           "rows": [len(row.ids) for row in rows],
+           "backends": [backend(family, device, dtype_of(device)) for family in ("kernels", "attention")], "router": asdict(config or RouterConfig())}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = (folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unimod" / "costs") / f"{name}.json"
+    if path.exists():
+        known = json.loads(path.read_text())["table"]
+        return CostTable(known["device"], known["tokens"], known["dense"], tuple(known["kept"]), tuple(known["seconds"]))
+    table = measured(model, rows, config, device)
+    write(path, json.dumps({"key": key, "table": asdict(table)}, indent=1, default=str) + "\n")
+    return table
+
+
+def measured(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConfig | None, device: str, rounds: int = 7) -> CostTable:
+    """Time one layer with random weights: dense, and routed at each of `SHARES`, in turn."""
+    one = copy.deepcopy(model).to("meta")
+    one.decoder.layers = one.decoder.layers[-1:]
+    for name in ("final_layernorm", "norm"):
+        if hasattr(one.decoder, name):
+            setattr(one.decoder, name, nn.Identity())
+    one.decoder.embed_tokens, one.lm.lm_head = nn.Embedding(1, 1), nn.Linear(1, 1)      # not a part of what is timed
+    one = materialise(one, device, dtype_of(device))
+    packed = pack(list(rows) * math.ceil(TOKENS[device] / sum(len(row.ids) for row in rows))).to(device)
+    h = torch.randn(len(packed), model.width, device=device, dtype=dtype_of(device), requires_grad=True)
+    arms = {1.0: one} | {c: apply_mod(twin(one), CapacityPlan(dict.fromkeys(TASKS, (c,))), config).train() for c in SHARES}
+    for arm in arms.values():
+        arm.__dict__["embed"] = lambda _: h
+
+    def clear() -> None:
+        h.grad = None
+        for arm in arms.values():
+            arm.zero_grad(set_to_none=True)
+
+    times = rounds_of({c: (lambda arm=arm: arm(packed).sum().backward()) for c, arm in arms.items()}, rounds, warmup=2, after=clear)
+    seconds = {c: statistics.median(t.wall if device == "cuda" else t.cpu) for c, t in times.items()}
+    found = {sum(arms[c].layers[0].router.kept(packed)) / len(packed): seconds[c] for c in SHARES}
+    return CostTable(describe(device), len(packed), seconds[1.0], tuple(sorted(found)), tuple(found[c] for c in sorted(found)))
