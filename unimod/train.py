@@ -27,7 +27,7 @@ from .config import ParameterError
 from .data.batches import Batches
 from .flops import count
 from .layers import record_routing
-from .models.backbone import UnifiedModel, losses
+from .models.backbone import UnifiedModel, compile_layers, losses
 from .tokens import Packed, Task
 
 
@@ -59,6 +59,8 @@ class TrainConfig:
     """Steps between checkpoints, when there is a folder."""
     device: str = "cpu"
     """cpu or cuda."""
+    compile: bool = False
+    """Compile the decoder layers (`compile_layers`): minutes at the start, for CUDA."""
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step relative to its peak: linear warm-up, then half a cosine to 0."""
@@ -115,6 +117,8 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     in every process on a loss that is not finite in one.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
+    if config.compile:
+        compile_layers(model)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=accelerator.device.type == "cuda")
     objective, optimizer = accelerator.prepare(Objective(model, config), optimizer)

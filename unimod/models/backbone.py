@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from ..layers import layer_output
+from ..layers import MoDLayer, layer_output
 from ..ops.attention import attention_received, interval_attention
 from ..ops.cross_entropy import linear_cross_entropy
 from ..router import Trail
@@ -38,16 +38,22 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", defaul
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
                dropout: float = 0.0, packed: Packed | None = None, cache: KVCache | None = None, trail: Trail | None = None,
-               **_: object) -> tuple[Tensor, None]:
+               outside: bool = False, **_: object) -> tuple[Tensor, None]:
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
-    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once.
+    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once. `outside` keeps it out
+    of a compiled layer's graphs, which then know nothing of the rows' lengths.
     """
     if packed is None or attention_mask is not None:
         raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's UnifiedModel, "
                            "which packs without padding, or choose another attn_implementation.")
     if dropout:
         raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
+    return (_attend_outside if outside else _attend)(module, query, key, value, scaling, packed, cache, trail), None
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: Packed, cache: KVCache | None,
+            trail: Trail | None) -> Tensor:
     q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
@@ -55,11 +61,12 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
     if trail is not None and trail.watched:
         trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
     if cache is not None:
-        return cache.attend(module.layer_idx, q, k, v, packed, scaling)[None], None
+        return cache.attend(module.layer_idx, q, k, v, packed, scaling)[None]
     memo = None if torch.compiler.is_compiling() else packed.memo
-    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None], None
+    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None]
 
 
+_attend_outside = torch.compiler.disable(_attend)
 AttentionInterface.register(ATTENTION, _attention)
 
 
@@ -85,6 +92,8 @@ class UnifiedModel(nn.Module):
         self.lm = lm
         self.layout = layout
         self.projector = projector
+        self.compiled = False
+        """Whether `compile_layers` was called."""
         self.decoder.set_attn_implementation(ATTENTION)
         with torch.device("cpu"):                           # kept out of the module tree: a cast of the model leaves its frequencies exact
             self.__dict__["rotary"] = type(self.decoder.rotary_emb)(self.decoder.config)
@@ -141,7 +150,8 @@ class UnifiedModel(nn.Module):
             if trail is not None:
                 trail.routing = trail.routing if hasattr(layer, "router") else None      # a run ends at a dense layer
                 trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
-            h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache, trail=trail))
+            h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache, trail=trail,
+                                   outside=self.compiled))
         if cache is not None:
             cache.fresh = False
         norm = self.decoder.final_layernorm if hasattr(self.decoder, "final_layernorm") else self.decoder.norm
@@ -163,6 +173,22 @@ class UnifiedModel(nn.Module):
         """Logits over the picture codes, in their own order, float32. hidden: [N, D]; returns [N, codebook]."""
         at, bias = self.layout.codes_at, self.head.bias
         return F.linear(hidden, self.head.weight[at], None if bias is None else bias[at]).float()
+
+
+def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
+    """Compile the decoder layers, dense and routed, each for itself, in place; call it after `apply_mod`. Returns the model.
+
+    What is compiled is the stock layer on the tokens it is given, of any number; what depends on the rows' lengths stays outside: routers, gather,
+    scatter and attention, which have kernels of their own. So batches of other lengths compile nothing anew. A layer whose MLP's output is gated
+    stays as it is: its MLP is looked at from outside. options: for `torch.compile`.
+    """
+    for layer in model.layers:
+        if isinstance(layer, MoDLayer):
+            layer.keep_norm()
+        if not (isinstance(layer, MoDLayer) and layer.router.config.branch == "mlp"):
+            getattr(layer, "layer", layer).compile(dynamic=True, **options)
+    model.compiled = True
+    return model
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""Layers compiled one by one: the same numbers, and nothing is compiled anew when lengths change."""
+
+import copy
+
+import pytest
+import torch
+from tiny_rows import make_rows
+
+from unimod.generate import answer
+from unimod.layers import apply_mod, remove_mod
+from unimod.methods import PRESETS, RouterConfig
+from unimod.models.backbone import compile_layers, losses
+from unimod.plan import last_half
+from unimod.tokens import pack
+
+
+def batches(layout, count=5):
+    """Other numbers of rows, other lengths, each time."""
+    return [pack([*make_rows(layout, seed)[seed % 3: 4 + seed], layout.lm("a red " * (seed + 1))]) for seed in range(count)]
+
+
+@pytest.mark.parametrize("name", ["dense", "unimod", "p-mod"])
+def test_other_lengths_compile_nothing_anew(model, name):
+    if name != "dense":
+        apply_mod(model, last_half(8), PRESETS[name])
+    torch.compiler.reset()
+    built = []
+
+    def backend(graph, example):
+        built.append(graph)
+        return graph.forward
+    plain = copy.deepcopy(model)
+    compile_layers(model, backend=backend)
+    counts = []
+    with torch.no_grad():
+        for packed in batches(model.layout):
+            torch.testing.assert_close(model(packed), plain(packed))
+            counts.append(len(built))
+    assert counts[-1] == counts[1] <= 24, counts            # the second batch may still make a size dynamic
+    row = model.layout.mmu(torch.arange(12), [("is there a circle", "")], open_ended=True)
+    assert answer(model, [row, row], 3) == answer(plain, [row, row], 3)
+
+
+def test_gradients_are_those_of_the_eager_model_and_remove_mod_still_works(model, packed):
+    plain = copy.deepcopy(apply_mod(model, last_half(8), RouterConfig(std=0.5)).train())
+    torch.compiler.reset()
+    compile_layers(model, backend="aot_eager")
+    found = []
+    for m in (model, plain):
+        losses(m, packed).total.backward()
+        found.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[0], found[1])
+    with torch.no_grad():
+        torch.testing.assert_close(remove_mod(model)(packed), remove_mod(plain)(packed))
