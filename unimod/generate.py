@@ -23,30 +23,76 @@ from .layers import record_routing, routed_layers
 from .models.backbone import UnifiedModel
 from .models.cache import KVCache
 from .models.layout import Layout
-from .tokens import Modality, Packed, Segment, Task, TokenSequence, pack
+from .tokens import IGNORE, Modality, Packed, Segment, Task, TokenSequence, pack
 
 ROWS = 64
 """Rows per forward: answers, or captions with and without guidance."""
 SIDES = ("left", "right", "top", "bottom")
 
 
-class _Growing:
-    """Rows that grow token by token over a cache of at most `new` more tokens each. `hidden`: [B, D], of each row's last token."""
+class Growing:
+    """Rows that grow token by token over a cache of at most `new` more tokens each. `hidden`: [B, D], of each row's last token.
 
-    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int) -> None:
-        self.model, self.rows = model, rows
-        self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new)
+    static: every step runs all rows at one size and waits for nothing; on CUDA it is recorded once and replayed as one graph. Numbers are the same.
+    """
+
+    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, twin: Tensor | None = None, static: bool = False) -> None:
+        self.model, self.rows, self.twin, self.static = model, rows, twin, static
+        self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new + static)
         packed = pack(rows)
         self.position = torch.stack([r.position[-1] for r in rows]) + 1
         self.hidden = model(packed.to(model.device), cache=self.cache)[(torch.tensor(packed.lengths).cumsum(0) - 1).to(model.device)]
+        self._step: Packed | None = None
+        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def push(self, ids: Tensor, live: list[int], twin: Tensor | None = None) -> Tensor:
-        """One more token (int64 [R], on the CPU) for the rows `live` (ascending); hidden states of these tokens, [R, D]. twin: see `Packed`."""
+    def push(self, ids: Tensor, live: list[int]) -> Tensor:
+        """One more token (int64 [R], on the CPU) for the rows `live` (ascending); hidden states of these tokens, [R, D]."""
+        if self.static:
+            return self._push_static(ids, live)
+        out = self.model(self._next(ids, live).to(self.model.device), cache=self.cache)
+        self.position[live] += 1
+        return out
+
+    def _next(self, ids: Tensor, live: list[int], static: bool = False) -> Packed:
         row, n = torch.tensor(live), torch.arange(len(live))
-        packed = Packed(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
-                        torch.full_like(ids, -100), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live), twin=twin)
-        self.position[row] += 1
-        return self.model(packed.to(self.model.device), cache=self.cache)
+        return Packed(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
+                      torch.full_like(ids, IGNORE), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live), twin=self.twin,
+                      static=static)
+
+    def _push_static(self, ids: Tensor, live: list[int]) -> Tensor:
+        """All rows take a step; one that has ended gets token 0, and what becomes of it is of no interest."""
+        whole = torch.zeros(len(self.rows), dtype=torch.long).index_copy(0, torch.tensor(live), ids)
+        fresh = self._next(whole, list(range(len(self.rows))), static=True)
+        self.position[live] += 1
+        if self._step is None:
+            self._step = fresh.to(self.model.device)
+            self._graph = self._record() if self.model.device.type == "cuda" else None
+        for name in ("ids", "position", "modality"):
+            getattr(self._step, name).copy_(getattr(fresh, name), non_blocking=True)
+        if self._graph is None:
+            return self.model(self._step, cache=self.cache)[live]
+        self._graph[0].replay()
+        return self._graph[1][live]
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """One step as a CUDA graph. The steps that warm it up write where the next token will, and are forgotten."""
+        used = {layer: x.clone() for layer, x in self.cache.used.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.model(self._step, cache=self.cache)
+                self._forget(used)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.model(self._step, cache=self.cache)
+        self._forget(used)
+        return graph, out
+
+    def _forget(self, used: dict[int, Tensor]) -> None:
+        for layer, x in self.cache.used.items():
+            x.copy_(used.get(layer, torch.zeros_like(x)))
 
 
 def _sees_one_row(model: UnifiedModel) -> None:
@@ -67,16 +113,17 @@ def _pick(logits: Tensor, top_k: int, temperature: float, generator: torch.Gener
 
 
 @torch.no_grad()
-def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, top_k: int = 1, temperature: float = 1.0, seed: int = 0) -> list[str]:
+def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, top_k: int = 1, temperature: float = 1.0, seed: int = 0,
+           static: bool = False) -> list[str]:
     """Answers to open-ended understanding rows, at most `max_new` tokens each.
 
-    top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding.
+    top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding. static: see `Growing`.
     """
     _sees_one_row(model)
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
-        growing = _Growing(model, rows[start:start + ROWS], max_new)
+        growing = Growing(model, rows[start:start + ROWS], max_new, static=static)
         said: list[list[int]] = [[] for _ in growing.rows]
         live, hidden = list(range(len(said))), growing.hidden
         for left in reversed(range(max_new)):
@@ -95,7 +142,7 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
 @torch.no_grad()
 def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8, *, negative: str = "",
          codes: Tensor | None = None, masked: Tensor | None = None, grid: tuple[int, int] | None = None, top_k: int = 2048,
-         temperature: float = 1.0, share: bool = False, generator: torch.Generator | None = None) -> Tensor:
+         temperature: float = 1.0, share: bool = False, static: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """Pictures for captions: codes int64 [B, N].
 
     guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond - uncond); 0 for none
@@ -104,7 +151,7 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     captioned one's scores; else each branch by its own. The same seed gives the same pictures; `generator`, a CPU one, may be given in its place.
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
-    token only: `top_k` and `temperature`. Raises ValueError when codes and masked do not fit.
+    token only: `top_k`, `temperature` and `static` (see `Growing`). Raises ValueError when codes and masked do not fit.
     """
     _sees_one_row(model)
     generator = generator or torch.Generator().manual_seed(seed)
@@ -119,7 +166,7 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     for at in range(0, len(captions), ROWS // 2):
         part = slice(at, at + ROWS // 2)
         if layout.causal_images:
-            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, share, top_k, temperature))
+            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, share, top_k, temperature, static))
         else:
             known = (codes[part], masked[part]) if given else None
             drawn.append(_draw_masked(model, layout, captions[part], generator, w, negative, share, steps, known))
@@ -161,13 +208,13 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
 
 
 def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
-                 top_k: int, temperature: float) -> Tensor:
+                 top_k: int, temperature: float, static: bool) -> Tensor:
     """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over log-probabilities."""
     n, count = layout.image_tokens, len(captions)
     texts = captions + [negative] * count * (w > 0)
     nothing = torch.zeros(0, dtype=torch.long)
-    growing = _Growing(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n)
     twin = torch.arange(len(texts)) % count if share else None
+    growing = Growing(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, twin, static)
     hidden, codes = growing.hidden, []
     for number in range(1, n + 1):
         logits = model.code_logits(hidden).log_softmax(-1).cpu()
@@ -176,7 +223,7 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], gener
         codes.append(_pick(logits, top_k, temperature, generator))
         if number < n:
             for ids in layout.after_code(codes[-1], number):
-                hidden = growing.push(ids.repeat(1 + (w > 0)), list(range(len(texts))), twin)
+                hidden = growing.push(ids.repeat(1 + (w > 0)), list(range(len(texts))))
     return torch.stack(codes, 1)
 
 

@@ -72,6 +72,8 @@ class MoDLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], trail: Trail | None = None,
                 **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
+        if packed.static:
+            return self._alone(hidden_states, packed=packed, position_embeddings=position_embeddings, trail=trail, **kwargs)
         routing = self.router(hidden_states.squeeze(0), packed, trail)   # not [0], whose backward fills a tensor of zeros
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
@@ -92,6 +94,18 @@ class MoDLayer(nn.Module):
             return scatter(passed, y, i, routing.weight, x=x, gated=mlp, rank=routing.rank)[None]
         write = scatter if torch.is_grad_enabled() else scatter_    # `passed` is this layer's own; the caller may still hold hidden_states
         return write(passed, y, i, routing.weight, gated=y - x if mlp is None else mlp, rank=routing.rank)[None]
+
+    def _alone(self, hidden_states: Tensor, *, packed: Packed, trail: Trail | None, **kwargs: object) -> Tensor:
+        """One token of every row: all are computed, and those that the router turns away leave no trace, neither here nor in the cache."""
+        judged = self.router.alone(hidden_states.squeeze(0), packed, trail)
+        y = layer_output(self.layer(hidden_states, packed=packed, trail=trail, keep=None if judged is None else judged[0], **kwargs))
+        mlp, self._mlp = self._mlp, None
+        if judged is None:
+            return y
+        keep, factor = (x[:, None] for x in judged)
+        gated = y - hidden_states if mlp is None else mlp
+        past = hidden_states * factor.to(y.dtype) if self.router.config.scale_skipped else hidden_states
+        return torch.where(keep, (y + (factor - 1).to(y.dtype) * gated).to(y.dtype), past)
 
     def _through(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kept tokens, the layer's output on them, and its MLP's [K, D] where that is gated."""

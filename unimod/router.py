@@ -58,6 +58,8 @@ class Trail:
     """What the last routed layer decided."""
     inside: Tensor | None = None
     """bool [T]: the tokens that no layer has dropped so far; None: all."""
+    alone: tuple[Tensor, Tensor] | None = None
+    """What the last routed layer decided in a static step: `TaskRouter.alone`."""
     received: Tensor | None = None
     """[T]: attention received in the last layer that processed the token (`ops.attention.attention_received`)."""
     watched: bool = False
@@ -124,6 +126,23 @@ class TaskRouter(nn.Module):
         if self.config.reach == "exit":
             trail.inside = torch.zeros_like(up).index_fill(0, index, True)
         return trail.routing
+
+    def alone(self, h: Tensor, packed: Packed, trail: Trail | None = None) -> tuple[Tensor, Tensor] | None:
+        """Judge one token of every row by itself, at one size and without waiting (`Packed.static`): which stay, bool [T], and the factor on each
+        one's update, float32 [T]. None where the rule keeps all. Thresholds are as `calibrate` left them."""
+        if not self._chooses(packed.segments[0]):
+            return None
+        trail = trail or Trail()
+        if not (self.follows and trail.alone is not None):
+            judged = slice(None) if packed.twin is None else packed.twin
+            score, always = self.scores(h, packed, trail), packed.of_kind(self.config.keep)
+            foreseen = self._of_task(self.predict(h), packed) if self.config.predictor else None
+            passes = score[judged] >= self.threshold[packed.task] if foreseen is None else foreseen[judged] > 0
+            inside = torch.ones_like(always) if trail.inside is None else trail.inside
+            trail.alone = always | (passes & inside), torch.where(always, 1.0, self._gate(score))
+            if self.config.reach == "exit":
+                trail.inside = trail.alone[0]
+        return trail.alone
 
     def scores(self, h: Tensor, packed: Packed, trail: Trail) -> Tensor:
         """One score per token: float32 [T]."""

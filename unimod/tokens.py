@@ -122,6 +122,8 @@ class Packed:
     features: Tensor | None = None
     twin: Tensor | None = None
     """int64 [T]: the token by whose score a router judges each token, where it is not its own."""
+    static: bool = False
+    """One further token of every row, all of one rule: layers work on all rows and drop by a mask, so that a step has one size and waits for nothing."""
     masks: tuple[str, ...] = ()
     """How each row's intervals are made (`mask_kind`), on the host: [B], or nothing where it is not known. A sorted gather leaves it as it is."""
     memo: ClassVar[dict | None] = None
@@ -147,7 +149,7 @@ class Packed:
     def segment(self) -> Tensor:
         """Number of each token's segment: int64 [T]."""
         size = [s.length for s in self.segments]
-        return torch.repeat_interleave(torch.arange(len(size)), torch.tensor(size), output_size=sum(size)).to(self.ids.device)
+        return torch.repeat_interleave(torch.arange(len(size)), torch.tensor(size), output_size=sum(size)).to(self.ids.device, non_blocking=True)
 
     @cached_property
     def labelled(self) -> Tensor:
@@ -166,12 +168,17 @@ class Packed:
             found[kinds] = torch.zeros_like(self.ids, dtype=torch.bool), (0,) * len(self.segments)
         elif kinds not in found:
             host = self.__dict__.get("_host", self)
-            mask = torch.zeros(len(host), dtype=torch.bool)
-            for kind in kinds:
-                mask |= _KIND[kind](host)
+            mask = host.of_kind(kinds)
             counts = tuple(sum(part.tolist()) for part in mask.split([s.length for s in host.segments]))
-            found[kinds] = mask.to(self.ids.device), counts
+            found[kinds] = mask.to(self.ids.device, non_blocking=True), counts
         return found[kinds]
+
+    def of_kind(self, kinds: tuple[str, ...]) -> Tensor:
+        """The tokens of any of these `KINDS`, worked out where the batch lies, each time: bool [T]."""
+        mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        for kind in kinds:
+            mask |= _KIND[kind](self)
+        return mask
 
     def take(self, idx: Tensor, segments: Seq[Segment], rank: Tensor | None = None) -> Packed:
         """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
@@ -199,8 +206,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
-        moved = replace(self, **{f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
-        moved.__dict__.update(labelled=self.labelled.to(device), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
+        moved = replace(self, **{f.name: x.to(device, non_blocking=True) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
+        moved.__dict__.update(labelled=self.labelled.to(device, non_blocking=True), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
         return moved
 
     def __str__(self) -> str:

@@ -162,7 +162,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
         optimizer.zero_grad(set_to_none=True)
 
         cost = count(model, packed)
-        spent = torch.tensor([len(packed), cost.step, cost.dense_step], dtype=torch.float64).to(accelerator.device)
+        spent = torch.tensor([len(packed), cost.step, cost.dense_step], dtype=torch.float64).to(accelerator.device, non_blocking=True)
         mine = torch.cat([outcome.total.detach()[None], outcome.per_task, norm.detach()[None], spent])
         last = step + 1 == config.steps
         judged = evaluate is not None and (last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0))

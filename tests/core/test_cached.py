@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unimod.generate import _Growing, calibrate, draw
+from unimod.generate import Growing, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
 from unimod.methods import PRESETS, RouterConfig
 from unimod.models.cache import KVCache
@@ -29,10 +29,10 @@ def routed(model, name, packed):
     return model
 
 
-def grown(model, prompts, wholes):
+def grown(model, prompts, wholes, static=False):
     """Hidden states of every token after the prompts, decoded one by one; rows end when theirs is whole."""
     longest = max(len(w.ids) - len(p.ids) for p, w in zip(prompts, wholes))
-    growing, out = _Growing(model, prompts, longest), [[] for _ in prompts]
+    growing, out = Growing(model, prompts, longest, static=static), [[] for _ in prompts]
     for step in range(longest):
         live = [b for b, (p, w) in enumerate(zip(prompts, wholes)) if len(p.ids) + step < len(w.ids)]
         hidden = growing.push(torch.stack([wholes[b].ids[len(prompts[b].ids) + step] for b in live]), live)
@@ -45,10 +45,11 @@ def agree(model, prompts, wholes):
     with torch.no_grad(), record_routing() as log:
         full = model(pack(wholes))
     dropped = {n: len(r.score) - len(r.index) for n, r in log.items()}
-    with torch.no_grad():
-        decoded, cache = grown(model, prompts, wholes)
-    for got, where, prompt in zip(decoded, pack(wholes).rows(), prompts):
-        torch.testing.assert_close(got, full[where][len(prompt.ids):], atol=1e-5, rtol=1e-5)
+    for static in (True, False):
+        with torch.no_grad():
+            decoded, cache = grown(model, prompts, wholes, static)
+        for got, where, prompt in zip(decoded, pack(wholes).rows(), prompts):
+            torch.testing.assert_close(got, full[where][len(prompt.ids):], atol=1e-5, rtol=1e-5)
     for layer, missing in dropped.items():
         assert int(cache.used[layer].sum()) == len(pack(wholes)) - missing, "the cache holds what the full forward keeps, and no more"
     return dropped

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimod.data import open_data
 from unimod.data.batches import Batches
+from unimod.generate import Growing, answer, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity, record_routing
 from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import from_pretrained, shipped
@@ -65,3 +66,34 @@ def test_learned_capacities_wait_once_a_step():
     learned.host(0)                                         # the one read, after theta changed
     with NoWaiting():
         Objective(model).train()(packed).objective.backward()
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+@pytest.mark.parametrize("router", ["dense", "unimod", "p-mod", "early-exit"])
+@torch.no_grad()
+def test_a_static_decoding_step_never_waits(name, router):
+    model, tokenizer = from_pretrained(shipped(name))
+    batches = Batches(DATA, tokenizer, model.layout, (2, 2, 1))
+    if router != "dense":
+        calibrate(apply_mod(model, last_half(8), PRESETS[router]), batches.held_out("train", 4))
+    nothing = torch.zeros(0, dtype=torch.long)
+    asked = [model.layout.mmu(c, [("is there a red circle?", "")], open_ended=True) for c in batches.codes(batches.samples("test", 0, 2))]
+    for rows in (asked, [model.layout.t2i(c, nothing, prompt=True) for c in ("a red circle", "")] if model.layout.causal_images else asked):
+        growing = Growing(model, rows, 4, static=True)
+        growing.push(torch.tensor([5, 6]), [0, 1])          # the first step makes what later ones reuse
+        with NoWaiting():
+            growing.push(torch.tensor([7, 8]), [0, 1])
+            growing.push(torch.tensor([9]), [1])
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_static_steps_say_and_draw_the_same(name):
+    model, tokenizer = from_pretrained(shipped(name))
+    batches = Batches(DATA, tokenizer, model.layout, (2, 2, 1))
+    calibrate(apply_mod(model, last_half(8, 0.2), RouterConfig(std=0.02)), batches.held_out("train", 8))
+    samples = batches.samples("test", 0, 5)
+    asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True) for s, c in zip(samples, batches.codes(samples))]
+    assert answer(model, asked, static=True) == answer(model, asked)
+    if model.layout.causal_images:
+        for options in ({}, {"guidance": 1.0}, {"guidance": 1.0, "share": True}):
+            assert torch.equal(draw(model, ["a red circle", ""], static=True, **options), draw(model, ["a red circle", ""], **options))

@@ -38,7 +38,7 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", defaul
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
                dropout: float = 0.0, packed: Packed | None = None, cache: KVCache | None = None, trail: Trail | None = None,
-               outside: bool = False, **_: object) -> tuple[Tensor, None]:
+               outside: bool = False, keep: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
     Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once. `outside` keeps it out
@@ -49,11 +49,11 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
                            "which packs without padding, or choose another attn_implementation.")
     if dropout:
         raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
-    return (_attend_outside if outside else _attend)(module, query, key, value, scaling, packed, cache, trail), None
+    return (_attend_outside if outside else _attend)(module, query, key, value, scaling, packed, cache, trail, keep), None
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: Packed, cache: KVCache | None,
-            trail: Trail | None) -> Tensor:
+            trail: Trail | None, keep: Tensor | None) -> Tensor:
     q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
@@ -61,7 +61,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
     if trail is not None and trail.watched:
         trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
     if cache is not None:
-        return cache.attend(module.layer_idx, q, k, v, packed, scaling)[None]
+        return cache.attend(module.layer_idx, q, k, v, packed, scaling, keep)[None]
     memo = None if torch.compiler.is_compiling() else packed.memo
     return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None]
 
@@ -142,13 +142,14 @@ class UnifiedModel(nn.Module):
         position = packed.position[None]
         layers = [(i, layer) for i, layer in enumerate(self.layers) if i != skip]
         routers = [getattr(layer, "router", None) for _, layer in layers]
-        for router in filter(None, routers):
+        for router in filter(None, [] if packed.static else routers):
             packed.always(router.config.keep)               # host sizes, worked out once and before a layer that may be compiled
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         trail = Trail() if any(router and router.looks_back for router in routers) else None
         for (_, layer), following in zip(layers, [*routers[1:], None]):
             if trail is not None:
-                trail.routing = trail.routing if hasattr(layer, "router") else None      # a run ends at a dense layer
+                if not hasattr(layer, "router"):            # a run ends at a dense layer
+                    trail.routing = trail.alone = None
                 trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
             h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache, trail=trail,
                                    outside=self.compiled))
@@ -216,8 +217,8 @@ def losses(model: UnifiedModel, packed: Packed, skip: int | None = None) -> Loss
         raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
     where = packed.labelled
     hidden, target, task = model(packed, skip)[where], packed.target[where], packed.task[where]
-    coefficient = torch.tensor([COEFFICIENTS[t] for t in Task], device=hidden.device)
-    scale = torch.tensor([1 / n if n else 0.0 for n in counts], device=hidden.device)
+    coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
+                          for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
     one_head = type(model).nll is UnifiedModel.nll
     chunked = one_head and len(where) * model.head.out_features > CHUNKED
     if chunked:                                             # the sum that is learned from is made chunk by chunk, and never seen by its parts

@@ -32,17 +32,20 @@ class KVCache:
         """Tokens of each row that a layer holds: int64 [B], on the model's device."""
         self._most: dict[int, int] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, keep: Tensor | None = None) -> Tensor:
         """Write k and v and attend: by the intervals when the layer runs first, else over everything its row has.
 
-        q: [H, T, d]; k, v: [H_kv, T, d]. Returns [T, H, d]. Raises RuntimeError when a row is fed several tokens after the first time.
+        q: [H, T, d]; k, v: [H_kv, T, d]. keep: bool [B], in a static step the rows whose token stays in this layer (None: all). Returns
+        [T, H, d]. Raises RuntimeError when a row is fed several tokens after the first time.
         """
         first = layer not in self.keys
         if first:
             for store in (self.keys, self.values):
                 store[layer] = k.new_zeros(self.rows, k.shape[0], self.room, k.shape[2])
             self.used[layer] = torch.zeros(self.rows, dtype=torch.long, device=k.device)
-        elif max(packed.lengths) > 1:
+        if packed.static:
+            return self._append(layer, q, k, v, scale, keep)
+        if not first and max(packed.lengths) > 1:
             raise RuntimeError(f"Rows of {max(packed.lengths)} tokens cannot follow cached ones; append one token per row at a time.")
         row, used = packed.row, self.used[layer]
         place = used[row] + torch.arange(len(row), device=row.device) - packed.lo if first else used[row]
@@ -56,5 +59,17 @@ class KVCache:
         keys, values = (store[layer][:, :, :most] if len(row) == self.rows else store[layer][row, :, :most] for store in (self.keys, self.values))
         allow = torch.arange(most, device=row.device) < used[row, None]
         out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None], scale=scale,
+                                             enable_gqa=q.shape[0] != k.shape[0])
+        return out[:, :, 0]
+
+    def _append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None) -> Tensor:
+        """One token of every row, in order, over all the room there is: one size at every step. A token that does not stay is seen by itself only,
+        and the next one takes its place."""
+        used, rows = self.used[layer], torch.arange(self.rows, device=k.device)
+        self.keys[layer][rows, :, used] = k.transpose(0, 1)
+        self.values[layer][rows, :, used] = v.transpose(0, 1)
+        allow = torch.arange(self.room, device=k.device) <= used[:, None]
+        used.add_(1 if keep is None else keep.long())
+        out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], self.keys[layer], self.values[layer], attn_mask=allow[:, None, None], scale=scale,
                                              enable_gqa=q.shape[0] != k.shape[0])
         return out[:, :, 0]

@@ -18,8 +18,8 @@ def segment_topk(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...])
     order = _best_first(score, lengths)
     start = size.cumsum(0) - size
     slot = torch.arange(sum(keep)) + torch.repeat_interleave(start - (k.cumsum(0) - k), k, output_size=sum(keep))
-    index = order[slot.to(score.device)].sort().values
-    last = order[(start + (k - 1).clamp(min=0)).clamp(max=len(score) - 1).to(score.device)]
+    index = order[slot.to(score.device, non_blocking=True)].sort().values
+    last = order[(start + (k - 1).clamp(min=0)).clamp(max=len(score) - 1).to(score.device, non_blocking=True)]
     return index, last
 
 
@@ -44,11 +44,11 @@ def segment_rank(score: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Rank of every token in its segment, the best 0: int64 [T]. Arguments as for `segment_topk`."""
     size = torch.tensor(lengths)
     slot = torch.arange(sum(lengths)) - torch.repeat_interleave(size.cumsum(0) - size, size, output_size=sum(lengths))
-    return torch.empty_like(slot, device=score.device).index_copy_(0, _best_first(score, lengths), slot.to(score.device))
+    return torch.empty_like(slot, device=score.device).index_copy_(0, _best_first(score, lengths), slot.to(score.device, non_blocking=True))
 
 
 def _best_first(score: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Tokens by segment, best first: int64 [T]."""
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths), output_size=sum(lengths)).to(score.device)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths), output_size=sum(lengths)).to(score.device, non_blocking=True)
     order = torch.argsort(score, descending=True, stable=True)
     return order[torch.argsort(segment[order], stable=True)]

@@ -1,0 +1,51 @@
+"""Decoding on a GPU: static steps recorded as a CUDA graph say and draw what steps one by one do; a training step waits for nothing."""
+
+import pytest
+import torch
+
+from unimod.data import open_data
+from unimod.data.batches import Batches
+from unimod.generate import answer, calibrate, draw
+from unimod.layers import apply_mod
+from unimod.methods import RouterConfig
+from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.plan import last_half
+from unimod.train import Objective
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_graphs_say_and_draw_the_same(name, routed):
+    model, tokenizer = from_pretrained(shipped(name), device="cuda")
+    batches = Batches(open_data("scenes"), tokenizer, model.layout, (2, 2, 1))
+    if routed:
+        calibrate(apply_mod(model, last_half(8, 0.2), RouterConfig(std=0.02)), batches.held_out("train", 8))
+    samples = batches.samples("test", 0, 5)
+    asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True) for s, c in zip(samples, batches.codes(samples))]
+    assert answer(model, asked, static=True) == answer(model, asked)
+    if model.layout.causal_images:
+        a, b = (draw(model, ["a red circle", ""], static=static, top_k=1) for static in (True, False))
+        assert (a == b).float().mean() > 0.9, "kernels of other sizes may round otherwise"
+
+
+def test_a_step_never_waits():
+    model, tokenizer = from_pretrained(shipped("showo-tiny"), device="cuda")
+    objective = Objective(apply_mod(model, last_half(8))).train()
+    batches = Batches(open_data("scenes"), tokenizer, model.layout, (8, 8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(packed):
+        objective(packed).objective.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    step(batches.train(0).to("cuda"))                       # kernels are compiled and chosen here
+    packed = batches.train(0).to("cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
