@@ -206,8 +206,9 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
-        moved = replace(self, **{f.name: x.to(device, non_blocking=True) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
-        moved.__dict__.update(labelled=self.labelled.to(device, non_blocking=True), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
+        up = torch.device(device).type == "cuda"            # the other way the host would read before the copy is there
+        moved = replace(self, **{f.name: x.to(device, non_blocking=up) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
+        moved.__dict__.update(labelled=self.labelled.to(device, non_blocking=up), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
         return moved
 
     def __str__(self) -> str:
