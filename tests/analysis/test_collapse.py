@@ -52,7 +52,7 @@ def test_a_router_that_looks_is_not_named(gate):
     assert names(BATCH, NOISE, gate) == []
 
 
-@pytest.mark.parametrize("score", [torch.full((len(BATCH),), 3.0), torch.zeros(len(BATCH)), 1000 + 1e-5 * NOISE, (1 + 1e-3 * NOISE).bfloat16()])
+@pytest.mark.parametrize("score", [torch.full((len(BATCH),), 3.0), torch.zeros(len(BATCH)), 1000 + 1e-5 * NOISE])
 def test_constant_scores(score):
     assert names(BATCH, score, "none") == ["constant"]
     assert names(BATCH, 1 + 1e-3 * NOISE, "none") == [], "in float32 these differ enough"

@@ -85,7 +85,7 @@ def test_list_and_check_start_nothing(books):
     (["07", "-p", "plan=layer.yaml"], ["layer 9", "does not exist"]),
     (["07", "-p", "plan=three.yaml"], ["plans 3 layers, the model has 8"]),
     (["07", "-p", "saving=0.6"], ["saving=0.6 is more than 4 of 8 layers can save"]),
-    (["07", "-p", "plan=last_half_per_task", "-p", "saving=0.4"], ["saving=0.4", "ask for less than 0.356"]),
+    (["07", "-p", "plan=last_half_per_task", "-p", "saving=0.4"], ["saving=0.4", "ask for 0 to 0.356"]),
     (["9"], ["no notebook '9'", "00_first"]),
     (["7_trainng"], ["Did you mean '07_training'"]),
     (["nowhere/x.ipynb"], ["cannot be read as a notebook"]),
