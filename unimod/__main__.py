@@ -180,6 +180,8 @@ def run_bench(args: argparse.Namespace) -> None:
     from .bench.command import bench  # torch is not needed by most other commands
     from .bench.record import table
 
+    if args.out and Path(args.out).is_dir():
+        raise ParameterError(f"--out {args.out} is a folder; name a file in it, such as {Path(args.out) / 'bench.json'}.")
     found = bench(args.what, args.preset, args.rounds, args.deadline)
     text = json.dumps(found, indent=1) + "\n"
     if args.out:

@@ -109,10 +109,12 @@ class MoDLayer(nn.Module):
 
     def _through(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kept tokens, the layer's output on them, and its MLP's [K, D] where that is gated."""
-        x = self._gather(hidden_states, routing)
-        y = layer_output(self.layer(x, **kwargs))
-        mlp, self._mlp, self._normed = self._mlp, None, None
-        return x, y, None if mlp is None else mlp.squeeze(0)
+        try:
+            x = self._gather(hidden_states, routing)
+            y = layer_output(self.layer(x, **kwargs))
+            return x, y, None if self._mlp is None else self._mlp.squeeze(0)
+        finally:
+            self._mlp = self._normed = None
 
     def _gather(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, `_norm` hands the layer the result."""

@@ -258,9 +258,26 @@ class Exact(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, D] -> float32 [T, out]."""
+        if x.dtype in (torch.float16, torch.bfloat16):
+            return _Scores.apply(x, self.weight.to(x.dtype), self.bias.float())
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class _Scores(torch.autograd.Function):
+    """x W^T + b of half-precision x and W, summed and handed out in float32; what is kept for the backward is x as it is."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            return (torch.mm(x, weight.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float().T) + bias
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (x, weight), g = ctx.saved_tensors, grad.to(ctx.saved_tensors[0].dtype)
+        return g @ weight, g.T @ x, grad.sum(0)
 
 
 def scorer(width: int, config: RouterConfig) -> nn.Module:

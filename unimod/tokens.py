@@ -207,7 +207,8 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
         up = torch.device(device).type == "cuda"            # the other way the host would read before the copy is there
-        moved = replace(self, **{f.name: x.to(device, non_blocking=up) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)})
+        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        moved = replace(self, **{name: (x.pin_memory() if up and not x.is_cuda else x).to(device, non_blocking=up) for name, x in tensors.items()})
         moved.__dict__.update(labelled=self.labelled.to(device, non_blocking=up), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
         return moved
 

@@ -100,7 +100,7 @@ class Objective(nn.Module):
         beside = prediction(log)
         for weight, extra in ((self.config.membership, membership), (self.config.budget, budget)):
             beside = beside + weight * extra(log) if weight else beside
-        return Outcome(loss.total + beside.to(loss.total.device), loss.total, loss.per_task)
+        return Outcome(loss.total + beside, loss.total, loss.per_task)
 
 
 def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder: str | Path | None = None, resume: bool = True,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -157,6 +158,7 @@ def test_rows_of_released_sizes_have_exactly_so_many_tokens(name):
 
 
 def test_the_gpu_set_begins_with_the_preferred_backends(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("unimod.bench.job.available", lambda family, device: {"kernels": ("triton", "reference"), "attention": ("flash", "sdpa")}[family])
     jobs = jobs_of(("layer", "step"), [*SIZES["showo-256"], *SIZES["emu3-8k"]], 9)
     assert [(job.kind, job.attention, job.kernels) for job in jobs[:6]] == [(k, "flash", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3]
@@ -217,3 +219,28 @@ def test_an_estimate_is_called_one_until_there_is_a_record(tmp_path):
         (tmp_path / name).write_text(json.dumps({"device": device, "commit": "abc", "rows": [row, row | {"realised": None}, row | {"bench": "step"}]}))
     assert on_gpu(tmp_path) == [{"model": "showo-256, 3870 tokens", "kept": "0.5", "way": "triton,flash", "realised": 0.5,
                                  "source": "bench-gpu.json: NVIDIA Z, commit abc"}]
+
+
+def test_every_attention_backend_gets_the_masks_that_it_asks_for(monkeypatch):
+    from unimod.bench.command import bench
+
+    module, seen = sys.modules["unimod.bench.attention"], []
+    real = module.interval_attention
+    monkeypatch.setattr(module, "interval_attention", lambda *given: seen.append(given[7:]) or real(*given))
+    rows = bench("attention", "emu3-tiny", rounds=5)["rows"]
+    assert [row["backend"] for row in rows] == ["sdpa"] and all(set(masks) == {"causal"} and memo is seen[0][1] for masks, memo in seen)
+
+
+def test_what_breaks_leaves_a_row_and_costs_no_other(monkeypatch):
+    from unimod.bench import command
+    from unimod.bench.command import bench
+
+    def breaks(job):
+        raise RuntimeError("no kernel image\nmore")
+    monkeypatch.setitem(command.MEASURES, "attention", breaks)
+    rows = bench("attention", "showo-tiny", rounds=5)["rows"]
+    assert rows and all(row["note"] == "failed: RuntimeError: no kernel image" for row in rows)
+
+
+def test_a_folder_is_no_file(tmp_path, capsys):
+    assert main(["bench", "attention", "--preset", "showo-tiny", "--out", str(tmp_path)]) == 2 and "is a folder; name a file" in capsys.readouterr().err

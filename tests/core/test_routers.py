@@ -13,7 +13,7 @@ from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_o
 from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import TaskRouter, Trail
+from unimod.router import TaskRouter, Trail, scorer
 from unimod.tokens import IGNORE, KINDS, Modality, Task, TokenSequence, pack
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
@@ -289,3 +289,19 @@ def test_kept_counts_follow_the_batch_to_another_device():
     packed = three(modality=(Modality.IMAGE, Modality.TEXT, Modality.IMAGE))
     router = TaskRouter(2, {"t2i": 1, "mmu": 0.5, "lm": 1}, RouterConfig(keep=("text",)))
     assert router.kept(packed.to("meta")) == router.kept(packed) == (2,)
+
+
+@pytest.mark.parametrize("hidden", [0, 4])
+def test_scores_of_half_precision_are_summed_in_float32(hidden):
+    """Against float32 arithmetic on the same rounded numbers: values to float32's, gradients to bfloat16's."""
+    g = torch.Generator().manual_seed(0)
+    score = scorer(64, RouterConfig(hidden=hidden, std=0.5)).bfloat16()
+    x = torch.randn(50, 64, generator=g).bfloat16().requires_grad_()
+    again, wide = copy.deepcopy(score).float(), x.detach().float().requires_grad_()
+    out, expected = score(x), again(wide)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    weight = torch.randn(out.shape, generator=g)
+    found, right = ((m(y) * weight).sum() for m, y in ((score, x), (again, wide)))
+    for a, b in zip(torch.autograd.grad(found, (x, *score.parameters())), torch.autograd.grad(right, (wide, *again.parameters()))):
+        torch.testing.assert_close(a.float(), b, atol=0.05 * float(b.abs().max()), rtol=0.05)

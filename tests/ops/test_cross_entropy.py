@@ -75,3 +75,14 @@ def test_a_models_losses_are_the_same_in_chunks(name, monkeypatch):
         model.zero_grad()
     torch.testing.assert_close(found[0], found[1], equal_nan=True)
     assert all(found[0][1][t] > 0 for t in Task)
+
+
+def test_a_head_that_an_adapter_wraps_is_asked_itself(monkeypatch):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = build_model("emu3-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False), model.lm)
+    packed = pack([model.layout.t2i("a red circle", torch.arange(12))])
+    whole = losses(model, packed).total
+    monkeypatch.setattr("unimod.models.backbone.CHUNKED", 0)
+    torch.testing.assert_close(losses(model, packed).total, whole)

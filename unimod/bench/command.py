@@ -36,7 +36,7 @@ def bench(kind: str, preset: str = "cpu", rounds: int = 9, deadline: float = 0.0
         raise ParameterError(f"--preset {preset} is not known. Allowed: {', '.join(SIZES)}, gpu.")
     if rounds < LEAST:
         raise ParameterError(f"--rounds {rounds}: nothing is claimed from less than {LEAST} rounds.")
-    if deadline < 0:
+    if not deadline >= 0:
         raise ParameterError(f"--deadline {deadline:g} must be seconds, or 0 for none.")
     whole = "gpu" in (kind, preset)
     if (whole or preset in CUDA) and not torch.cuda.is_available():

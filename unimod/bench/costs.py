@@ -96,8 +96,11 @@ def costs(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConf
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = (folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unimod" / "costs") / f"{name}.json"
     if path.exists():
-        known = json.loads(path.read_text())["table"]
-        return CostTable(known["device"], known["tokens"], known["dense"], tuple(known["kept"]), tuple(known["seconds"]))
+        try:
+            known = json.loads(path.read_text())["table"]
+            return CostTable(known["device"], known["tokens"], known["dense"], tuple(known["kept"]), tuple(known["seconds"]))
+        except (ValueError, KeyError, TypeError):           # half-written or of another make: measured anew
+            path.unlink()
     table = measured(model, rows, config, device)
     write(path, json.dumps({"key": key, "table": asdict(table)}, indent=1, default=str) + "\n")
     return table

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import sys
@@ -60,6 +61,9 @@ def measure(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[di
             rows.append(job.missing(f"dropped at the deadline: {error}"))
         except torch.OutOfMemoryError:
             rows.append(job.missing("out of memory"))
+        except Exception as error:                          # a backend that breaks must not cost the others their rows
+            rows.append(job.missing(f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"))
+        gc.collect()                                        # a routed layer and its norm refer to one another
         if job.device == "cuda":
             torch.cuda.empty_cache()
         print(f"unimod bench: {n} of {len(jobs)}, {job}: {len(rows) - before} rows in {time.monotonic() - began:.0f} s"

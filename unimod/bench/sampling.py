@@ -50,10 +50,10 @@ def decode(job: Job) -> Iterator[dict]:
     width = NEW[job.device][1] // 2
 
     def answers(arm: UnifiedModel, batch: int, long: bool) -> int:
-        return NEW[job.device][long] * len(answer(arm, [question] * batch, max_new=NEW[job.device][long]))
+        return NEW[job.device][long] * len(answer(arm, [question] * batch, max_new=NEW[job.device][long], static=job.device == "cuda"))
 
     def pictures(arm: UnifiedModel, batch: int, long: bool) -> int:
-        draw(arm, ["x" * 20] * batch, guidance=0.0, grid=(1 + long, width))
+        draw(arm, ["x" * 20] * batch, guidance=0.0, grid=(1 + long, width), static=job.device == "cuda")
         return (1 + long) * (width + 1) * batch              # ends of line are generated too
 
     for what, generate in (("answer", answers), *((("picture", pictures),) if layout.causal_images else ())):

@@ -219,7 +219,7 @@ def losses(model: UnifiedModel, packed: Packed, skip: int | None = None) -> Loss
     hidden, target, task = model(packed, skip)[where], packed.target[where], packed.task[where]
     coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
                           for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
-    one_head = type(model).nll is UnifiedModel.nll
+    one_head = type(model).nll is UnifiedModel.nll and type(model.head) is nn.Linear        # not one that an adapter wraps
     chunked = one_head and len(where) * model.head.out_features > CHUNKED
     if chunked:                                             # the sum that is learned from is made chunk by chunk, and never seen by its parts
         total, entropy = model.weighted_nll(hidden, target, (coefficient * scale)[task])

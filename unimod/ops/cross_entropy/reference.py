@@ -29,8 +29,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor,
                 wanted: list[bool]) -> tuple[Tensor, Tensor]:
         w, nll = weight.to(hidden.dtype), torch.empty_like(scale)
-        grads = [torch.zeros_like(x) if want else None for x, want in zip((hidden, weight, bias), wanted)]
+        grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32) if x is not hidden else None) if want else None
+                 for x, want in zip((hidden, weight, bias), wanted)]      # sums over chunks in no less than float32
         chunk = max(1, LOGITS // len(weight))
+        chunk = chunk // 128 * 128 or chunk                 # full tiles
         for start in range(0, len(hidden), chunk):
             at = slice(start, start + chunk)
             z = (hidden[at] @ w.T).float()
@@ -48,10 +50,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grads[0][at] = g @ w
                 if grads[1] is not None:
                     grads[1] += g.T @ hidden[at]
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(nll)
         return (nll * scale).sum(), nll
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if g is None else g * total.to(g.dtype) for g in ctx.saved_tensors), None, None, None)
+        return (*(None if g is None else (g.to(total.dtype) * total).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)), None, None, None)

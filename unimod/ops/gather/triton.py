@@ -98,7 +98,7 @@ def gather_norm_backward(dx: Tensor, dn: Tensor, x: Tensor, weight: Tensor, rank
     T, D = len(rank) - 1, x.shape[1]
     programs = min(T, PROGRAMS)
     dh = torch.empty(T, D, dtype=x.dtype, device=x.device)
-    dweight, dbias = (torch.empty(programs if there else 0, D, device=x.device) for there in (True, bias))
+    dweight, dbias = (torch.empty(programs if there else 0, D, dtype=torch.float32, device=x.device) for there in (True, bias))
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](dx.contiguous(), dn.contiguous(), x, weight, rank, dh, dweight, dbias, T, D, eps, CENTRED=centred, BIAS=bias,
                                      **row_block(D))
