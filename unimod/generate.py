@@ -37,6 +37,9 @@ class Growing:
     """
 
     def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, twin: Tensor | None = None, static: bool = False) -> None:
+        kinds = {(row.task, row.parts[-1][1]) for row in rows}
+        if static and len(kinds) > 1:
+            raise ValueError(f"static=True takes rows of one task and rule; these are of {len(kinds)}. Decode them apart, or with static=False.")
         self.model, self.rows, self.twin, self.static = model, rows, twin, static
         self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new + static)
         packed = pack(rows)

@@ -107,8 +107,9 @@ class TaskRouter(nn.Module):
             always = ~free                                  # places are for all; who has no choice has one
         judged = slice(None) if packed.twin is None else packed.twin
         ranked = score.detach()[judged].masked_fill(always, torch.inf)
-        inside = torch.ones_like(always) if trail.inside is None else trail.inside
-        ranked = ranked.masked_fill(~(inside | always), -torch.inf)
+        up = free & ~always
+        if trail.inside is not None:
+            ranked, up = ranked.masked_fill(~(trail.inside | always), -torch.inf), up & trail.inside
         index, last, rank, segments = self._select(ranked, lengths, packed)
         if any(self._by_threshold(s) for s in packed.segments):
             if "labelled" in self.config.keep:
@@ -117,7 +118,6 @@ class TaskRouter(nn.Module):
             passes = self.passes(ranked, None if predicted is None else predicted[judged], packed, tasks) & (ranked > -torch.inf)
             index, segments = self._apply_threshold(passes | always, index, packed)
             rank = prefix_count(index, len(packed))
-        up = free & ~always & inside
         factor = torch.where(up, self._gate(score), 1.0)
         weight = factor[index]
         if self.learned is not None and self.training:
@@ -136,10 +136,9 @@ class TaskRouter(nn.Module):
         if not (self.follows and trail.alone is not None):
             judged = slice(None) if packed.twin is None else packed.twin
             score, always = self.scores(h, packed, trail), packed.of_kind(self.config.keep)
-            foreseen = self._of_task(self.predict(h), packed) if self.config.predictor else None
-            passes = score[judged] >= self.threshold[packed.task] if foreseen is None else foreseen[judged] > 0
-            inside = torch.ones_like(always) if trail.inside is None else trail.inside
-            trail.alone = always | (passes & inside), torch.where(always, 1.0, self._gate(score))
+            passes = self._lets_through(score[judged], self._of_task(self.predict(h), packed)[judged] if self.config.predictor else None, packed)
+            passes = passes if trail.inside is None else passes & trail.inside
+            trail.alone = always | passes, torch.where(always, 1.0, self._gate(score))
             if self.config.reach == "exit":
                 trail.inside = trail.alone[0]
         return trail.alone
@@ -212,13 +211,14 @@ class TaskRouter(nn.Module):
     def passes(self, score: Tensor, predicted: Tensor | None, packed: Packed, tasks: set[Task]) -> Tensor:
         """Which tokens of these tasks a decision of their own lets through: those that the predictor expects to be kept, else those above the
         threshold: bool [T]. Raises RuntimeError when there is neither."""
-        if predicted is not None:
-            return predicted > 0
-        if self.config.score == "attention":
+        if predicted is None and self.config.score == "attention":
             raise RuntimeError("score='attention' cannot judge a token before others have looked at it; token-by-token generation needs predictor=True.")
-        if torch.isnan(self.threshold[list(tasks)]).any():
+        if predicted is None and torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
-        return score >= self.threshold[packed.task]
+        return self._lets_through(score, predicted, packed)
+
+    def _lets_through(self, score: Tensor, predicted: Tensor | None, packed: Packed) -> Tensor:
+        return score >= self.threshold[packed.task] if predicted is None else predicted > 0
 
     def _apply_threshold(self, passes: Tensor, index: Tensor, packed: Packed) -> tuple[Tensor, tuple[Segment, ...]]:
         """Drop the tokens of threshold segments that do not pass; the sizes are read from the device."""

@@ -151,6 +151,29 @@ def test_compile_without_a_graph_break(layer):
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("name, ops", [("triton", ["select", "gather_norm", "scatter"]), ("reference", [])])
+def test_export_keeps_the_ops_and_the_numbers(layer, name, ops):
+    model, packed = layer
+    layer = routed(model, RouterConfig(std=0.5)).layers[6].eval()
+
+    class Bound(torch.nn.Module):
+        """A routed layer on rows of these lengths."""
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, h, cos, sin):
+            return self.layer(h, packed=packed, position_embeddings=(cos, sin), attention_mask=None, position_ids=packed.position[None], cache=None)
+    with use_backend(name), torch.no_grad():
+        h, bound = model.embed(packed)[None], Bound()
+        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
+        bound(h, *rotary)                                   # what the host must know of a batch is worked out before the trace
+        program = torch.export.export(bound, (h, *rotary), strict=False)
+        other = torch.randn_like(h)
+        torch.testing.assert_close(program.module()(other, *rotary), bound(other, *rotary))
+    assert [str(n.target).split(".")[1] for n in program.graph.nodes if str(n.target).startswith("unimod.")] == ops
+
+
 def test_norms_that_compute_something_else_are_left_alone():
     module = norm_module("layer", 8, "cpu", torch.float32)
     assert known_norm(module).centred and not known_norm(norm_module("rms", 8, "cpu", torch.float32)).centred

@@ -97,3 +97,11 @@ def test_static_steps_say_and_draw_the_same(name):
     if model.layout.causal_images:
         for options in ({}, {"guidance": 1.0}, {"guidance": 1.0, "share": True}):
             assert torch.equal(draw(model, ["a red circle", ""], static=True, **options), draw(model, ["a red circle", ""], **options))
+
+
+def test_static_steps_are_for_rows_of_one_kind():
+    model, _ = from_pretrained(shipped("emu3-tiny"))
+    drawn = model.layout.t2i("a", torch.zeros(0, dtype=torch.long), prompt=True)
+    asked = model.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)
+    with pytest.raises(ValueError, match="rows of one task and rule; these are of 2"):
+        Growing(model, [drawn, asked], 2, static=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..layers import MoDLayer
+from ..layers import MoDLayer, routed_layers
 from ..models.backbone import UnifiedModel
 from ..tokens import Packed
 from .clock import wait
@@ -120,7 +120,7 @@ class Attribution(TorchDispatchMode):
 def where_time_goes(model: UnifiedModel, packed: Packed, rounds: int = 5) -> dict[str, float]:
     """Median milliseconds per forward inside the routed layers: router and selection, decoder layer, and the rest (gather,
     new intervals, scatter). Empty for a dense model."""
-    routed = [layer for layer in model.layers if isinstance(layer, MoDLayer)]
+    routed = routed_layers(model)
     samples: dict[str, list[float]] = {"router and selection": [], "decoder layer": [], "gather and scatter": []}
     spent: dict[str, float] = {}
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import torch
 
+from ..analysis.routing import choosing, routings
 from ..data.batches import Batches
 from ..data.sample import Sample
 from ..generate import calibrate, draw
@@ -26,6 +27,7 @@ from ..models.cache import KVCache
 from ..models.image_tokenizer import ImageTokenizer
 from ..tokens import Modality, Packed, Task, TokenSequence, pack
 from .detector import detect, matches
+from .quality import to_pictures
 
 
 def alone(packed: Packed) -> Packed:
@@ -86,7 +88,7 @@ def guidance(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: Sequ
     layout, captions, rows = model.layout, [s.caption for s in samples], []
     for share in (False, True):
         codes = draw(model, captions, seed=seed, guidance=weight, share=share)
-        pictures = image_tokenizer.decode(codes.view(-1, *layout.grid)).permute(0, 2, 3, 1).numpy()
+        pictures = to_pictures(image_tokenizer, codes.view(-1, *layout.grid))
         right = [matches(detect(picture), sample) for picture, sample in zip(pictures, samples)]
         known = {"prompt": True} if layout.causal_images else {"masked": torch.zeros(layout.image_tokens, dtype=torch.bool)}
         packed = pack([layout.t2i(text, c, **known) for text, c in zip(captions + [""] * len(captions), [*codes, *codes])])
@@ -105,9 +107,7 @@ def in_use(model: UnifiedModel, image_tokenizer: ImageTokenizer, batches: Batche
     """Everything above as tables, on held-out rows: `agreement` and `decided` (where a token can be judged alone), `cache` per task, and `guidance` (where
     the data has ground truth). Thresholds are calibrated on training rows first. Empty for a model that drops nothing outside training."""
     samples, held_out = batches.samples("test", 0, count, seed=0), batches.held_out("test", count)
-    with torch.no_grad(), record_routing() as log:
-        model(held_out.to(model.device))
-    if not any(bool(r.open.any()) for r in log.values()):
+    if not choosing(routings(model, held_out)):
         return {}
     configs = [layer.router.config for layer in routed_layers(model)]
     found: dict[str, list[dict[str, object]]] = {}
