@@ -1,12 +1,14 @@
 """A capture changes nothing, and its maps are the ones that dense attention makes."""
 
+import copy
+
 import pytest
 import torch
 
-from unimod.capture import CaptureError, capture, observe
+from unimod.capture import AttentionRecord, CaptureError, capture, observe, reduced
 from unimod.layers import apply_mod, record_routing, remove_mod
 from unimod.plan import last_half
-from unimod.tokens import Task
+from unimod.tokens import Modality, Task
 
 MODELS = ("showo-tiny", "emu3-tiny")
 
@@ -87,3 +89,64 @@ def test_the_last_forward_counts(world):
         model(batches.single_task(Task.MMU, "validation", 4))
         model(batches.single_task(Task.T2I, "validation", 2), skip=3)
     assert len(record.whole.lengths) == 2 and record.layers == (0, 1, 2, 4, 5, 6, 7)
+
+
+def test_a_tile_and_what_is_received_are_the_maps_own(world, monkeypatch):
+    monkeypatch.setattr("unimod.capture.record.ENTRIES", 4 * 90 * 7)        # several blocks
+    model, batches = world["showo-tiny"]
+    record = observe(model, batches.held_out("validation", 2))
+    whole = record.maps([2], 3)[0]
+    n = whole.shape[-1]
+    torch.testing.assert_close(record.tile(2, 3, bins=n), whole)
+    small = record.tile(2, 3, queries=slice(5, 25), keys=slice(-30, None), bins=10)
+    want = whole[:, 5:25, n - 30:].unflatten(1, (10, 2)).mean(2).unflatten(2, (10, 3)).sum(3)
+    torch.testing.assert_close(small, want)
+    torch.testing.assert_close(record.tile(2, 3).sum(-1), torch.ones(4, 32))
+    torch.testing.assert_close(record.tile(2, 3, bins=7, head=1), record.tile(2, 3, bins=7)[1:2])
+    asked = record.packed(3).modality[record.span(2, 3)] == Modality.TEXT
+    torch.testing.assert_close(record.received(2, 3, asked), whole[:, asked].mean(1))
+    assert record.received(2, 3, torch.zeros(n, dtype=torch.bool)).isnan().all()
+    with pytest.raises(CaptureError, match="none of the"):
+        record.tile(2, 3, queries=slice(500, 600))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_saved_record_is_the_same_record(world, tmp_path, dtype):
+    model, batches = world["showo-tiny"]
+    model = copy.deepcopy(model).to(dtype)
+    apply_mod(model, last_half(8, 0.3))
+    record = observe(model, batches.held_out("validation", 2))
+    again = AttentionRecord.load(record.save(tmp_path / "all"))
+    assert again.layers == record.layers and again.about == {"model": "showo"} and again.whole.tasks == record.whole.tasks
+    for layer in record.layers:
+        assert again.layer(layer).q.dtype == dtype and torch.equal(again.map(1, layer, 2), record.map(1, layer, 2))
+        assert torch.equal(again.index(layer), record.index(layer)) and again.packed(layer).lengths == record.packed(layer).lengths
+    some = AttentionRecord.load(record.save(tmp_path / "some", layers=(6,)))
+    with pytest.raises(CaptureError, match="layer 0 was not seen; this record holds layers 6"):
+        some.map(0, 0, 0)
+
+
+def test_a_folder_that_is_no_record_is_named(world, tmp_path):
+    model, batches = world["emu3-tiny"]
+    with pytest.raises(CaptureError, match="tokens.parquet and attention.npz missing"):
+        AttentionRecord.load(tmp_path / "nowhere")
+    folder = observe(model, batches.single_task(Task.MMU, "validation", 1)).save(tmp_path / "r")
+    whole = (folder / "attention.npz").read_bytes()
+    for damage in (b"", b"not a zip", whole[: len(whole) // 2]):
+        (folder / "attention.npz").write_bytes(damage)
+        with pytest.raises(CaptureError, match="cannot be read as an attention record"):
+            AttentionRecord.load(folder)
+    (folder / "attention.npz").write_bytes(whole)
+    (folder / "tokens.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CaptureError, match="cannot be read as an attention record"):
+        AttentionRecord.load(folder)
+
+
+def test_a_reducer_sees_what_a_record_holds(world):
+    model, batches = world["emu3-tiny"]
+    packed = batches.held_out("validation", 2)
+    record = observe(model, packed)
+    found = reduced(model, packed, lambda layer: layer.k.sum())
+    assert found == {i: record.layer(i).k.sum() for i in record.layers}
+    with pytest.raises(CaptureError, match="Linear: for a transformers model use capture_stock"), capture(torch.nn.Linear(2, 2)):
+        pass

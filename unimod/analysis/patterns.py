@@ -3,6 +3,7 @@
     found = patterns(record, Task.MMU)
     found.received[:, :, :, Modality.IMAGE].mean((1, 2))     # mass that flows to the picture, per layer
     found.table()                                            # one row per layer and head, means over samples and their spread
+    measure(model, packs, Task.MMU)                          # the same without keeping anything: for thousands of tokens
 
 First analysis of UniMoD (arXiv 2502.06474, section 3): which modality dominates, and whether that flips between tasks. The
 paper does not say over which queries it averages: here over all tokens of a row, and `mass` also splits by query modality.
@@ -13,14 +14,16 @@ Letters: L layers, N samples, H heads, n tokens of a row; the modality axes are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capture import AttentionRecord
-from ..tokens import Modality, Task
+from ..capture import AttentionRecord, CaptureError, LayerAttention, reduced
+from ..models.backbone import UnifiedModel
+from ..tokens import Modality, Packed, Task
 
 NAMES = tuple(m.name.lower() for m in Modality)
 
@@ -73,24 +76,53 @@ class Patterns:
 
 
 def patterns(record: AttentionRecord, task: Task) -> Patterns:
-    """Statistics of all maps of a task. Raises `CaptureError` when the record holds no row of it."""
+    """Statistics of all rows of a task. Raises `CaptureError` when the record holds no row of it."""
     rows = record.rows(task)
-    shape = (len(record.layers), len(rows))
-    heads = (record.heads,)
-    sizes = {"mass": (*heads, 3, 3), "received": (*heads, 3), "even": (3,)}
-    sizes |= dict.fromkeys(("entropy", "evenness", "sink", "distance"), heads)
-    out = {name: torch.full((*shape, *size), torch.nan) for name, size in sizes.items()}
-    for i, layer in enumerate(record.layers):
-        packed, spans = record.packed(layer), record.packed(layer).rows()
-        for group in record.by_length(rows, layer):
-            maps = record.maps(group, layer)
-            modality = torch.stack([packed.modality[spans[row]] for row in group])
-            position = torch.stack([packed.position[spans[row]] for row in group]).float()
-            visible = torch.stack([(packed.hi - packed.lo)[spans[row]] for row in group])
-            at = [rows.index(row) for row in group]
-            for name, value in _statistics(maps, modality, position, visible).items():
-                out[name][i, at] = value.cpu()
-    return Patterns(task, record.layers, **out)
+    return _assemble(task, [{i: statistics(record.layer(i), rows) for i in record.layers}])
+
+
+def measure(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Patterns:
+    """`patterns` of all rows of a task in several batches, worked out inside the attention: no queries or keys are kept, so the memory is that of one
+    layer and the length of rows is bounded by the model alone. Raises `CaptureError` when a batch has no row of the task."""
+    found = []
+    for packed in packs:
+        rows = [b for b, t in enumerate(packed.tasks) if t == task]
+        if not rows:
+            raise CaptureError(f"A batch has no {task.name.lower()} row; give batches of that task.")
+        found.append(reduced(model, packed, lambda attention, rows=rows: statistics(attention, rows)))
+    return _assemble(task, found)
+
+
+def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tensor]:
+    """What `Patterns` holds of one layer: name -> float32 [N, ...] on the CPU, one entry per row; nan for a row without tokens. No map is made."""
+    packed, spans = attention.packed, attention.packed.rows()
+    first = torch.zeros_like(packed.row, dtype=torch.bool)
+    starts = torch.tensor([span.start for span in spans if span.stop > span.start], device=first.device)
+    first[starts] = True
+    given, entropy, distance = attention.mass(torch.where(first, len(NAMES), packed.modality), len(NAMES) + 1)    # a sink is a kind of its own
+    H, T = entropy.shape
+    kinds = F.one_hot(packed.modality, len(NAMES)).to(given)    # [T, 3]
+    head = torch.zeros(T, dtype=torch.long, device=first.device)    # the first token of every token's row
+    for span in spans:
+        head[span] = span.start
+    to = given[..., :-1] + given[..., -1:] * kinds[head]        # [H, T, 3]
+    sums = F.pad(kinds.cumsum(0), (0, 0, 1, 0))
+    visible = (packed.hi - packed.lo).to(given)
+    sees = (sums[packed.hi] - sums[packed.lo]) / visible[:, None]
+    relative = entropy / visible.clamp(min=2).log()
+    out = {name: torch.full((len(rows), *size), torch.nan) for name, size in _sizes(H).items()}
+    for n, span in enumerate(spans[row] for row in rows):
+        mine, able = kinds[span], visible[span] > 1
+        if not len(mine):
+            continue
+        out["mass"][n] = torch.einsum("tq,htk->hqk", mine / mine.sum(0), to[:, span]).cpu()    # 0 / 0 = nan: no such query
+        out["received"][n] = to[:, span].mean(1).cpu()
+        out["even"][n] = sees[span].mean(0).cpu()
+        out["entropy"][n] = entropy[:, span].mean(1).cpu()
+        out["evenness"][n] = (relative[:, span][:, able].mean(1)).cpu()
+        out["sink"][n] = given[:, span][:, 1:, -1].mean(1).cpu()
+        out["distance"][n] = distance[:, span].mean(1).cpu()
+    return out
 
 
 def picture_attention(record: AttentionRecord, row: int, layer: int, grid: tuple[int, int], query: Modality) -> Tensor:
@@ -98,36 +130,30 @@ def picture_attention(record: AttentionRecord, row: int, layer: int, grid: tuple
 
     A picture token that a routed layer skipped, or a query modality that sees no picture at all, gives nan.
     """
-    packed, span = record.packed(layer), record.packed(layer).rows()[row]
-    modality, index = packed.modality[span], record.index(layer)[span]
-    out = torch.full((record.whole.lengths[row],), torch.nan)
-    asks, seen = modality == query, modality == Modality.IMAGE
-    if asks.any() and seen.any():
-        received = record.maps([row], layer)[0][:, asks].mean((0, 1))
-        if received[seen].sum() > 0:
-            out[(index - record.whole.rows()[row].start)[seen].cpu()] = received[seen].cpu()
-    return out[(record.whole.modality[record.whole.rows()[row]] == Modality.IMAGE).cpu()].view(grid)
+    modality = record.packed(layer).modality[record.span(row, layer)]
+    got = record.received(row, layer, modality == query).mean(0)
+    seen = (modality == Modality.IMAGE).to(got.device)
+    return on_grid(record, row, layer, torch.where(seen.any() & (got[seen].sum() > 0), got, torch.nan), grid)
 
 
-def _statistics(maps: Tensor, modality: Tensor, position: Tensor, visible: Tensor) -> dict[str, Tensor]:
-    """maps: [R, H, n, n]; modality, position, visible: [R, n]. All rows start at their first visible key (lo = row start)."""
-    n = maps.shape[-1]
-    kinds = F.one_hot(modality, 3).to(maps)  # [R, n, 3]
-    to = maps @ kinds[:, None]  # [R, H, n, 3]
-    share = kinds / kinds.sum(1, keepdim=True)  # 0 / 0 = nan: no such query
-    sees = (torch.arange(n, device=maps.device) < visible[..., None]) / visible[..., None]
-    entropy = -torch.xlogy(maps, maps).sum(-1)  # [R, H, n]
-    able = (visible > 1)[:, None].expand_as(entropy)
-    relative = entropy / visible.clamp(min=2).log()[:, None]
-    return {
-        "mass": torch.einsum("rnq,rhnk->rhqk", share, to),
-        "received": to.mean(2),
-        "even": (sees @ kinds).mean(1),
-        "entropy": entropy.mean(-1),
-        "evenness": torch.where(able, relative, 0.0).sum(-1) / able.sum(-1),
-        "sink": maps[:, :, 1:, 0].mean(-1),
-        "distance": (maps * (position[:, :, None] - position[:, None]).abs()[:, None]).sum(-1).mean(-1),
-    }
+def on_grid(record: AttentionRecord, row: int, layer: int, values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Values of a row's tokens in a layer, float32 [..., n], on the picture's grid: [..., h, w] on the CPU, nan where the layer skipped the token."""
+    whole = record.whole
+    span = whole.rows()[row]
+    out = torch.full((*values.shape[:-1], span.stop - span.start), torch.nan)
+    out[..., (record.index(layer)[record.span(row, layer)] - span.start).cpu()] = values.cpu()
+    return out[..., (whole.modality[span] == Modality.IMAGE).cpu()].unflatten(-1, grid)
+
+
+def _sizes(heads: int) -> dict[str, tuple[int, ...]]:
+    kinds = len(NAMES)
+    return {"mass": (heads, kinds, kinds), "received": (heads, kinds), "even": (kinds,)} | dict.fromkeys(("entropy", "evenness", "sink", "distance"), (heads,))
+
+
+def _assemble(task: Task, batches: list[dict[int, dict[str, Tensor]]]) -> Patterns:
+    """Per batch, layer and name: [N, ...] -> [L, N of all batches, ...]."""
+    layers = tuple(sorted(batches[0]))
+    return Patterns(task, layers, **{name: torch.stack([torch.cat([b[i][name] for b in batches]) for i in layers]) for name in batches[0][layers[0]]})
 
 
 def _mean(name: str, values: Tensor) -> dict[str, float]:

@@ -1,0 +1,77 @@
+"""Any transformers model: its own outputs bit for bit, and the maps of its own eager attention."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from unimod.capture import CaptureError, capture_stock
+from unimod.tokens import Modality, Task
+
+SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+MODELS = {
+    "grouped heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "sliding window": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)),
+    "learned positions": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
+    "bidirectional": lambda: BertModel(BertConfig(**SIZES)),
+}
+IDS = torch.randint(5, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+PADS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [1] * 7 + [0, 0]])
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_bit_equal_and_maps_are_the_eager_ones(name, padded):
+    torch.manual_seed(0)
+    model, mask = MODELS[name]().eval(), PADS if padded else torch.ones_like(IDS)
+    with torch.no_grad():
+        plain = model(IDS, attention_mask=mask)[0]
+        with capture_stock(model) as record:
+            watched = model(input_ids=IDS, attention_mask=mask)[0]
+        assert torch.equal(plain, watched) and torch.equal(plain, model(IDS, attention_mask=mask)[0])
+        model.set_attn_implementation("eager")
+        dense = model(IDS, attention_mask=mask, output_attentions=True).attentions
+    assert record.layers == (0, 1) and record.whole.lengths == tuple(mask.sum(1).tolist()) and set(record.whole.tasks) == {Task.LM}
+    for layer, maps in enumerate(dense):
+        for row, (a, real) in enumerate(zip(maps, mask.bool())):
+            torch.testing.assert_close(record.maps([row], layer)[0], a[:, real][:, :, real], atol=1e-5, rtol=1e-4)
+
+
+def test_a_vision_language_models_picture_tokens_are_pictures():
+    torch.manual_seed(0)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+             "model_type": "clip_vision_model", "projection_dim": 16}
+    config = LlavaConfig(vision_config=tower, text_config={**SIZES, "model_type": "llama"}, image_token_index=99)
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 99, 99, 99, 99, 7, 8]])
+    with torch.no_grad(), capture_stock(model) as record:
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16))
+    assert record.layers == (0, 1) and record.whole.tasks == (Task.MMU,)
+    assert (record.whole.modality == Modality.IMAGE).tolist() == [False, True, True, True, True, False, False]
+
+
+def test_what_cannot_be_recorded_is_refused_with_the_reason():
+    model = MODELS["grouped heads"]().eval()
+    with pytest.raises(CaptureError, match="No layer of this LlamaForCausalLM attended"), capture_stock(model):
+        pass
+    with torch.no_grad(), pytest.raises(CaptureError, match="1 queries look at 10 keys"), capture_stock(model):
+        cache = model(IDS, use_cache=True).past_key_values
+        model(IDS[:, :1], past_key_values=cache)
+    holes = torch.ones(3, 1, 9, 9, dtype=torch.bool).tril()
+    holes[:, :, 5:, 2] = False
+    with torch.no_grad(), pytest.raises(CaptureError, match="do not lie side by side"), capture_stock(model):
+        model(IDS, attention_mask=holes)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    with pytest.raises(CaptureError, match="has 'eager'. Load it with attn_implementation='sdpa'"), capture_stock(model):
+        pass

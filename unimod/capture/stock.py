@@ -1,0 +1,106 @@
+"""The attention of any transformers model that attends through the library's registry, called as its own documentation says.
+
+    with capture_stock(lm) as record:                       # lm: any model of transformers, loaded with attention "sdpa"
+        lm(input_ids=ids, attention_mask=mask)
+    record.map(row=0, layer=3, head=1)
+
+For the time of the block the model attends through a function that keeps q and k and then calls the very function that it used before, so
+what comes out is the same bit for bit. Masks become intervals: causal, padded, sliding and bidirectional ones are; one with holes is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..models.backbone import ATTENTION
+from ..tokens import IGNORE, Modality, Packed, Segment, Task
+from .record import AttentionRecord, CaptureError, LayerAttention
+
+OBSERVED = "unimod_observed"
+WRAPPED = ("sdpa",)
+"""Attention functions whose masks are read here."""
+
+
+@contextmanager
+def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
+    """Record the attention of the last forward inside the block; gradients are not kept. Rows are the batch's, pads left out; a vision-language model's
+    picture tokens (`config.image_token_id`) make a row one of understanding, any other row is plain text.
+
+    Raises `CaptureError` for a model that attends otherwise, for a step with a cache, for a mask with holes, and when no layer was seen.
+    """
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if name == ATTENTION:
+        raise CaptureError("This model already attends over packed tokens: use capture() on the unimod model around it.")
+    if name not in WRAPPED:
+        raise CaptureError(f"capture_stock() reads attention {', '.join(map(repr, WRAPPED))}, and this {type(model).__name__} has {name!r}. "
+                           "Load it with attn_implementation='sdpa', or call model.set_attn_implementation('sdpa').")
+    record, given = AttentionRecord(about={"model": model.config.model_type}), {}
+    image = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
+    function = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attend(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: object) -> tuple[Tensor, None]:
+        if getattr(module, "layer_idx", None) is not None:     # the towers of a vision-language model number none
+            seen = _visible(q, k, attention_mask, options.get("is_causal", getattr(module, "is_causal", True)))
+            record.seen[module.layer_idx] = _layer(q, k, options.get("scaling"), seen, given.get("input_ids"), image)
+        return function(module, q, k, v, attention_mask, **options)
+
+    def begin(_: torch.nn.Module, args: tuple, options: dict) -> None:
+        record.seen.clear()
+        given.clear()
+        given["input_ids"] = options.get("input_ids", args[0] if args else None)
+
+    AttentionInterface.register(OBSERVED, attend)
+    AttentionMaskInterface.register(OBSERVED, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.set_attn_implementation(OBSERVED)
+    try:
+        yield record
+    finally:
+        model.set_attn_implementation(name)
+        hook.remove()
+    if not record.seen:
+        raise CaptureError(f"No layer of this {type(model).__name__} attended through transformers' registry: call it inside the block. "
+                           "A model with an attention of its own cannot be recorded.")
+    record.batch[:] = [record.seen[min(record.seen)].packed]
+
+
+def _visible(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Who sees whom: bool [B, n, n]."""
+    n = q.shape[2]
+    if k.shape[2] != n:
+        raise CaptureError(f"{n} queries look at {k.shape[2]} keys, a step with a cache: run the whole sequence at once, with use_cache=False.")
+    if mask is None:
+        one = torch.ones(n, n, dtype=torch.bool, device=q.device)
+        return (one.tril() if causal else one).expand(len(q), -1, -1)
+    allow = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return allow[:, 0].expand(len(q), -1, -1)
+
+
+def _layer(q: Tensor, k: Tensor, scale: float | None, seen: Tensor, ids: Tensor | None, image: int | None) -> LayerAttention:
+    """q: [B, H, n, d], k: [B, H_kv, n, d], seen: bool [B, n, n] -> the tokens of all rows that see themselves; pads do not."""
+    real = seen.diagonal(dim1=1, dim2=2)                        # [B, n]
+    seen = seen & real[:, None] & real[:, :, None]
+    low, count = seen.int().argmax(-1), seen.sum(-1)
+    high = low + count
+    j = torch.arange(seen.shape[2], device=seen.device)
+    if not torch.equal(seen, (j >= low[..., None]) & (j < high[..., None]) & real[:, :, None]):
+        raise CaptureError("Some token of this batch sees keys that do not lie side by side: such a mask has no interval, and is not recorded.")
+    before = (real.cumsum(1) - real.long()) + (real.sum(1).cumsum(0) - real.sum(1))[:, None]        # place in the packed order
+    lo = before.gather(1, low)[real]
+    row, position = real.nonzero().T
+    kept = lambda x: x.transpose(1, 2)[real].transpose(0, 1).detach()  # noqa: E731
+    ids = torch.full_like(row, -1) if ids is None else ids[real]
+    pictures = ids == image if image is not None else torch.zeros_like(real[real])
+    asks = [bool(pictures[row == b].any()) for b in range(len(real))]
+    task = torch.tensor([int(Task.MMU if a else Task.LM) for a in asks], device=row.device)
+    segments = tuple(Segment(b, Task.MMU if a else Task.LM, n) for b, (a, n) in enumerate(zip(asks, real.sum(1).tolist())))
+    packed = Packed(ids=ids, row=row, position=position, task=task[row], modality=torch.where(pictures, int(Modality.IMAGE), int(Modality.TEXT)), lo=lo,
+                    hi=lo + count[real], target=torch.full_like(row, IGNORE), segments=segments)
+    return LayerAttention(kept(q), kept(k), q.shape[-1] ** -0.5 if scale is None else scale, packed)
