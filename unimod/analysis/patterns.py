@@ -78,7 +78,7 @@ class Patterns:
 def patterns(record: AttentionRecord, task: Task) -> Patterns:
     """Statistics of all rows of a task. Raises `CaptureError` when the record holds no row of it."""
     rows = record.rows(task)
-    return _assemble(task, [{i: statistics(record.layer(i), rows) for i in record.layers}])
+    return assemble(task, [{i: statistics(record.layer(i), rows) for i in record.layers}])
 
 
 def measure(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Patterns:
@@ -90,7 +90,7 @@ def measure(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Pattern
         if not rows:
             raise CaptureError(f"A batch has no {task.name.lower()} row; give batches of that task.")
         found.append(reduced(model, packed, lambda attention, rows=rows: statistics(attention, rows)))
-    return _assemble(task, found)
+    return assemble(task, found)
 
 
 def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def _sizes(heads: int) -> dict[str, tuple[int, ...]]:
     return {"mass": (heads, kinds, kinds), "received": (heads, kinds), "even": (kinds,)} | dict.fromkeys(("entropy", "evenness", "sink", "distance"), (heads,))
 
 
-def _assemble(task: Task, batches: list[dict[int, dict[str, Tensor]]]) -> Patterns:
+def assemble(task: Task, batches: list[dict[int, dict[str, Tensor]]]) -> Patterns:
     """Per batch, layer and name: [N, ...] -> [L, N of all batches, ...]."""
     layers = tuple(sorted(batches[0]))
     return Patterns(task, layers, **{name: torch.stack([torch.cat([b[i][name] for b in batches]) for i in layers]) for name in batches[0][layers[0]]})

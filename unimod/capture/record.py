@@ -49,8 +49,30 @@ class LayerAttention:
         """The maps of a row, some queries at a time, in bounded memory: int64 [m] and float32 [H, m, n]."""
         n = span.stop - span.start
         queries = torch.arange(n) if queries is None else queries
-        for some in queries.split(max(1, ENTRIES // max(1, len(range(self.q.shape[0])[heads]) * n))):
+        for some in queries.split(max(1, ENTRIES // max(1, len(self.q[heads]) * n))):
             yield some, self.weights(span, some, heads)
+
+    def tile(self, span: slice, queries: slice = slice(None), keys: slice = slice(None), bins: int = BINS, heads: slice = slice(None)) -> Tensor:
+        """A part of the maps of a row, pooled to at most bins x bins: mean over the queries of a bin, sum over its keys. float32 [H, bins, bins]; the whole
+        of it is never held. `edges` says what a bin holds."""
+        n = span.stop - span.start
+        asked, seen = (torch.arange(n)[s] for s in (queries, keys))
+        down, across = edges(len(asked), bins), edges(len(seen), bins)
+        rows = torch.repeat_interleave(torch.arange(len(down) - 1), down.diff())
+        pool = torch.zeros(n, len(across) - 1, device=self.q.device)
+        pool[seen, torch.repeat_interleave(torch.arange(len(across) - 1), across.diff())] = 1.0
+        out, done = torch.zeros(len(self.q[heads]), len(down) - 1, pool.shape[1], device=pool.device), 0
+        for some, a in self.blocks(span, asked, heads):
+            out.index_add_(1, rows[done: done + len(some)].to(pool.device), a @ pool)
+            done += len(some)
+        return out / down.diff()[:, None].to(out)
+
+    def received(self, span: slice, queries: Tensor) -> Tensor:
+        """What each token of a row gets from some of its tokens (bool [n]), mean over them: float32 [H, n], sums to 1; nan where there is none."""
+        asked = queries.cpu().nonzero()[:, 0]
+        if not len(asked):
+            return torch.full((len(self.q), span.stop - span.start), torch.nan)
+        return sum(a.sum(1) for _, a in self.blocks(span, asked, slice(None))) / len(asked)
 
     def mass(self, label: Tensor, labels: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of every query: what it gives to each kind of key [H, K, labels], its entropy in nats and its mean distance in tokens, both [H, K], float32.
@@ -99,11 +121,7 @@ class AttentionRecord:
 
     def index(self, layer: int) -> Tensor:
         """Where this layer's tokens lie in `whole`: int64 [K], ascending."""
-        whole, part = self.whole, self.packed(layer)
-        span = int(whole.position.max()) + 1
-        key = whole.row * span + whole.position
-        order = key.argsort()                               # features are packed before the tokens they follow
-        return order[torch.searchsorted(key[order], part.row * span + part.position)]
+        return places(self.whole, self.packed(layer))
 
     def rows(self, task: Task) -> tuple[int, ...]:
         """The rows of one task. Raises `CaptureError` when the batch has none."""
@@ -126,31 +144,16 @@ class AttentionRecord:
         return self.layer(layer).weights(span, torch.tensor([query % n]), self._head(head))[0, 0]
 
     def tile(self, row: int, layer: int, queries: slice = slice(None), keys: slice = slice(None), bins: int = BINS, head: int | None = None) -> Tensor:
-        """A part of the maps of a row, pooled to at most bins x bins: mean over the queries of a bin, sum over its keys. float32 [H, bins, bins], of one
-        head [1, bins, bins]; the whole of it is never held. `edges` says what a bin holds."""
-        span, attention = self.span(row, layer), self.layer(layer)
+        """`LayerAttention.tile` of a row: float32 [H, bins, bins], of one head [1, bins, bins]."""
+        span = self.span(row, layer)
         n = span.stop - span.start
-        asked, seen = (torch.arange(n)[s] for s in (queries, keys))
-        if not (len(asked) and len(seen)):
+        if not (len(range(n)[queries]) and len(range(n)[keys])):
             raise CaptureError(f"tile: queries {queries} or keys {keys} are none of the {n} tokens of row {row} in layer {layer}.")
-        down, across = edges(len(asked), bins), edges(len(seen), bins)
-        rows = torch.repeat_interleave(torch.arange(len(down) - 1), down.diff())
-        pool = torch.zeros(n, len(across) - 1, device=attention.q.device)
-        pool[seen, torch.repeat_interleave(torch.arange(len(across) - 1), across.diff())] = 1.0
-        heads = slice(None) if head is None else self._head(head)
-        out, done = torch.zeros(len(range(self.heads)[heads]), len(down) - 1, pool.shape[1], device=pool.device), 0
-        for some, a in attention.blocks(span, asked, heads):
-            out.index_add_(1, rows[done: done + len(some)].to(pool.device), a @ pool)
-            done += len(some)
-        return out / down.diff()[:, None].to(out)
+        return self.layer(layer).tile(span, queries, keys, bins, slice(None) if head is None else self._head(head))
 
     def received(self, row: int, layer: int, queries: Tensor) -> Tensor:
-        """What each token of a row gets from some of its tokens (bool [n]), mean over them: float32 [H, n], sums to 1; nan where there is none."""
-        span = self.span(row, layer)
-        asked = queries.cpu().nonzero()[:, 0]
-        if not len(asked):
-            return torch.full((self.heads, span.stop - span.start), torch.nan)
-        return sum(a.sum(1) for _, a in self.layer(layer).blocks(span, asked)) / len(asked)
+        """`LayerAttention.received` of a row: float32 [H, n]."""
+        return self.layer(layer).received(self.span(row, layer), queries)
 
     def maps(self, rows: Sequence[int], layer: int) -> Tensor:
         """Maps of several rows that have one length in this layer: float32 [R, H, n, n]."""
@@ -210,6 +213,14 @@ class AttentionRecord:
     def _check(name: str, value: int, end: int) -> None:
         if not 0 <= value < end:
             raise CaptureError(f"{name} {value} does not exist here; allowed: 0 to {end - 1}.")
+
+
+def places(whole: Packed, part: Packed) -> Tensor:
+    """Where the tokens of `part`, some of those of `whole` in their order, lie in it: int64 [K]."""
+    span = int(whole.position.max()) + 1
+    key = whole.row * span + whole.position
+    order = key.argsort()                                   # features are packed before the tokens they follow
+    return order[torch.searchsorted(key[order], part.row * span + part.position)]
 
 
 def edges(n: int, bins: int = BINS) -> Tensor:
