@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from unimod.analysis.patterns import patterns, picture_attention
-from unimod.capture import observe
+from unimod.analysis.patterns import measure, patterns
+from unimod.capture import CaptureError, observe
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
 from unimod.tokens import Modality, Task
@@ -57,21 +57,17 @@ def test_flat_attention_is_even(world):
     assert found.received.mean(2).allclose(found.even, atol=1e-5)
 
 
-def test_picture_grid_is_the_maps_own_and_skips_what_a_router_skipped(world):
+def test_batches_worked_out_inside_the_attention_are_the_records_numbers(world):
     model, batches = world["showo-tiny"]
-    packed = batches.single_task(Task.MMU, "validation", 2)
-    record = observe(model, packed)
-    grid = picture_attention(record, 1, 2, (6, 6), Modality.TEXT)
-    span = packed.rows()[1]
-    text, image = packed.modality[span] == Modality.TEXT, packed.modality[span] == Modality.IMAGE
-    torch.testing.assert_close(grid.flatten(), record.maps([1], 2)[0].mean(0)[text][:, image].mean(0))
+    packs = [batches.held_out("validation", 2), batches.single_task(Task.MMU, "validation", 3, start=2)]
     apply_mod(model, CapacityPlan({"mmu": [1.0] * 7 + [0.5]}))
     try:
-        routed = observe(model, packed)
+        found, parts = measure(model, packs, Task.MMU), [patterns(observe(model, p), Task.MMU) for p in packs]
+        assert observe(model, packs[1]).packed(7).lengths[0] / packs[1].lengths[0] < 1
     finally:
         remove_mod(model)
-    there = picture_attention(routed, 1, 7, (6, 6), Modality.TEXT).isfinite().sum()
-    assert there == (routed.packed(7).modality[routed.packed(7).rows()[1]] == Modality.IMAGE).sum() < 36
-    assert patterns(routed, Task.MMU).received[7].isfinite().all()
-    t2i = observe(model, batches.single_task(Task.T2I, "validation", 1))
-    assert picture_attention(t2i, 0, 0, (6, 6), Modality.TEXT).isnan().all()    # while drawing, text never sees the picture
+    assert found.mass.shape == (8, 5, 4, 3, 3) and found.received[7].isfinite().all()
+    for name in ("mass", "received", "even", "entropy", "evenness", "sink", "distance"):
+        torch.testing.assert_close(getattr(found, name), torch.cat([getattr(p, name) for p in parts], 1), equal_nan=True)
+    with pytest.raises(CaptureError, match="no lm row"):
+        measure(model, packs[1:], Task.LM)

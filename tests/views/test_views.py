@@ -113,8 +113,6 @@ VIEWS = {
     "heads": lambda: attention.heads(style.frame({"one": per_model(made_patterns)["showo-tiny"]}), "sink"),
     "spread_and_sink": lambda: attention.spread_and_sink(style.frame(per_model(made_patterns))),
     "head_maps": lambda: attention.head_maps(attention.map_frame(made_record(), 0, 1, str), active=5),
-    "row_weights": lambda: attention.row_weights(attention.row_frame(made_record(), 0, 3, 1, -1, str)),
-    "overlay": lambda: attention.overlay(attention.picture_frame({"answering": (made_record(), 0, Modality.TEXT)}, (6, 6)), PICTURE, active=3),
     "skip_one_layer": lambda: redundancy.skip_one_layer(style.frame(per_model(made_importance))),
     "proxy": lambda: redundancy.proxy(style.frame(per_model(made_importance))),
     "arank_by_layer": lambda: redundancy.arank_by_layer(style.frame(per_model(lambda task: made_spectra(task).arank()))),
@@ -156,19 +154,9 @@ def test_a_slider_shows_the_frame_it_stands_on():
     assert fig.data[0].z.dtype == np.uint8 and max(fig.data[0].z.shape) <= 32
 
 
-def test_pooled_rows_still_sum_to_one():
-    values = torch.rand(101, 101).softmax(-1).numpy()
-    pooled, spans = style.pool(values)
-    assert pooled.shape == (32, 32) and np.allclose(pooled.sum(1), 1, atol=1e-5) and spans[0].start == 0 and spans[-1].stop == 101
-    small, _ = style.pool(values[:5, :5])
-    assert np.allclose(small, values[:5, :5])
-
-
 def test_both_tasks_share_one_range_and_differences_sit_around_zero():
     fig = VIEWS["heads"]()
     assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis" and fig.data[2].zmin == -fig.data[2].zmax
-    fig = VIEWS["overlay"]()
-    assert {trace.coloraxis for trace in fig.data if trace.type == "heatmap"} == {"coloraxis"}
 
 
 def test_training_curves_add_cost_up_and_thin_long_runs():

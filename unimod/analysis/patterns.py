@@ -125,26 +125,6 @@ def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tens
     return out
 
 
-def picture_attention(record: AttentionRecord, row: int, layer: int, grid: tuple[int, int], query: Modality) -> Tensor:
-    """How much the tokens of one modality look at each picture token: float32 [h, w], mean over heads and queries.
-
-    A picture token that a routed layer skipped, or a query modality that sees no picture at all, gives nan.
-    """
-    modality = record.packed(layer).modality[record.span(row, layer)]
-    got = record.received(row, layer, modality == query).mean(0)
-    seen = (modality == Modality.IMAGE).to(got.device)
-    return on_grid(record, row, layer, torch.where(seen.any() & (got[seen].sum() > 0), got, torch.nan), grid)
-
-
-def on_grid(record: AttentionRecord, row: int, layer: int, values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Values of a row's tokens in a layer, float32 [..., n], on the picture's grid: [..., h, w] on the CPU, nan where the layer skipped the token."""
-    whole = record.whole
-    span = whole.rows()[row]
-    out = torch.full((*values.shape[:-1], span.stop - span.start), torch.nan)
-    out[..., (record.index(layer)[record.span(row, layer)] - span.start).cpu()] = values.cpu()
-    return out[..., (whole.modality[span] == Modality.IMAGE).cpu()].unflatten(-1, grid)
-
-
 def _sizes(heads: int) -> dict[str, tuple[int, ...]]:
     kinds = len(NAMES)
     return {"mass": (heads, kinds, kinds), "received": (heads, kinds), "even": (kinds,)} | dict.fromkeys(("entropy", "evenness", "sink", "distance"), (heads,))

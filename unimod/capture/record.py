@@ -136,12 +136,12 @@ class AttentionRecord:
         span = self.span(row, layer)
         return self.layer(layer).weights(span, torch.arange(span.stop - span.start), self._head(head))[0]
 
-    def row_weights(self, row: int, layer: int, head: int, query: int) -> Tensor:
-        """What one query token (negative: counted from the end) looks at: float32 [n], without making the whole map."""
+    def row_weights(self, row: int, layer: int, head: int | None, query: int) -> Tensor:
+        """What one query token (negative: counted from the end) looks at: float32 [n], without making the whole map. head None: mean over heads."""
         span = self.span(row, layer)
         n = span.stop - span.start
         self._check("query", query + n * (query < 0), n)
-        return self.layer(layer).weights(span, torch.tensor([query % n]), self._head(head))[0, 0]
+        return self.layer(layer).weights(span, torch.tensor([query % n]), slice(None) if head is None else self._head(head))[:, 0].mean(0)
 
     def tile(self, row: int, layer: int, queries: slice = slice(None), keys: slice = slice(None), bins: int = BINS, head: int | None = None) -> Tensor:
         """`LayerAttention.tile` of a row: float32 [H, bins, bins], of one head [1, bins, bins]."""

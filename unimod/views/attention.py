@@ -3,23 +3,23 @@
     modality_mass(frame({"showo-tiny": [t2i, mmu]}, "flows"))           # t2i, mmu: analysis.patterns.Patterns
     heads(frame({"showo-tiny": [t2i, mmu]}), "sink")
     head_maps(map_frame(record, row=0, head=1, name=layout.token))      # one head, slider over layers
-    overlay(picture_frame({"t2i": (record, 0, Modality.IMAGE)}, (6, 6)), picture)
 
 Both tasks always share one colour range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..analysis.patterns import picture_attention
 from ..capture import AttentionRecord
+from ..capture.record import edges
 from ..tokens import Modality, Packed
-from .style import AMOUNT, DASH, DIFFERENCE, INK, MODALITY, TASK, bytes_of, lines, paper, pool, require, root_ticks, slider, thumb, words
+from .style import AMOUNT, DASH, DIFFERENCE, MODALITY, TASK, bytes_of, lines, paper, require, root_ticks, slider, words
 
 HEAD_VALUES = {
     "to_image": "attention that flows to the picture",
@@ -161,8 +161,9 @@ def map_frame(record: AttentionRecord, row: int, head: int, name: Callable[[int]
     parts = []
     for layer in record.layers:
         packed = record.packed(layer)
-        values, spans = pool(record.map(row, layer, head).cpu().numpy())
-        tokens = token_labels(packed, packed.rows()[row], name)
+        tokens = token_labels(packed, record.span(row, layer), name)
+        spans = [slice(a, b) for a, b in itertools.pairwise(edges(len(tokens)).tolist())]
+        values = record.tile(row, layer, head=head)[0].cpu().numpy()
         labels = [f"{s.start} [{tokens[s.start][1]}] " + " ".join(t for t, _ in tokens[s]) for s in spans]
         grid = pd.DataFrame(values, index=labels, columns=labels).rename_axis(index="query", columns="key").stack(future_stack=True)
         parts.append(grid.rename("share").reset_index().assign(layer=layer, head=head))
@@ -193,99 +194,3 @@ def head_maps(data: pd.DataFrame, active: int = 0) -> go.Figure:
     fig.update_layout(coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 255, "colorbar": {"title": {"text": "share"}, **root_ticks(top)}})
     fig.update_xaxes(showticklabels=False, showgrid=False).update_yaxes(showticklabels=False, showgrid=False, autorange="reversed")
     return slider(fig, frames, "layer", min(active, len(frames) - 1))
-
-
-def row_frame(record: AttentionRecord, row: int, layer: int, head: int, query: int, name: Callable[[int], str]) -> pd.DataFrame:
-    """What one token looks at: place, token, modality and weight of every token of its row."""
-    packed = record.packed(layer)
-    tokens = token_labels(packed, packed.rows()[row], name)
-    weights = record.row_weights(row, layer, head, query).tolist()
-    asking = f"{tokens[query][0]} (token {query % len(tokens)})"
-    return pd.DataFrame(
-        {"place": range(len(tokens)), "token": [t for t, _ in tokens], "modality": [m for _, m in tokens], "weight": weights}
-    ).assign(layer=layer, head=head, query=asking)
-
-
-def row_weights(data: pd.DataFrame) -> go.Figure:
-    """Bars: what one token looks at, coloured by modality. data: `row_frame`."""
-    data = require(data, "place", "token", "modality", "weight", "layer", "head", "query")
-    first = data.iloc[0]
-    fig = paper(
-        f'What "{first["query"]}" looks at in layer {first["layer"]}, head {first["head"]}', "place in the row", "share of attention"
-    )
-    for modality, part in data.groupby("modality", sort=False):
-        fig.add_bar(
-            x=part["place"],
-            y=part["weight"],
-            name=modality,
-            marker={"color": MODALITY[modality], "line": {"width": 0}},
-            customdata=part["token"],
-            hovertemplate=f"%{{customdata}} [{modality}]: %{{y:.3f}}<extra></extra>",
-        )
-    return fig.update_layout(bargap=0.1)
-
-
-def picture_frame(looks: Mapping[str, tuple[AttentionRecord, int, Modality]], grid: tuple[int, int]) -> pd.DataFrame:
-    """Attention on the picture's grid. looks: title -> (record, row, modality of the tokens that look); one value per layer and cell."""
-    rows = []
-    for title, (record, row, query) in looks.items():
-        for layer in record.layers:
-            found = picture_attention(record, row, layer, grid, query)
-            rows += [
-                {"panel": title, "layer": layer, "row": r, "column": c, "share": float(found[r, c])}
-                for r in range(grid[0])
-                for c in range(grid[1])
-            ]
-    return pd.DataFrame(rows)
-
-
-def overlay(data: pd.DataFrame, picture: np.ndarray, active: int = 0) -> go.Figure:
-    """The picture, and over it for every panel how much each picture token is looked at, with a slider over layers.
-
-    data: `picture_frame`; picture: uint8 [H, W, 3]. The sum over a panel is the share of attention on the picture.
-    """
-    data = require(data, "panel", "layer", "row", "column", "share")
-    panels, h, w = list(data["panel"].unique()), data["row"].max() + 1, data["column"].max() + 1
-    top = float(data["share"].max())
-    fig = paper("Where on the picture", panels=["the picture", *panels], height=380)
-    frames = []
-    for layer, part in data.groupby("layer"):
-        maps = [part[part["panel"] == panel].pivot(index="row", columns="column", values="share").to_numpy(np.float32) for panel in panels]
-        frames.append(
-            go.Frame(
-                name=str(layer),
-                traces=list(range(len(panels))),
-                data=[
-                    go.Heatmap(
-                        z=z.round(5),
-                        coloraxis="coloraxis",
-                        opacity=0.72,
-                        hovertemplate="picture row %{y}, column %{x}: %{z:.4f} of all attention<extra></extra>",
-                    )
-                    for z in maps
-                ],
-            )
-        )
-    for n, trace in enumerate(frames[0].data):
-        fig.add_trace(trace, row=1, col=n + 2)
-    fig.add_scatter(x=[0], y=[0], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False, row=1, col=1)
-    put_picture(fig, picture, range(1, len(panels) + 2), (h, w))
-    fig.update_layout(coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": top, "colorbar": {"title": {"text": "share"}}})
-    return slider(fig, frames, "layer", min(active, len(frames) - 1))
-
-
-def put_picture(fig: go.Figure, picture: np.ndarray, columns: range, grid: tuple[int, int]) -> None:
-    """Lay a picture under panels whose axes count tokens, rows from the top."""
-    h, w = grid
-    source = thumb(picture)
-    for n in columns:
-        axis = "" if n == 1 else str(n)
-        fig.add_layout_image(
-            source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below"
-        )
-        fig.update_xaxes(
-            range=[-0.5, w - 0.5], showgrid=False, zeroline=False, tickfont={"color": INK}, constrain="domain", dtick=1, row=1, col=n
-        )
-        fig.update_yaxes(
-            range=[h - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor=f"x{axis}", constrain="domain", dtick=1, row=1, col=n
-        )

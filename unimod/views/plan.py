@@ -15,8 +15,7 @@ import plotly.graph_objects as go
 from ..plan import CapacityPlan
 from ..router import Routing
 from ..tokens import Modality, Packed
-from .attention import put_picture
-from .style import SHARE, paper, require, slider, words
+from .style import SHARE, paper, put_picture, require, slider, words
 
 
 def plan_frame(plan: CapacityPlan, name: str = "plan") -> pd.DataFrame:

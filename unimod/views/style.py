@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -31,7 +30,9 @@ DASH = {"showo-tiny": "solid", "emu3-tiny": "dot"}
 SYMBOL = {"showo-tiny": "circle", "emu3-tiny": "diamond"}
 TASK_WORDS = {"t2i": "text to image", "mmu": "understanding", "lm": "plain text"}
 AMOUNT, SHARE, DIFFERENCE = "Viridis", "Cividis", "RdBu"
-BINS = 32
+OVERLAY = [[0, "rgba(68,1,84,0.30)"], [0.25, "rgba(59,82,139,0.45)"], [0.5, "rgba(33,145,140,0.62)"], [0.75, "rgba(94,201,98,0.8)"],
+           [1, "rgba(253,231,37,0.95)"]]
+"""Amounts over a picture: little attention leaves it visible."""
 
 
 class ViewError(ValueError):
@@ -118,8 +119,8 @@ def lines(
     )
 
 
-def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int = 0) -> go.Figure:
-    """A slider over frames that needs no kernel; the figure shows the frame `active` first."""
+def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int = 0, play: bool = False) -> go.Figure:
+    """A slider over frames that needs no kernel; the figure shows the frame `active` first. play: buttons that run through them."""
     steps = [
         {
             "label": f.name,
@@ -132,28 +133,46 @@ def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int =
     for at, trace in zip(frames[active].traces, frames[active].data):
         fig.data[at].update(trace)
     fig.update_layout(
-        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 40}, "bordercolor": INK}],
-        height=(fig.layout.height or 400) + 70,
-        margin={"b": 110},
+        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 55}, "bordercolor": INK}],
+        height=(fig.layout.height or 400) + 90,
+        margin={"b": 130},
     )
+    if play:
+        still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}
+        moves = {"mode": "immediate", "fromcurrent": True, "frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}
+        buttons = [{"label": "▶", "method": "animate", "args": [None, moves]}, {"label": "■", "method": "animate", "args": [[None], still]}]
+        fig.update_layout(updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "xanchor": "left", "y": 0, "yanchor": "top",
+                                        "pad": {"t": 52, "r": 10}, "showactive": False, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.15)"}])
+        fig.layout.sliders[0].update(x=0.12, len=0.88)
     return fig
 
 
 def thumb(picture: np.ndarray, side: int = 192) -> str:
-    """A picture, uint8 [H, W, 3], as a PNG data address, enlarged without smoothing to about `side` pixels."""
-    times = max(1, side // max(picture.shape[:2]))
-    buffer = io.BytesIO()
-    Image.fromarray(np.kron(picture, np.ones((times, times, 1), np.uint8))).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    """A picture, uint8 [H, W, 3], as a data address of about `side` pixels: a small one enlarged without smoothing, a photograph as JPEG."""
+    times, image, buffer = side // max(picture.shape[:2]), Image.fromarray(picture), io.BytesIO()
+    if times >= 2:
+        image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+    else:
+        image.thumbnail((side, side))
+        image.save(buffer, "JPEG", quality=85)
+    return f"data:image/{'png' if times >= 2 else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def pool(values: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, list[slice]]:
-    """A map [n, n] pooled to at most bins x bins: mean over the queries of a bin, sum over its keys, so that rows still sum to 1."""
-    n = len(values)
-    edges = np.linspace(0, n, min(n, bins) + 1).round().astype(int)
-    spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    summed = np.add.reduceat(values, edges[:-1], axis=1)
-    return np.stack([summed[span].mean(0) for span in spans]), spans
+def put_picture(fig: go.Figure, picture: np.ndarray, columns: range, grid: tuple[int, int]) -> None:
+    """Lay a picture under panels whose axes count tokens, rows from the top."""
+    h, w = grid
+    source = thumb(picture)
+    for n in columns:
+        axis = "" if n == 1 else str(n)
+        fig.add_layout_image(
+            source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below"
+        )
+        fig.update_xaxes(
+            range=[-0.5, w - 0.5], showgrid=False, zeroline=False, tickfont={"color": INK}, constrain="domain", dtick=max(1, w // 8), row=1, col=n
+        )
+        fig.update_yaxes(
+            range=[h - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor=f"x{axis}", constrain="domain", dtick=max(1, h // 8), row=1, col=n
+        )
 
 
 def bytes_of(values: np.ndarray, top: float) -> np.ndarray:

@@ -1,0 +1,397 @@
+"""The figures of the explorer, live and in the report: one side, or two and their difference, at one place of the model.
+
+    a, b = Side("drawing", overview_t2i), Side("answering", overview_mmu, record, row=0)
+    place = Place(layer=3, head=None, query=OWN)
+    picture.figure([a, b], place)                       # a figure that needs no kernel
+    picture.frames([a, b], place)                       # the same with a slider over layers and a button that plays them
+    picture.traces([a, b], place)                       # what changes when the place does: the explorer updates its widget with it
+
+Every `Drawing` says its panels, and per place the data of its traces. A and B share one colour range; A - B diverges around 0. A panel that has nothing
+to show stays blank and `notes` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from torch import Tensor
+
+from ..analysis.overview import Overview
+from ..analysis.patterns import NAMES
+from ..capture import AttentionRecord
+from ..run import FIGURE_BYTES
+from ..tokens import Modality, Task
+from .style import AMOUNT, DIFFERENCE, MODALITY, OVERLAY, paper, put_picture, slider
+
+OWN = "own"
+"""Query: picture tokens while drawing, text tokens while answering or writing."""
+VALUES = {"to_image": "attention that flows to the picture", "to_text": "attention that flows to text", "entropy": "entropy (nats)",
+          "evenness": "evenness of attention", "sink": "attention on the first token", "distance": "mean distance (tokens)"}
+KINDS = {Modality.IMAGE: "picture tokens", Modality.TEXT: "text tokens", Modality.SPECIAL: "special tokens"}
+VEIL = [[0, "rgba(0,0,0,0)"], [1, "rgba(60,60,70,0.86)"]]
+COLUMNS = 14
+"""Text tokens in a line."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one looks. head None: mean over heads. query: OWN, a kind of tokens, or one token of side A's row (its place)."""
+
+    layer: int
+    head: int | None = None
+    query: str | Modality | int = OWN
+    value: str = "to_image"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One row of one model. With the record behind it, a single token's row is exact; without, as its bin of the pooled map."""
+
+    title: str
+    overview: Overview
+    record: AttentionRecord | None = None
+    row: int = 0
+
+    def looks(self, place: Place, query: Modality | int) -> Tensor:
+        """What the tokens of a kind, or one token, look at: float32 [n] over the whole row, nan for a token that the layer skipped."""
+        found, layer = self.overview, place.layer
+        if isinstance(query, Modality) or self.record is None or layer not in self.record.seen:
+            return found.looks(layer, place.head, query)
+        kept = found.kept[found.layers.index(layer)]
+        out = torch.full((len(kept),), torch.nan)
+        if kept[query]:
+            out[kept] = self.record.row_weights(self.row, layer, place.head, int(kept[:query].sum())).cpu()
+        return out
+
+    def head_values(self, value: str) -> np.ndarray:
+        """One of VALUES, [L, H]."""
+        p = self.overview.patterns
+        found = p.received[..., NAMES.index(value.removeprefix("to_"))] if value.startswith("to_") else getattr(p, value)
+        return found[:, 0].numpy()
+
+
+def asked(side: Side, first: Side, query: str | Modality | int) -> Modality | int | None:
+    """Who asks on this side: a kind of tokens, or the token that answers to side A's: the same cell of the picture, or the same word at the same place."""
+    if query == OWN:
+        return Modality.IMAGE if side.overview.task == Task.T2I else Modality.TEXT
+    if isinstance(query, Modality) or side is first:
+        return query
+    mine, theirs = (x.overview.modality == Modality.IMAGE for x in (side, first))
+    if theirs[query] and side.overview.grid == first.overview.grid:
+        return int(mine.nonzero()[int(theirs[:query].sum())])
+    same = query < len(mine) and side.overview.tokens[query] == first.overview.tokens[query] and not theirs[query]
+    return query if same else None
+
+
+def token(who: Modality | int | None) -> int | None:
+    """The place of the one token that asks, or None for a kind of tokens."""
+    return None if isinstance(who, Modality) else who
+
+
+def notes(sides: Sequence[Side], place: Place) -> list[str]:
+    """What is shown, in words, and for every panel without data the reason."""
+    head = "mean over heads" if place.head is None else f"head {place.head}"
+    said = []
+    for side in sides:
+        who, found = asked(side, sides[0], place.query), side.overview
+        if place.layer not in found.layers or (place.head or 0) >= found.heads:
+            there = f"layers {found.layers[0]} to {found.layers[-1]} and {found.heads} heads"
+            said.append(f"{side.title} has {there}: nothing to show at layer {place.layer}, {head}.")
+            continue
+        if who is None:
+            said.append(f'{side.title} has no token that answers to "{sides[0].overview.tokens[place.query]}" at place {place.query}.')
+            continue
+        values, kept, one = side.looks(place, who), found.kept[found.layers.index(place.layer)], token(who)
+        line = f"{side.title}: {KINDS[who] if one is None else repr(found.tokens[one]) + f' (token {one})'}, layer {place.layer}, {head}"
+        if values.isnan().all():
+            line += ": no such token in this layer" if one is None else ": the router skips this token here"
+        elif not (values[found.modality == Modality.IMAGE] > 0).any():
+            line += ": no attention on the picture (the mask hides it)"
+        said.append(line + (f"; {int(kept.sum())} of {len(kept)} tokens go through" if not kept.all() else ""))
+    return said
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One kind of figure. panels: titles; traces: per panel and place, the properties of its traces, and the layout that goes with them."""
+
+    name: str
+    lay: Callable[[Sequence[Side], Place], go.Figure]
+    """The figure without data: panels, axes, one empty trace per dict of `traces`."""
+    fill: Callable[[Sequence[Side], Place], tuple[list[dict], dict]]
+    caption: str
+    """What to see."""
+    alt: str
+    """What is drawn."""
+
+    def traces(self, sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
+        """What changes with the place: the data of every trace, and the layout's colour range."""
+        return self.fill(sides, place)
+
+    def figure(self, sides: Sequence[Side], place: Place) -> go.Figure:
+        """The figure at one place."""
+        fig = self.lay(sides, place)
+        data, layout = self.fill(sides, place)
+        for trace, found in zip(fig.data, data, strict=True):
+            trace.update(found)
+        return fig.update_layout(layout)
+
+    def frames(self, sides: Sequence[Side], place: Place) -> go.Figure:
+        """The figure with a slider over layers, which also plays: it needs no kernel. Colour ranges follow the layer. What would be too heavy for a report
+        gets its colours as bytes, and then, if it must, fewer layers."""
+        layers = sides[0].overview.layers
+        fig = self._frames(sides, place, layers, coarse=False)
+        if _weight(fig) > FIGURE_BYTES:
+            fig = self._frames(sides, place, layers, coarse=True)
+        while _weight(fig) > FIGURE_BYTES and len(fewer := tuple(sorted({*layers[::2], place.layer}))) < len(layers):
+            layers, fig = fewer, self._frames(sides, place, fewer, coarse=True)
+        return fig
+
+    def _frames(self, sides: Sequence[Side], place: Place, layers: Sequence[int], coarse: bool) -> go.Figure:
+        fig, found = self.lay(sides, place), {layer: self.fill(sides, replace(place, layer=layer)) for layer in layers}
+        if coarse:
+            axes = [getattr(trace, "coloraxis", None) for trace in fig.data]
+            found = {layer: _as_bytes(*one, axes) for layer, one in found.items()}
+            for trace in fig.select_traces({"type": "heatmap"}):
+                trace.hovertemplate = trace.hovertemplate.partition(": %{z")[0] + "<extra></extra>"     # a byte is no share
+        data, layout = found[place.layer]
+        for trace, part in zip(fig.data, data, strict=True):
+            trace.update(part)
+        moving = [{key for key in part if not all(_same(one[n][key], part[key]) for one, _ in found.values())} for n, part in enumerate(data)]
+        at = [n for n, keys in enumerate(moving) if keys]
+        frames = [go.Frame(name=str(layer), data=[type(fig.data[n])(**{key: parts[n][key] for key in moving[n]}) for n in at], traces=at, layout=there)
+                  for layer, (parts, there) in found.items()]
+        return slider(fig.update_layout(layout), frames, "layer", list(layers).index(place.layer), play=True)
+
+
+def _weight(fig: go.Figure) -> int:
+    return len(fig.to_json().encode())
+
+
+def _same(a: object, b: object) -> bool:
+    return np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else a == b
+
+
+def _as_bytes(data: list[dict], layout: dict, axes: Sequence[str | None]) -> tuple[list[dict], dict]:
+    """Heat maps on a colour axis as uint8 from its lower to its upper end; what is unknown becomes no attention, or no difference."""
+    ends = {axis: (layout[axis]["cmin"], layout[axis]["cmax"]) for axis in ("coloraxis", "coloraxis2") if axis in layout}
+    coarse = []
+    for part, axis in zip(data, axes):
+        if axis in ends and "z" in part:
+            low, high = ends[axis]
+            z = np.nan_to_num(part["z"], nan=max(low, 0.0))
+            part = part | {"z": (255 * np.clip((z - low) / (high - low), 0, 1)).round().astype(np.uint8)}
+        coarse.append(part)
+    ticks = {axis: {"tickvals": [0, 127.5, 255], "ticktext": [f"{low + f * (high - low):.2g}" for f in (0, 0.5, 1)]} for axis, (low, high) in ends.items()}
+    return coarse, layout | {axis: {"cmin": 0, "cmax": 255, "colorbar": bar} for axis, bar in ticks.items()}
+
+
+def _titles(sides: Sequence[Side]) -> list[str]:
+    return [s.title for s in sides] + (["A - B: " + " - ".join(s.title for s in sides)] if len(sides) == 2 else [])
+
+
+def _with_difference(values: list[np.ndarray | None]) -> list[np.ndarray | None]:
+    """Both, and their difference where they have one shape."""
+    if len(values) == 1:
+        return values
+    a, b = values
+    return [a, b, a - b if a is not None and b is not None and a.shape == b.shape else None]
+
+
+def _ranges(values: list[np.ndarray | None], low: float | None = 0.0) -> dict:
+    """One colour range for A and B; the difference's own, around 0."""
+    both = [v for v in values[:2] if v is not None and np.isfinite(v).any()]
+    top = max((float(np.nanmax(v)) for v in both), default=1.0) or 1.0
+    bottom = min((float(np.nanmin(v)) for v in both), default=0.0) if low is None else low
+    layout = {"coloraxis": {"cmin": bottom, "cmax": top}}
+    if len(values) == 3:
+        reach = float(np.nanmax(np.abs(values[2]))) if values[2] is not None and np.isfinite(values[2]).any() else 1.0
+        layout["coloraxis2"] = {"cmin": -(reach or 1.0), "cmax": reach or 1.0}
+    return layout
+
+
+def _coloured(fig: go.Figure, unit: str, two: bool, scale: str | list = AMOUNT) -> go.Figure:
+    """Colour axes: amounts for A and B, differences for A - B."""
+    fig.update_layout(coloraxis={"colorscale": scale, "colorbar": {"title": {"text": unit}, "x": 1.0, "thickness": 14}}, margin={"r": 170 if two else 90})
+    if two:
+        fig.update_layout(coloraxis2={"colorscale": DIFFERENCE, "colorbar": {"title": {"text": "A - B"}, "x": 1.12, "thickness": 14}})
+    return fig
+
+
+def _z(values: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
+    """Data for a heat map; a blank one where there is none."""
+    return np.full(shape, np.nan, np.float32) if values is None else values.astype(np.float32).round(5)
+
+
+def _heat(n: int, **options: object) -> go.Heatmap:
+    return go.Heatmap(coloraxis="coloraxis" if n < 2 else "coloraxis2", **options)
+
+
+def _mark() -> go.Scatter:
+    """An open square on what is chosen."""
+    marker = {"symbol": "square-open", "size": 20, "color": "#ff2d9b", "line": {"width": 3}}
+    return go.Scatter(mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
+
+
+def _known(side: Side, place: Place) -> bool:
+    return place.layer in side.overview.layers and (place.head or 0) < side.overview.heads
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _picture_lay(sides: Sequence[Side], place: Place) -> go.Figure:
+    titles = _titles(sides)
+    fig = paper("Where on the picture", panels=titles, height=420)
+    for n, side in enumerate([*sides, *sides[:1]][: len(titles)]):
+        h, w = side.overview.grid
+        hover = "picture row %{y}, column %{x}: %{z:.4f}<extra></extra>"
+        for trace in (_heat(n, z=np.zeros((h, w)), opacity=1 if n < 2 else 0.75, hovertemplate=hover),
+                      go.Heatmap(z=np.zeros((h, w)), colorscale=VEIL, zmin=0, zmax=1, showscale=False, hoverinfo="skip", hovertemplate=""), _mark()):
+            fig.add_trace(trace, row=1, col=n + 1)
+        put_picture(fig, side.overview.picture if side.overview.picture is not None else np.full((h, w, 3), 200, np.uint8), range(n + 1, n + 2), (h, w))
+    return _coloured(fig, "share", len(sides) == 2, OVERLAY)
+
+
+def _picture_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
+    values, veils, marks = [], [], []
+    for side in sides:
+        who, found = asked(side, sides[0], place.query), side.overview
+        there = _known(side, place) and who is not None
+        values.append(found.on_picture(side.looks(place, who)).numpy() if there else None)
+        veils.append((~found.on_picture(found.kept[found.layers.index(place.layer)])).numpy().astype(np.uint8) if there else np.zeros(found.grid, np.uint8))
+        one = token(who)
+        cell = None if one is None or found.modality[one] != Modality.IMAGE else int((found.modality[:one] == Modality.IMAGE).sum())
+        marks.append({"x": [None], "y": [None]} if cell is None else {"x": [cell % found.grid[1]], "y": [cell // found.grid[1]]})
+    values = _with_difference(values)
+    veils.append(np.zeros(sides[0].overview.grid, np.uint8))
+    marks.append({"x": [None], "y": [None]})
+    grids = [s.overview.grid for s in [*sides, sides[0]]]
+    data = [part for v, veil, mark, grid in zip(values, veils, marks, grids) for part in ({"z": _z(v, grid)}, {"z": veil}, mark)]
+    return data, _ranges(values)
+
+
+# --- the text --------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def text_places(side: Side) -> list[int]:
+    """The tokens of a row that are not the picture's."""
+    return (side.overview.modality != Modality.IMAGE).nonzero()[:, 0].tolist()
+
+
+def _lines(places: list[int], columns: int = COLUMNS) -> list[list[int | None]]:
+    return [places[i: i + columns] + [None] * (columns - len(places[i: i + columns])) for i in range(0, len(places), columns)]
+
+
+def _text_lay(sides: Sequence[Side], place: Place) -> go.Figure:
+    count = [len(_lines(text_places(s))) for s in sides]
+    fig = paper("Where in the text", panels=[s.title for s in sides], rows=len(sides), height=110 + sum(60 + 34 * n for n in count),
+                row_heights=count, vertical_spacing=0.28 / len(sides))
+    for n, side in enumerate(sides):
+        lines = _lines(text_places(side))
+        words = [["" if i is None else _short(side.overview.tokens[i]) for i in line] for line in lines]
+        fig.add_trace(_heat(0, z=np.zeros((len(lines), COLUMNS)), text=words, customdata=[[-1 if i is None else i for i in line] for line in lines],
+                            texttemplate="%{text}", xgap=2, ygap=2, hovertemplate="%{text} (token %{customdata}): %{z:.4f}<extra></extra>"), row=n + 1, col=1)
+        fig.add_trace(_mark(), row=n + 1, col=1)
+        fig.update_xaxes(range=[-0.5, COLUMNS - 0.5], row=n + 1, col=1)
+        fig.update_yaxes(range=[len(lines) - 0.5, -0.5], row=n + 1, col=1)
+    fig.update_xaxes(showticklabels=False, showgrid=False, zeroline=False).update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
+    return _coloured(fig, "share", False)
+
+
+def _text_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
+    data, values = [], []
+    for side in sides:
+        who = asked(side, sides[0], place.query)
+        places, lines = text_places(side), _lines(text_places(side))
+        row = side.looks(place, who).numpy() if _known(side, place) and who is not None else np.full(len(side.overview.tokens), np.nan)
+        grid = np.array([[np.nan if i is None else row[i] for i in line] for line in lines])
+        values.append(grid)
+        at = places.index(token(who)) if token(who) in places else None
+        data += [{"z": _z(grid, grid.shape)}, {"x": [None], "y": [None]} if at is None else {"x": [at % COLUMNS], "y": [at // COLUMNS]}]
+    return data, _ranges(values)
+
+
+def _short(token: str) -> str:
+    return token if len(token) <= 9 else token[:8] + "…"
+
+
+# --- layers and heads ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _heads_lay(sides: Sequence[Side], place: Place) -> go.Figure:
+    titles = _titles(sides)
+    fig = paper(f"Every head: {VALUES[place.value]}", "head", "layer", titles, height=420)
+    for n, side in enumerate([*sides, *sides[:1]][: len(titles)]):
+        found = side.overview
+        fig.add_trace(_heat(n, z=np.zeros((len(found.layers), found.heads)), x=list(range(found.heads)), y=list(found.layers),
+                            hovertemplate="layer %{y}, head %{x}: %{z:.3g}<extra></extra>"), row=1, col=n + 1)
+        fig.add_trace(_mark(), row=1, col=n + 1)
+        fig.update_yaxes(range=[found.layers[-1] + 0.5, found.layers[0] - 0.5], row=1, col=n + 1)
+        fig.update_xaxes(range=[-0.5, found.heads - 0.5], row=1, col=n + 1)
+    return _coloured(fig.update_xaxes(showgrid=False, zeroline=False).update_yaxes(showgrid=False, zeroline=False), "", len(sides) == 2)
+
+
+def _heads_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
+    values = _with_difference([side.head_values(place.value) for side in sides])
+    mark = {"x": [None], "y": [None]} if place.head is None else {"x": [place.head], "y": [place.layer]}
+    shapes = [s.head_values(place.value).shape for s in [*sides, sides[0]]]
+    return [part for v, shape in zip(values, shapes) for part in ({"z": _z(v, shape)}, mark)], {
+        "title": {"text": f"Every head: {VALUES[place.value]}"}, **_ranges(values, None)}
+
+
+# --- one row, and the blocks -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _row_lay(sides: Sequence[Side], place: Place) -> go.Figure:
+    fig = paper("Over the row", "place in the row", "share", [s.title for s in sides], rows=len(sides), height=160 + 170 * len(sides))
+    for n, side in enumerate(sides):
+        found = side.overview
+        for kind, name in zip(Modality, NAMES):
+            at = (found.modality == kind).nonzero()[:, 0].tolist()
+            hover = f"%{{customdata}} [{name}], place %{{x}}: %{{y:.4f}}<extra></extra>"
+            fig.add_bar(x=at, y=[0.0] * len(at), name=name, legendgroup=name, showlegend=n == 0, marker={"color": MODALITY[name], "line": {"width": 0}},
+                        customdata=[found.tokens[i] for i in at], hovertemplate=hover, row=n + 1, col=1)
+    return fig.update_layout(bargap=0.1)
+
+
+def _row_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
+    data = []
+    for side in sides:
+        who = asked(side, sides[0], place.query)
+        row = side.looks(place, who) if _known(side, place) and who is not None else torch.full((len(side.overview.tokens),), torch.nan)
+        data += [{"y": row[side.overview.modality == kind].numpy().round(5)} for kind in Modality]
+    return data, {}
+
+
+def _blocks_lay(sides: Sequence[Side], place: Place) -> go.Figure:
+    titles = _titles(sides)
+    fig = paper("From kind to kind", "looked at", "looking", titles, height=380, shared_yaxes=True)
+    for n in range(len(titles)):
+        fig.add_trace(_heat(n, z=np.zeros((3, 3)), x=NAMES, y=NAMES, texttemplate="%{z:.2f}", hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>"),
+                      row=1, col=n + 1)
+    return _coloured(fig.update_yaxes(autorange="reversed"), "share", len(sides) == 2)
+
+
+def _blocks_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
+    values = _with_difference([side.overview.blocks(place.layer, place.head).numpy() if _known(side, place) else None for side in sides])
+    return [{"z": _z(v, (3, 3))} for v in values], {**_ranges(values), "coloraxis": {"cmin": 0.0, "cmax": 1.0}}
+
+
+picture = Drawing("picture", _picture_lay, _picture_fill,
+                  "bright patches are looked at most, on one scale for both; a veiled patch skips the layer. Play it through the layers.",
+                  "The picture under a heat map of attention, for both sides and their difference, with a slider over layers.")
+text = Drawing("text", _text_lay, _text_fill, "the words and marks of each row, coloured by how much they are looked at; blank ones skip the layer.",
+               "The tokens of both rows as coloured tiles, with a slider over layers.")
+heads = Drawing("heads", _heads_lay, _heads_fill, "how much of each head's attention flows to the picture; the third panel is the difference, around 0.",
+                "Layers against heads, coloured by the share of attention on the picture, for both sides and their difference.")
+row = Drawing("row", _row_lay, _row_fill, "every bar is a token of the row; its height is the share of attention that it gets. Colours are kinds of tokens.",
+              "Bars over the places of both rows, coloured by text, picture and special tokens, with a slider over layers.")
+blocks = Drawing("blocks", _blocks_lay, _blocks_fill, "each row sums to 1. An empty one has no such query; a zero may be the mask.",
+                 "Three by three maps of attention between text, picture and special tokens, for both sides and their difference.")
+DRAWINGS = (picture, text, heads, row, blocks)
+__all__ = ["DRAWINGS", "OWN", "VALUES", "Drawing", "Place", "Side", "asked", "blocks", "heads", "notes", "picture", "row", "text", "token"]
