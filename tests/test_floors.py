@@ -20,7 +20,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LOWEST = {"torch": 0, "transformers": 3, "accelerate": 4, "sklearn": 3, "scipy": 4}
 ONLY_IN = {"triton": {"ops"}, "plotly": {"views", "report"},
-           "pandas": {"views", "report"}, "papermill": {"execute", "workbook"}, "nbclient": {"execute", "workbook"}, "ipywidgets": set()}
+           "pandas": {"views", "report"}, "papermill": {"execute", "workbook"}, "nbclient": {"execute", "workbook"}, "ipywidgets": {"views"}}
 
 
 def modules():

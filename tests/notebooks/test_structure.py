@@ -102,5 +102,5 @@ def test_it_finishes_last_and_asks(book):
     assert source(code[-1]).strip().endswith("run.finish()")
     assert source(setup_of(book)).startswith("# Setup: no need to read.")
     prose = "\n".join(source(c) for c in cells(book, "markdown"))
-    assert "## Questions to take along" in prose
+    assert "## Questions to take along" in prose or "## Questionnaire" in prose
     assert prose.count("## Exercise") == prose.count("<summary>Solution</summary>")
