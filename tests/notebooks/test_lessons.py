@@ -96,6 +96,13 @@ def test_what_is_folded_renders(lesson):
             assert text.count("<details>") == text.count("</details>") == len(folded), f"{name}: a blank line belongs behind <summary> and before </details>"
 
 
+def test_code_that_knows_the_answers_is_folded_and_no_other(lesson):
+    for cell in json.loads(lesson.read_text())["cells"]:
+        text = "".join(cell["source"])
+        knows = cell["cell_type"] == "code" and bool(calls(text, "check") or calls(text, "quiz"))
+        assert (cell["metadata"].get("jupyter") == {"source_hidden": True}) == knows, cell["id"]
+
+
 def test_shapes_are_printed(lesson):
     code = [text for kind, text, _ in cells(lesson) if kind == "code"]
     first = next(i for i, text in enumerate(code) if ".shape" in text and "print(" in text)
