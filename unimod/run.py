@@ -195,7 +195,7 @@ def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
     """Go through `items` and say how far it is: a bar in a notebook that someone looks at, else a plain line every few seconds."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
-    if _someone_looks():
+    if someone_looks():
         from tqdm.notebook import tqdm
 
         yield from tqdm(items, desc=label, total=total)
@@ -236,7 +236,7 @@ def _holds(data: object) -> bool:
     return data is not None and data != "" and data == data
 
 
-def _someone_looks() -> bool:
+def someone_looks() -> bool:
     """A front end with a person before it lets the kernel ask for input; papermill and nbconvert do not."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False)) and importlib.util.find_spec("ipywidgets") is not None

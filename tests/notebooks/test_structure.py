@@ -12,6 +12,8 @@ from unimod.config import Params
 BOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 LINES = 13
 """Lines of code in a cell, about."""
+FOLDED = {"source_hidden": True}
+"""What JupyterLab folds away at first: code that knows the answers (`test_lessons.py`)."""
 
 
 def cells(path, kind=None):
@@ -48,7 +50,8 @@ def test_format_and_no_traces_of_a_run(book):
     assert len(set(ids)) == len(ids)
     assert "papermill" not in content["metadata"] and 0 < content["metadata"]["unimod"]["minutes"] < 30
     for cell in content["cells"]:
-        assert set(cell["metadata"]) <= {"tags"}, cell["id"]
+        assert set(cell["metadata"]) <= {"tags", "jupyter"}, cell["id"]
+        assert cell["metadata"].get("jupyter", FOLDED) == FOLDED, cell["id"]
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None, cell["id"]
 
@@ -102,5 +105,5 @@ def test_it_finishes_last_and_asks(book):
     assert source(code[-1]).strip().endswith("run.finish()")
     assert source(setup_of(book)).startswith("# Setup: no need to read.")
     prose = "\n".join(source(c) for c in cells(book, "markdown"))
-    assert "## Questions to take along" in prose
+    assert "## Questions to take along" in prose or "## Questionnaire" in prose
     assert prose.count("## Exercise") == prose.count("<summary>Solution</summary>")
