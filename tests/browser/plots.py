@@ -3,8 +3,8 @@
 import time
 
 VALUES = """(plot, [trace, key]) => {
-  const plain = value => ArrayBuffer.isView(value) || Array.isArray(value) ? Array.from(value, plain) : value;
-  return plain(plot._fullData[trace][key]);
+  const plain = value => ArrayBuffer.isView(value) || Array.isArray(value) ? Array.from(value, plain) : Number.isNaN(value) ? null : value;
+  return plot._fullData ? plain(plot._fullData[trace][key]) : null;   // null while it is being made
 }"""
 PLACE = """(plot, [trace, row, column]) => {   // pixels from the plot's corner to the middle of a cell
   const t = plot._fullData[trace], layout = plot._fullLayout;
@@ -12,7 +12,6 @@ PLACE = """(plot, [trace, row, column]) => {   // pixels from the plot's corner 
   const axis = (id) => layout[id[0] + "axis" + id.slice(1)];
   return [at(axis(t.xaxis), t.x, t.x0, t.dx, column), at(axis(t.yaxis), t.y, t.y0, t.dy, row)];
 }"""
-TITLES = "plot => [plot._fullLayout.title.text, ...(plot._fullLayout.annotations || []).map(a => a.text)].join(' | ')"
 DRAWN = "plot => !!plot._fullData && plot._fullData.length > 0 && !!plot.querySelector('.main-svg') && plot.clientWidth > 50"
 
 
@@ -22,18 +21,13 @@ def drawn(plot):
 
 
 def values(plot, trace=0, key="z"):
-    """What a trace draws now, as (nested) lists."""
+    """What a trace draws now, as (nested) lists; None where it is blank."""
     return plot.evaluate(VALUES, [trace, key])
 
 
 def traces(plot, kind):
-    """Numbers of the traces of a kind, such as "heatmap"."""
-    return plot.evaluate("(plot, kind) => plot._fullData.flatMap((t, i) => t.type === kind ? [i] : [])", kind)
-
-
-def titles(plot):
-    """Title and annotations in one line."""
-    return plot.evaluate(TITLES)
+    """Numbers of the visible traces of a kind, such as "heatmap"."""
+    return plot.evaluate("(plot, kind) => (plot._fullData || []).flatMap((t, i) => t.type === kind && t.visible === true ? [i] : [])", kind)
 
 
 def layout(plot, path):
@@ -44,6 +38,7 @@ def layout(plot, path):
 def click_cell(plot, row, column, trace=0):
     """Click the middle of a heat map's cell, hovering first as a hand does."""
     plot.scroll_into_view_if_needed()
+    plot.page.wait_for_timeout(300)  # JupyterLab lays out again what has come into view
     box, (x, y) = plot.bounding_box(), plot.evaluate(PLACE, [trace, row, column])
     mouse = plot.page.mouse
     mouse.move(box["x"] + x - 3, box["y"] + y - 3)
@@ -75,6 +70,6 @@ def wait_until(page, condition, what, seconds=15.0, every=20):
     return found
 
 
-def changed(plot, before, trace=0, key="z"):
-    """The trace's values once they differ from `before`."""
-    return wait_until(plot.page, lambda: (now := values(plot, trace, key)) != before and now, f"{key} of trace {trace} changes")
+def changed(page, look, before):
+    """What look() gives once it is something and differs from `before`."""
+    return wait_until(page, lambda: (now := look()) != before and now, "what is drawn changes")

@@ -72,7 +72,7 @@ def move(page, plot):
     for step in (0, last) if layout(plot, "sliders.0.active") else (last, 0):
         before = values(plot, trace)
         drag_slider(plot, step)
-        changed(plot, before, trace)
+        changed(page, lambda: values(plot, trace), before)
         assert layout(plot, "sliders.0.active") == step
     return plot
 
