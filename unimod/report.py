@@ -213,7 +213,7 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", mono
 pre { overflow-x: auto; background: var(--panel); padding: .8rem 1rem; border-radius: 6px }
 pre code { padding: 0; background: none }
 figure { margin: 2.2rem 0; scroll-margin-top: 1rem }
-.plot { overflow-x: auto; overflow-y: hidden; min-height: 12rem; border: 1px solid var(--line); border-radius: 8px; padding: .4rem }
+.plot { box-sizing: content-box; overflow-x: auto; overflow-y: hidden; min-height: 12rem; border: 1px solid var(--line); border-radius: 8px; padding: .4rem }
 .waiting { color: var(--soft); font-size: .9rem; margin: 1rem }
 .drawn .waiting { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%) }
 .updatemenu-item-rect[style*="rgb(244, 250, 255)"] { fill: var(--line) !important }
@@ -267,6 +267,7 @@ async function draw() {
     const { data, frames } = figures[i], font = { ...figures[i].layout.font, color: colour("--ink") };
     const layout = { height: 420, ...figures[i].layout, font, template: template(figures[i]) };
     const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "" };
+    plot.style.height = layout.height + "px";   // a resized window keeps it
     try {
       await Plotly.newPlot(plot, { data, layout, frames, config });
       plot.classList.add("drawn");
