@@ -145,7 +145,8 @@ def _grid(columns: dict[str, bool], rows: list[list[str]]) -> str:
 def _cell(value: object, numeric: bool) -> str:
     empty = value is None or value != value
     shown = "–" if empty else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f"<td{' class=num' * numeric}>{_text(shown)}</td>"
+    kind = " class=num" if numeric else " class=short" if len(shown) < 32 else ""
+    return f"<td{kind}>{_text(shown)}</td>"
 
 
 def _count(number: int, noun: str) -> str:
@@ -225,6 +226,7 @@ th, td { padding: .38rem .9rem; text-align: left; border-bottom: 1px solid var(-
 tbody tr:last-child > *, details tr:last-child > * { border-bottom: 0 }
 thead th { position: sticky; top: 0; background: var(--panel); color: var(--soft); font-weight: 600; white-space: nowrap }
 .num { text-align: right }
+.short { white-space: nowrap }
 .intro table { border: 1px solid var(--line) }
 details { margin: 1rem 0 }
 details th { font-weight: 400; color: var(--soft) }

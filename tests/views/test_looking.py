@@ -89,7 +89,7 @@ def test_a_layers_frame_is_the_figure_at_that_layer():
         for n, still in enumerate(there.data):
             for name in {"z", "x", "y"} & set(still.to_plotly_json()):
                 now = shown[n][name] if shown[n][name] is not None else fig.data[n][name]
-                assert looking._same(now, still[name]), (drawing.name, n, name)
+                assert looking.same(now, still[name]), (drawing.name, n, name)
         assert not set(frame.layout.to_plotly_json()) or frame.layout.coloraxis.cmax == there.layout.coloraxis.cmax
 
 

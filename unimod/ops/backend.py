@@ -97,5 +97,10 @@ def _choose(family: str, device: str, dtype: torch.dtype, names: tuple[str, ...]
         if not (why := _MISSING[name](device, dtype)):
             break
         reasons.append(f"{name}: {why}")
-    print(f"unimod: {family} by {name} on {device}" + (f" ({'; '.join(reasons)})" if reasons else ""), file=sys.stderr, flush=True)
+    say(f"unimod: {family} by {name} on {device}" + (f" ({'; '.join(reasons)})" if reasons else ""))
     return name
+
+
+def say(line: str) -> None:
+    """Say a line on stderr, but in a notebook, which frames stderr like an error, as ordinary output."""
+    print(line, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)

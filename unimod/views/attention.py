@@ -128,7 +128,8 @@ def heads(data: pd.DataFrame, value: str) -> go.Figure:
             hovertemplate=hover,
             colorbar={"title": {"text": "difference"}, "x": 1.14},
         )
-    fig.update_layout(coloraxis={"colorscale": AMOUNT, "colorbar": {"x": 1.02}}, margin={"r": 150})
+    unit = "share" if value.startswith("to_") or value == "sink" else value
+    fig.update_layout(coloraxis={"colorscale": AMOUNT, "colorbar": {"x": 1.02, "title": {"text": unit}}}, margin={"r": 150})
     return fig.update_xaxes(dtick=1).update_yaxes(dtick=1, autorange="reversed")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from .style import ARM, OKABE_ITO, TASK, paper, require
+from .style import ARM, OKABE_ITO, TASK, paper, require, words
 
 
 def bars(data: pd.DataFrame, label: str, value: str, *, group: str, title: str, unit: str, low: str = "", high: str = "") -> go.Figure:
@@ -28,13 +28,13 @@ def bars(data: pd.DataFrame, label: str, value: str, *, group: str, title: str, 
             fig.add_bar(
                 x=part[label],
                 y=part[value].round(5),
-                name=str(name),
+                name=words(str(name)),
                 legendgroup=str(name),
                 showlegend=n == 0,
                 error_y=error,
                 row=1,
                 col=n + 1,
                 marker={"color": {**ARM, **TASK}.get(str(name), OKABE_ITO[g % len(OKABE_ITO)])},
-                hovertemplate=f"{name}, %{{x}}: %{{y:.4g}} {unit}<extra></extra>",
+                hovertemplate=f"{words(str(name))}, %{{x}}: %{{y:.4g}} {unit}<extra></extra>",
             )
     return fig.update_layout(barmode="group")

@@ -21,7 +21,7 @@ from ..run import Run
 from ..tokens import Modality, Task
 from . import looking
 from .gallery import TASKS, Gallery
-from .looking import DRAWINGS, OWN, VALUES, Place, Side, notes
+from .looking import DRAWINGS, OWN, VALUES, Place, Side, notes, same
 from .style import words
 
 ONE = "one"
@@ -63,6 +63,7 @@ class Explorer:
         self.gallery, self.chosen, self.quiet = gallery, 0, False
         self.sides: list[Side] = []
         self.figures: dict[str, go.FigureWidget] = {}
+        self.sent: dict[str, tuple[list[dict], dict]] = {}
         names = list(gallery.models)
         first = gallery.side(names[0], Task.T2I, 0).overview
         layer, head = min(layer, first.layers[-1]), "mean" if head is None else min(head, first.heads - 1)
@@ -106,10 +107,10 @@ class Explorer:
         query = self.chosen if self.query.value == ONE else self.query.value
         return Place(self.layer.value, None if self.head.value == "mean" else self.head.value, query, self.value.value)
 
-    def _others(self) -> list[tuple[str, tuple | None]]:
+    def _others(self) -> list[tuple[str, tuple]]:
         """What side A can be laid beside."""
         both = [(f"{name}, {words(task.name.lower())}", (name, task)) for name in self.gallery.models for task in TASKS]
-        return [("nothing", None), *both, *((name, (name, Task.MMU)) for name in self.gallery.saved)]
+        return [("nothing", ()), *both, *((name, (name, Task.MMU)) for name in self.gallery.saved)]
 
     def _new_sides(self, _: object = None) -> None:
         """Another row: make its sides and fresh figures."""
@@ -128,23 +129,27 @@ class Explorer:
                 self.head.value = head if head == "mean" or head < found.heads else "mean"
                 self.play.max = len(found.layers) - 1
             for drawing in DRAWINGS:
-                old, fig = self.figures.get(drawing.name), go.FigureWidget(drawing.figure(self.sides, self.place))
+                old, fig = self.figures.get(drawing.name), go.FigureWidget(drawing.figure(self.sides, self.place).update_layout(autosize=True))
                 self.figures[drawing.name], self.boxes[drawing.name].children = fig, [fig]
+                self.sent[drawing.name] = drawing.traces(self.sides, self.place)
                 if old is not None:
                     old.close()
             self._clickable()
 
     def _moved(self, _: object = None) -> None:
-        """Another place in the same rows: only the data of the figures changes."""
+        """Another place in the same rows: of the figures' data only what changes is sent."""
         if self.quiet:
             return
         with self._said():
             for drawing in DRAWINGS:
-                fig, (data, layout) = self.figures[drawing.name], drawing.traces(self.sides, self.place)
-                with fig.batch_update():
-                    for trace, found in zip(fig.data, data, strict=True):
-                        trace.update(found)
-                    fig.update_layout(layout)
+                fig, (data, layout), (had, looked) = self.figures[drawing.name], drawing.traces(self.sides, self.place), self.sent[drawing.name]
+                new = [{key: value for key, value in part.items() if not same(value, old[key])} for part, old in zip(data, had)]
+                if any(new) or layout != looked:
+                    with fig.batch_update():
+                        for trace, part in zip(fig.data, new, strict=True):
+                            trace.update(part)
+                        fig.update_layout({key: value for key, value in layout.items() if value != looked.get(key)})
+                self.sent[drawing.name] = data, layout
 
     def _clickable(self) -> None:
         """A click on a patch or a word asks with it; one on the layers and heads goes there."""

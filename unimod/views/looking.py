@@ -33,7 +33,7 @@ VALUES = {"to_image": "attention that flows to the picture", "to_text": "attenti
           "evenness": "evenness of attention", "sink": "attention on the first token", "distance": "mean distance (tokens)"}
 KINDS = {Modality.IMAGE: "picture tokens", Modality.TEXT: "text tokens", Modality.SPECIAL: "special tokens"}
 VEIL = [[0, "rgba(0,0,0,0)"], [1, "rgba(60,60,70,0.86)"]]
-COLUMNS = 14
+COLUMNS = 12
 """Text tokens in a line."""
 
 
@@ -161,7 +161,7 @@ class Drawing:
         data, layout = found[place.layer]
         for trace, part in zip(fig.data, data, strict=True):
             trace.update(part)
-        moving = [{key for key in part if not all(_same(one[n][key], part[key]) for one, _ in found.values())} for n, part in enumerate(data)]
+        moving = [{key for key in part if not all(same(one[n][key], part[key]) for one, _ in found.values())} for n, part in enumerate(data)]
         at = [n for n, keys in enumerate(moving) if keys]
         frames = [go.Frame(name=str(layer), data=[type(fig.data[n])(**{key: parts[n][key] for key in moving[n]}) for n in at], traces=at, layout=there)
                   for layer, (parts, there) in found.items()]
@@ -172,7 +172,8 @@ def _weight(fig: go.Figure) -> int:
     return len(fig.to_json().encode())
 
 
-def _same(a: object, b: object) -> bool:
+def same(a: object, b: object) -> bool:
+    """Whether two properties of a trace are equal, unknown values included."""
     return np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else a == b
 
 
@@ -289,18 +290,19 @@ def _lines(places: list[int], columns: int = COLUMNS) -> list[list[int | None]]:
 
 def _text_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     count = [len(_lines(text_places(s))) for s in sides]
-    fig = paper("Where in the text", panels=[s.title for s in sides], rows=len(sides), height=110 + sum(60 + 34 * n for n in count),
+    fig = paper("Where in the text", panels=[s.title for s in sides], rows=len(sides), height=130 + sum(50 + 32 * max(n, 2) for n in count),
                 row_heights=count, vertical_spacing=0.28 / len(sides))
     for n, side in enumerate(sides):
         lines = _lines(text_places(side))
         words = [["" if i is None else _short(side.overview.tokens[i]) for i in line] for line in lines]
-        fig.add_trace(_heat(0, z=np.zeros((len(lines), COLUMNS)), text=words, customdata=[[-1 if i is None else i for i in line] for line in lines],
-                            texttemplate="%{text}", xgap=2, ygap=2, hovertemplate="%{text} (token %{customdata}): %{z:.4f}<extra></extra>"), row=n + 1, col=1)
+        places = [[-1 if i is None else i for i in line] for line in lines]
+        fig.add_trace(_heat(0, z=np.zeros((len(lines), COLUMNS)), text=words, customdata=places, texttemplate="%{text}", textfont={"size": 11}, xgap=2, ygap=2,
+                            hovertemplate="%{text} (token %{customdata}): %{z:.4f}<extra></extra>"), row=n + 1, col=1)
         fig.add_trace(_mark(), row=n + 1, col=1)
         fig.update_xaxes(range=[-0.5, COLUMNS - 0.5], row=n + 1, col=1)
         fig.update_yaxes(range=[len(lines) - 0.5, -0.5], row=n + 1, col=1)
-    fig.update_xaxes(showticklabels=False, showgrid=False, zeroline=False).update_yaxes(showticklabels=False, showgrid=False, zeroline=False)
-    return _coloured(fig, "share", False)
+    bare = {"showticklabels": False, "showgrid": False, "zeroline": False, "showline": False, "ticks": ""}
+    return _coloured(fig.update_xaxes(**bare).update_yaxes(**bare), "share", False)
 
 
 def _text_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
@@ -317,6 +319,7 @@ def _text_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
 
 
 def _short(token: str) -> str:
+    token = token.removeprefix("<|").removesuffix("|>").strip(":")
     return token if len(token) <= 9 else token[:8] + "…"
 
 
@@ -394,4 +397,4 @@ row = Drawing("row", _row_lay, _row_fill, "every bar is a token of the row; its 
 blocks = Drawing("blocks", _blocks_lay, _blocks_fill, "each row sums to 1. An empty one has no such query; a zero may be the mask.",
                  "Three by three maps of attention between text, picture and special tokens, for both sides and their difference.")
 DRAWINGS = (picture, text, heads, row, blocks)
-__all__ = ["DRAWINGS", "OWN", "VALUES", "Drawing", "Place", "Side", "asked", "blocks", "heads", "notes", "picture", "row", "text", "token"]
+__all__ = ["DRAWINGS", "OWN", "VALUES", "Drawing", "Place", "Side", "asked", "blocks", "heads", "notes", "picture", "row", "same", "text", "token"]

@@ -133,7 +133,8 @@ def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int =
     for at, trace in zip(frames[active].traces, frames[active].data):
         fig.data[at].update(trace)
     fig.update_layout(
-        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 55}, "bordercolor": INK}],
+        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 55}, "bordercolor": INK,
+                  "tickcolor": INK}],
         height=(fig.layout.height or 400) + 90,
         margin={"b": 130},
     )
@@ -168,7 +169,7 @@ def put_picture(fig: go.Figure, picture: np.ndarray, columns: range, grid: tuple
             source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below"
         )
         fig.update_xaxes(
-            range=[-0.5, w - 0.5], showgrid=False, zeroline=False, tickfont={"color": INK}, constrain="domain", dtick=max(1, w // 8), row=1, col=n
+            range=[-0.5, w - 0.5], showgrid=False, zeroline=False, constrain="domain", dtick=max(1, w // 8), row=1, col=n
         )
         fig.update_yaxes(
             range=[h - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor=f"x{axis}", constrain="domain", dtick=max(1, h // 8), row=1, col=n

@@ -9,16 +9,16 @@ A backend has two halves: `prepare`, which works out what depends on the interva
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..backend import backend
+from ..backend import backend, say
 from . import flex, reference, varlen
 
+_say = cache(say)
 __all__ = ["attention_mass", "attention_received", "interval_attention"]
 _MODULE = {"sdpa": reference, "varlen": varlen, "flash": varlen, "flex": flex}
 
@@ -87,9 +87,3 @@ def _implementation(device: str, dtype: torch.dtype, masks: tuple[str, ...], wid
 
 def _statistics(q: Tensor) -> str:
     return backend("kernels", q.device.type, q.dtype) if q.dtype in (torch.float32, torch.float16, torch.bfloat16) else "reference"
-
-
-@cache
-def _say(line: str) -> None:
-    """Once each."""
-    print(line, file=sys.stderr, flush=True)
