@@ -247,14 +247,17 @@ def _known(side: Side, place: Place) -> bool:
 
 def _picture_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     titles = _titles(sides)
-    fig = paper("Where on the picture", panels=titles, height=420)
-    for n, side in enumerate([*sides, *sides[:1]][: len(titles)]):
+    fig = paper("Where on the picture", panels=["the picture", *titles], height=420)
+    for n, side in enumerate([sides[0], *sides, *sides[:1]][: len(titles) + 1]):
         h, w = side.overview.grid
+        picture = np.full((h, w, 3), 200, np.uint8) if side.overview.picture is None else side.overview.picture
+        put_picture(fig, picture, range(n + 1, n + 2), (h, w))
+        if n == 0:
+            continue
         hover = "picture row %{y}, column %{x}: %{z:.4f}<extra></extra>"
-        for trace in (_heat(n, z=np.zeros((h, w)), opacity=1 if n < 2 else 0.75, hovertemplate=hover),
+        for trace in (_heat(n - 1, z=np.zeros((h, w)), opacity=1 if n < 3 else 0.75, hovertemplate=hover),
                       go.Heatmap(z=np.zeros((h, w)), colorscale=VEIL, zmin=0, zmax=1, showscale=False, hoverinfo="skip", hovertemplate=""), _mark()):
             fig.add_trace(trace, row=1, col=n + 1)
-        put_picture(fig, side.overview.picture if side.overview.picture is not None else np.full((h, w, 3), 200, np.uint8), range(n + 1, n + 2), (h, w))
     return _coloured(fig, "share", len(sides) == 2, OVERLAY)
 
 
@@ -334,8 +337,8 @@ def _heads_lay(sides: Sequence[Side], place: Place) -> go.Figure:
         fig.add_trace(_heat(n, z=np.zeros((len(found.layers), found.heads)), x=list(range(found.heads)), y=list(found.layers),
                             hovertemplate="layer %{y}, head %{x}: %{z:.3g}<extra></extra>"), row=1, col=n + 1)
         fig.add_trace(_mark(), row=1, col=n + 1)
-        fig.update_yaxes(range=[found.layers[-1] + 0.5, found.layers[0] - 0.5], row=1, col=n + 1)
-        fig.update_xaxes(range=[-0.5, found.heads - 0.5], row=1, col=n + 1)
+        fig.update_yaxes(range=[found.layers[-1] + 0.5, found.layers[0] - 0.5], tick0=0, dtick=1 + len(found.layers) // 12, row=1, col=n + 1)
+        fig.update_xaxes(range=[-0.5, found.heads - 0.5], tick0=0, dtick=1 + found.heads // 12, row=1, col=n + 1)
     return _coloured(fig.update_xaxes(showgrid=False, zeroline=False).update_yaxes(showgrid=False, zeroline=False), "", len(sides) == 2)
 
 
