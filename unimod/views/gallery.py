@@ -73,7 +73,7 @@ class Gallery:
         try:
             read_picture(io.BytesIO(data), 8)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ParameterError(f"This file is not a picture that can be read. Choose a PNG, JPEG or WebP file.") from error
+            raise ParameterError("This file is not a picture that can be read. Choose a PNG, JPEG or WebP file.") from error
         self.own.append((data, prompt.strip()))
         return self.samples + len(self.own) - 1
 
