@@ -17,7 +17,7 @@ Letters: L layers, N samples, H heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class Finding:
     def outcome(self) -> str:
         """yes, no or undecided."""
         return {True: "yes", False: "no", None: "undecided"}[self.holds]
+
+    def table(self) -> list[dict[str, object]]:
+        """One row: all fields, with the outcome in a word."""
+        return [{"finding": self.name, "outcome": self.outcome, **{k: v for k, v in asdict(self).items() if k not in ("name", "holds")}}]
 
 
 def flips(t2i: Patterns, mmu: Patterns, relative: bool = False) -> Finding:
