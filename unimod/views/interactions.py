@@ -135,16 +135,18 @@ def findings(data: pd.DataFrame) -> go.Figure:
 
     data: `Finding.table`.
     """
-    data = require(data, "model", "finding", "outcome", "sentence", "low", "high", "n", "over").iloc[::-1]
-    fig = paper("Do the paper's findings hold here?", height=90 + 34 * data["finding"].nunique())
+    data = require(data, "model", "finding", "outcome", "sentence", "low", "high", "n", "over")
+    models, names = list(data["model"].unique()), list(data["finding"].unique())
+    fig = paper("Do the paper's findings hold here?", height=120 + 34 * len(names))
     said = "%{y}<br>%{customdata[0]}<br>95 %: %{customdata[1]:.3f} to %{customdata[2]:.3f}, %{customdata[3]} %{customdata[4]}<extra></extra>"
     for outcome, part in data.groupby("outcome", sort=False):
         fig.add_scatter(x=part["model"], y=part["finding"], mode="markers+text", text=part["outcome"], textposition="middle right", name=outcome,
                         marker={"color": OUTCOME[outcome], "size": 15, "symbol": {"yes": "circle", "no": "x", "undecided": "circle-open"}[outcome]},
                         customdata=part[["sentence", "low", "high", "n", "over"]],
                         hovertemplate=said)
-    fig.update_yaxes(automargin=True, categoryorder="array", categoryarray=list(data["finding"].unique()))
-    return fig.update_xaxes(side="top").update_layout(showlegend=False)
+    fig.update_yaxes(automargin=True, categoryorder="array", categoryarray=names[::-1])
+    fig.update_xaxes(side="top", categoryorder="array", categoryarray=models, range=[-0.3, len(models) - 0.3])
+    return fig.update_layout(showlegend=False)
 
 
 def table_of_findings(record: dict) -> str:
