@@ -54,7 +54,7 @@ class Params:
     seed: int = 0
     """Seed of data order, noise and sampling."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """04: the competition is run, and 07: every arm is trained, once per seed."""
+    """02: batches are drawn, 04: the competition is run, and 07: every arm is trained, once per seed."""
     samples: int = 16
     """Sequences per task in the analyses, and behind the ARank of 07's lowest_arank and highest_arank."""
     layer: int = 4

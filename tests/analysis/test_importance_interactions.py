@@ -7,10 +7,16 @@ import torch
 
 from unimod.analysis.importance import importance
 from unimod.analysis.interactions import compete, gradient_cosine, joint_or_single
-from unimod.methods import PRESETS
-from unimod.models.backbone import losses
+from unimod.capture import capture
+from unimod.config import ParameterError
+from unimod.evaluate.quality import evaluate, pictures_right, questions_right
+from unimod.generate import answer, calibrate, draw
+from unimod.layers import apply_mod
+from unimod.methods import PRESETS, RouterConfig
+from unimod.models.backbone import losses, without
+from unimod.plan import last_half
 from unimod.router import TaskRouter
-from unimod.tokens import Task
+from unimod.tokens import Task, pack
 
 
 def mixed(batches, i, rows=2):
@@ -35,11 +41,73 @@ def test_skipping_a_layer(untouched, name):
     short = copy.deepcopy(model)
     del short.lm.model.layers[3]
     with torch.no_grad():
-        assert found.loss[3, 1].item() == pytest.approx(losses(short, packs[1]).per_task[Task.MMU].item(), abs=1e-5)
+        assert found.value[3, 1].item() == pytest.approx(losses(short, packs[1]).per_task[Task.MMU].item(), abs=1e-5)
         assert found.base[0].item() == pytest.approx(losses(model, packs[0]).per_task[Task.MMU].item(), abs=1e-5)
     assert found.damage.shape == (8, 2) and (found.cosine.abs() <= 1).all() and len(found.table()) == 8
     with pytest.raises(ValueError, match="no t2i target"):
         importance(model, packs, Task.T2I)
+    assert not model.skipped                                                            # also after an error
+
+
+@pytest.mark.parametrize("name", ("showo-tiny", "emu3-tiny"))
+@pytest.mark.parametrize("routed", (False, True))
+def test_a_model_without_a_layer_answers_and_draws_like_one_that_lost_it(untouched, name, routed):
+    model, batches = untouched[name]
+    model, rows = copy.deepcopy(model), [model.layout.mmu(c, [("what is it?", "")], open_ended=True) for c in batches.codes(batches.samples("test", 0, 3))]
+    if routed:
+        apply_mod(model, last_half(8, 0.3), RouterConfig())
+        calibrate(model, batches.single_task(Task.T2I, "train", 8))
+    short = copy.deepcopy(model)
+    del short.lm.model.layers[5]
+    with without(model, 5):
+        told, drawn = answer(model, rows), draw(model, ["a red circle"], steps=2, seed=3)
+        with torch.no_grad(), capture(model) as record:
+            model(pack(rows).to(model.device))
+    assert record.layers == (0, 1, 2, 3, 4, 6, 7)
+    assert told == answer(short, rows) and torch.equal(drawn, draw(short, ["a red circle"], steps=2, seed=3))
+    packed = batches.held_out("validation", 2)
+    with torch.no_grad():
+        whole = model(packed)
+        with without(model, 5), without(model, 2):
+            twice = model(packed)
+        del short.lm.model.layers[2]
+        torch.testing.assert_close(twice, short(packed))
+        assert torch.equal(whole, model(packed)) and not torch.allclose(whole, twice)
+
+
+def test_a_layer_comes_back_after_an_error(untouched):
+    model, _ = untouched["showo-tiny"]
+    for bad, words in ((8, "allowed: 0 to 7"), (-1, "allowed: 0 to 7")):
+        with pytest.raises(ParameterError, match=words), without(model, bad):
+            pass
+    with pytest.raises(ParameterError, match="left out already"), without(model, 1), without(model, 1):
+        pass
+    with pytest.raises(KeyError), without(model, 1):
+        raise KeyError
+    assert model.skipped == frozenset()
+
+
+def test_any_metric_with_its_spread_over_seeds(untouched):
+    model, _ = untouched["showo-tiny"]
+
+    def toy(model, batch):
+        return batch - 10.0 * sum(model.skipped)
+    found = importance(model, [1, 3, 5, 7], Task.T2I, toy, name="toy", seeds=[0, 0, 4, 4])
+    row = found.table()[2]
+    assert found.damage.tolist() == [[-10.0 * i] * 4 for i in range(8)] and found.cosine.isnan().all()
+    assert found.per_seed(found.base).tolist() == [2, 6]
+    assert (row["metric"], row["value"], row["base"], row["seeds"], row["batches"]) == ("toy", 4 - 20, 4, 2, 4)
+    assert row["value_sd"] == pytest.approx(8**0.5) and row["damage_sd"] == 0
+    with pytest.raises(ParameterError, match="3 seeds for 4 batches"):
+        importance(model, [1, 3, 5, 7], Task.T2I, toy, seeds=[0, 1, 2])
+
+
+def test_shares_of_right_answers_are_those_of_the_evaluation(untouched):
+    model, batches = untouched["emu3-tiny"]
+    samples = batches.samples("validation", 3, 4, seed=0)
+    whole = evaluate(model, batches.image_tokenizer, batches.data, "validation", 4, start=3)
+    assert sum(questions_right(model, batches, samples)["all"]) / 8 == whole.questions["all"]
+    assert sum(pictures_right(model, batches.image_tokenizer, samples)["all"]) / 4 == whole.pictures["all"]
 
 
 def test_gradient_cosine(untouched):
@@ -56,6 +124,8 @@ def test_gradient_cosine(untouched):
         gradients.append(torch.cat([p.grad.flatten() for p in clone.layers[2].parameters()]))
     assert other.cosine[2, 0].item() == pytest.approx(torch.cosine_similarity(*gradients, dim=0).item(), abs=1e-5)
     assert other.norm_b[2, 0].item() == pytest.approx(gradients[1].norm().item(), rel=1e-4)
+    row = gradient_cosine(model, [a, b], [b, b]).table("mixed")[2]
+    assert row["pairs"] == 2 and row["cosine_sd"] == pytest.approx(abs(other.cosine[2, 0].item() - 1) / 2**0.5, rel=1e-3) and row["norm_b_sd"] == 0
     with pytest.raises(ValueError):
         gradient_cosine(model, [a, a], [b])
 
@@ -101,4 +171,5 @@ def test_joint_or_single(untouched):
     found = joint_or_single(model, t2i, mmu, mixed(batches, 5), steps=4, runs=1, lr=1e-3)
     assert found.joint.shape == found.single.shape == (1, 2)
     assert (found.single < found.before).all() and (found.joint < found.before).all()
+    torch.testing.assert_close(found.single * (1 + found.harm), found.joint)
     assert len(found.table()) == 6

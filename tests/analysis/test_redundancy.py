@@ -1,13 +1,17 @@
 """ARank of maps whose rank is known, and its dependence on what one may choose."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 
-from unimod.analysis.redundancy import Spectra, arank, mask_arank, shares, spectra
+from unimod.analysis.redundancy import GAMMA_MOD, Reading, Spectra, arank, bootstrap, drift, mask_arank, readings, shares, spectra
 from unimod.capture import AttentionRecord, LayerAttention, observe
 from unimod.config import ParameterError
+from unimod.layers import apply_mod, remove_mod
+from unimod.methods import RouterConfig
+from unimod.plan import last_half
 from unimod.tokens import Modality, Task, TokenSequence, pack, suffix_hi
 
 
@@ -77,3 +81,79 @@ def test_the_mask_alone():
 def test_a_layer_without_a_row_is_nan():
     found = Spectra(Task.T2I, (0,), torch.tensor([[[[2.0, 1.0]], [[0.0, 0.0]]]]), torch.tensor([[2.0, torch.nan]])).arank()
     assert found.share[0, 0] == 1 and found.share[0, 1].isnan() and found.bootstrap().mean.isfinite().all()
+    assert found.effective[0, 0] < 2 and found.effective[0, 1].isnan()
+
+
+MAP = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+KINDS = torch.tensor([Modality.TEXT, Modality.IMAGE, Modality.IMAGE])
+
+
+@pytest.mark.parametrize(("reading", "want", "rank"), [
+    (Reading(), [[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], 2),
+    (Reading(mask="causal"), [[0.5, 0, 0], [0.5, 0.3, 0], [0.1, 0.1, 0.8]], 3),
+    (Reading(diagonal="zero"), [[0, 0.3, 0.2], [0.5, 0, 0.2], [0.1, 0.1, 0]], 3),
+    (GAMMA_MOD, [[0, 0, 0], [0.5, 0, 0], [0.1, 0.1, 0]], 2),
+    (Reading(tokens="text"), [[0.5, 0.3, 0.2]], 1),
+    (Reading(tokens="image"), [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], 2),
+    (Reading("causal", "zero", "image"), [[0.5, 0, 0], [0.1, 0.1, 0]], 2),
+])
+def test_every_reading_of_a_map_by_hand(reading, want, rank):
+    read = reading.of(MAP, KINDS)
+    assert torch.equal(read, torch.tensor(want))
+    found = Spectra(Task.T2I, (0,), torch.linalg.svdvals(read)[None, None, None], torch.full((1, 1), float(len(want))), reading).arank(1e-5)
+    assert found.rank.item() == rank == torch.linalg.matrix_rank(read, rtol=1e-5).item() and found.share.item() == pytest.approx(rank / len(want))
+    row = found.table()[0]
+    assert (row["mask"], row["diagonal"], row["tokens"], row["tolerance"], row["samples"]) == (reading.mask, reading.diagonal, reading.tokens, 1e-5, 1)
+
+
+def test_a_reading_that_is_not_known_is_refused():
+    for bad in ({"mask": "full"}, {"diagonal": "off"}, {"tokens": "special"}):
+        with pytest.raises(ParameterError, match="Allowed:"):
+            Reading(**bad)
+
+
+def test_gamma_mods_count_from_the_maps_themselves(world):
+    model, batches = world["showo-tiny"]
+    record = observe(model, batches.single_task(Task.T2I, "validation", 2))
+    found = arank(record, Task.T2I, None, GAMMA_MOD)
+    maps = record.maps([1], 3)[0]
+    want = torch.linalg.matrix_rank(maps.tril(-1)).float().mean()           # torch's default tolerance; below the diagonal
+    assert found.rank[3, 1] == want and found.length[3, 1] == maps.shape[-1]
+    image = arank(record, Task.T2I, 1e-2, Reading(tokens="image"))
+    assert (image.length == 36).all() and (image.rank <= 36).all()
+    rows = readings(record, Task.T2I)
+    assert {r["varied"] for r in rows} == {"as used", "causal", "zero", "text", "image", "gamma-MoD"} and len(rows) == 6 * 8
+
+
+def test_effective_rank_of_known_spectra():
+    values = torch.tensor([[[[2.0, 2.0, 2.0, 0.0]], [[3.0, 0.0, 0.0, 0.0]], [[2.0, 1.0, 1.0, 0.0]]]])
+    found = Spectra(Task.T2I, (0,), values, torch.full((1, 3), 4.0)).arank()
+    assert found.effective[0].tolist() == pytest.approx([3, 1, 2**1.5])                     # entropy of (1/2, 1/4, 1/4) is 1.5 ln 2
+    assert found.table()[0]["effective"] == pytest.approx((4 + 2**1.5) / 12)
+
+
+def test_a_bootstrap_interval_holds_the_mean_and_ignores_what_is_missing():
+    values = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) + torch.tensor([[0.0], [1.0], [2.0]])
+    values[1, 5] = torch.nan
+    found = bootstrap(values)
+    assert (found.low < found.mean).all() and (found.mean < found.high).all() and found.mean[1] == values[1].nanmean()
+    half = (found.high - found.low) / 2
+    torch.testing.assert_close(half[[0, 2]], 1.96 * values[[0, 2]].std(1) / 40**0.5, rtol=0.15, atol=0)
+
+
+def test_drift_is_the_paired_change_and_routed_layers_hold_the_kept_tokens(world):
+    model, batches = world["emu3-tiny"]
+    packed = batches.single_task(Task.T2I, "validation", 4)
+    before = arank(observe(model, packed), Task.T2I)
+    assert all(row["change"] == row["low"] == row["high"] == 0 and row["before"] == row["after"] for row in drift(before, before))
+    routed = apply_mod(copy.deepcopy(model), last_half(8, 0.4), RouterConfig()).eval()
+    after = arank(observe(routed, packed), Task.T2I)
+    assert (after.length[4:] < before.length[4:]).all() and torch.equal(after.length[:4], before.length[:4])
+    rows = drift(before, after)
+    assert [row["change"] == 0 for row in rows[:4]] == [True] * 4 and all(row["low"] <= row["change"] <= row["high"] for row in rows)
+    assert rows[6]["change"] == pytest.approx(float((after.share - before.share)[6].mean())) and rows[6]["samples"] == 4
+    assert all(row["change"] == 0 for row in drift(before, arank(observe(remove_mod(routed), packed), Task.T2I)))
+    with pytest.raises(ParameterError, match="tolerance was 0.01 before and is 0.1 after"):
+        drift(before, arank(observe(model, packed), Task.T2I, 0.1))
+    with pytest.raises(ParameterError, match="same rows"):
+        drift(before, spectra(observe(model, packed), Task.T2I).arank(samples=2))

@@ -1,16 +1,18 @@
 """Every view, on small made-up results: traces that hold data, below 300 KB, legible anywhere, and errors that name what lacks."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from unimod.analysis.findings import Finding
 from unimod.analysis.importance import Importance
 from unimod.analysis.interactions import Competition, GradientCosine, JointOrSingle
 from unimod.analysis.patterns import Patterns
-from unimod.analysis.redundancy import Spectra
+from unimod.analysis.redundancy import Spectra, drift
 from unimod.capture import AttentionRecord, LayerAttention
 from unimod.plan import last_half
 from unimod.router import Routing
@@ -39,6 +41,11 @@ def made_patterns(task):
 
 def made_spectra(task):
     return Spectra(task, tuple(range(L)), rand(L, N, H, 40).sort(descending=True).values, torch.full((L, N), 40.0))
+
+
+def made_drift():
+    found = {task: made_spectra(task).arank() for task in BOTH}
+    return pd.concat([pd.DataFrame(drift(a, replace(a, rank=a.rank / 2))).assign(model=name) for name in MODELS for a in found.values()])
 
 
 def made_record(n=200, layers=24):
@@ -103,6 +110,10 @@ def made_importance(task):
     return Importance(task, rand(N), rand(L, N), rand(L, N))
 
 
+def made_finding(n):
+    return Finding(f"{n}. something", (True, False, None)[n], 1.0, 0.0, 0.1, 0.2, 5, "seeds", "one 1.0, other 0.0")
+
+
 def made_joint():
     return JointOrSingle(rand(2, 2), rand(2, 2), rand(2, 2))
 
@@ -114,14 +125,20 @@ VIEWS = {
     "spread_and_sink": lambda: attention.spread_and_sink(style.frame(per_model(made_patterns))),
     "head_maps": lambda: attention.head_maps(attention.map_frame(made_record(), 0, 1, str), active=5),
     "skip_one_layer": lambda: redundancy.skip_one_layer(style.frame(per_model(made_importance))),
+    "right_without": lambda: redundancy.right_without(style.frame(per_model(made_importance))),
     "proxy": lambda: redundancy.proxy(style.frame(per_model(made_importance))),
     "arank_by_layer": lambda: redundancy.arank_by_layer(style.frame(per_model(lambda task: made_spectra(task).arank()))),
     "spectra_by_layer": lambda: redundancy.spectra_by_layer(style.frame({"one": [made_spectra(t) for t in BOTH]})),
     "sensitivity": lambda: redundancy.sensitivity(style.frame(per_model(made_spectra), "sensitivity", samples=(2, 4))),
+    "by_reading": lambda: redundancy.by_reading(pd.concat([style.frame(per_model(lambda task: made_spectra(task).arank())).assign(varied=v)
+                                                           for v in ("as used", "causal")])),
+    "drift_by_layer": lambda: redundancy.drift_by_layer(of_arms(made_drift())),
     "layer_order": lambda: redundancy.layer_order(style.frame({"one": [made_spectra(t) for t in BOTH]}, "sensitivity")),
     "gradient_angles": lambda: interactions.gradient_angles(
         pd.DataFrame(GradientCosine(rand(L, 3) - 0.5, rand(L, 3), rand(L, 3)).table("t2i and mmu")).assign(model="one")),
     "kept_shares": lambda: interactions.kept_shares(style.frame({m: [made_competition()] for m in MODELS})),
+    "kept_by_layer": lambda: interactions.kept_by_layer(style.frame({m: [made_competition()] for m in MODELS})),
+    "findings": lambda: interactions.findings(style.frame({m: [made_finding(n) for n in range(3)] for m in MODELS})),
     "kept_over_steps": lambda: interactions.kept_over_steps(style.frame({m: [made_competition()] for m in MODELS}, "steps")),
     "joint_against_single": lambda: interactions.joint_against_single(style.frame({m: [made_joint()] for m in MODELS})),
     "capacities": lambda: plan.capacities(pd.concat([plan.plan_frame(last_half(24)), plan.plan_frame(last_half(24, 0.4), "other")])),

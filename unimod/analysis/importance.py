@@ -3,24 +3,30 @@
     found = importance(model, [batches.single_task(Task.MMU, "validation", 4, start=4 * i) for i in range(4)], Task.MMU)
     found.damage.mean(1)          # rise of the loss per layer, in nats
     1 - found.cosine.mean(1)      # the cheap proxy: how much a layer turns the residual stream
+    right = importance(model, starts, Task.MMU, lambda model, start: share_right(model, start), name="questions right")
 
 Second analysis of UniMoD (arXiv 2502.06474, section 3), which skipped odd layers and measured GQA for understanding only; here every layer,
-both tasks, and the loss, with the spread over small batches. A layer that turns the stream little is often, not always, one to skip.
+both tasks and any metric, with the spread over seeds or batches. A layer that turns the stream little is often, not always, one to skip.
 
 Letters: L layers, N batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.backbone import UnifiedModel, losses
+from ..config import ParameterError
+from ..layers import layer_output
+from ..models.backbone import UnifiedModel, losses, without
 from ..tokens import Packed, Task
+
+Metric = Callable[[UnifiedModel, object], float]
+"""Any number that a model earns on a batch, which is whatever the metric takes."""
 
 
 @dataclass(frozen=True)
@@ -29,48 +35,85 @@ class Importance:
 
     task: Task
     base: Tensor
-    """[N]: loss with all layers, nats per target."""
-    loss: Tensor
-    """[L, N]: loss without the layer."""
+    """[N]: the metric with all layers; the loss in nats per target."""
+    value: Tensor
+    """[L, N]: the metric without the layer."""
     cosine: Tensor
-    """[L, N]: cosine between a layer's input and output, mean over tokens, all layers running."""
+    """[L, N]: cosine between a layer's input and output, mean over the task's tokens, all layers running; nan where a batch is not a `Packed`."""
+    metric: str = "loss"
+    seeds: tuple[int, ...] = ()
+    """[N]: the seed that each batch was made with; empty: one for all."""
 
     @property
     def damage(self) -> Tensor:
-        """Rise of the loss, nats per target: [L, N]."""
-        return self.loss - self.base
+        """Change of the metric without the layer: [L, N]. A loss that rises is damage, and so is a share of right answers that falls."""
+        return self.value - self.base
+
+    def per_seed(self, values: Tensor) -> Tensor:
+        """[..., N] -> [..., seeds]: the mean over each seed's batches, seeds ascending; as it is where all batches have one seed."""
+        kinds = sorted(set(self.seeds))
+        if len(kinds) < 2:
+            return values
+        return torch.stack([values[..., torch.tensor([s == kind for s in self.seeds])].mean(-1) for kind in kinds], -1)
 
     def table(self) -> list[dict[str, object]]:
-        """One row per layer: means over the batches and `_sd`, the standard deviation (nan for one batch)."""
+        """One row per layer: means over the batches and `_sd`, the standard deviation over seeds, or over batches where there is one seed (nan for
+        a single one)."""
         rows = []
-        for layer in range(len(self.loss)):
-            row: dict[str, object] = {"task": self.task.name.lower(), "layer": layer, "base": float(self.base.mean())}
-            for name in ("loss", "damage", "cosine"):
+        for layer in range(len(self.value)):
+            row: dict[str, object] = {"task": self.task.name.lower(), "metric": self.metric, "layer": layer, "base": float(self.base.mean()),
+                                      "batches": len(self.base), "seeds": max(1, len(set(self.seeds)))}
+            for name in ("value", "damage", "cosine"):
                 values = getattr(self, name)[layer]
-                row |= {name: float(values.mean()), f"{name}_sd": float(values.std()) if len(values) > 1 else float("nan")}
+                spread = self.per_seed(values)
+                row |= {name: float(values.mean()), f"{name}_sd": float(spread.std()) if len(spread) > 1 else float("nan")}
             rows.append(row)
         return rows
 
 
 @torch.no_grad()
-def importance(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Importance:
-    """Skip every layer in turn on every batch. Raises ValueError when a batch has no target of the task."""
-    base, loss, cosine = [], [], []
-    for packed in packs:
+def importance(model: UnifiedModel, batches: Sequence, task: Task, metric: Metric | None = None, *, name: str = "loss",
+               seeds: Sequence[int] = ()) -> Importance:
+    """Skip every layer in turn on every batch and measure what `metric`, called `name` in tables, says (default: the task's loss, on `Packed`).
+
+    seeds: the seed that each batch was made with, so that the spread is one over seeds. Raises `ParameterError` for another number of seeds than
+    batches, and ValueError when the loss is asked for and a batch has no target of the task.
+    """
+    if len(seeds) not in (0, len(batches)):
+        raise ParameterError(f"{len(seeds)} seeds for {len(batches)} batches: give one per batch, or none.")
+    metric = metric or loss_of(task)
+    base = [metric(model, batch) for batch in batches]
+    cosine = [_turned(model, batch, task) if isinstance(batch, Packed) else torch.full((len(model.layers),), torch.nan) for batch in batches]
+    value = []
+    for layer in range(len(model.layers)):
+        with without(model, layer):
+            value.append([metric(model, batch) for batch in batches])
+    return Importance(task, torch.tensor(base), torch.tensor(value), torch.stack(cosine, 1), name, tuple(seeds))
+
+
+def loss_of(task: Task) -> Metric:
+    """The metric that is a task's loss on a `Packed`, in nats per target; it raises ValueError for a batch without a target of the task."""
+
+    def loss(model: UnifiedModel, packed: Packed) -> float:
         if not packed.target_counts[task]:
             raise ValueError(f"A batch has no {task.name.lower()} target, so its loss cannot be measured; give batches of that task.")
-        packed = packed.to(model.device)
-        turned: list[float] = []
+        return losses(model, packed.to(model.device)).per_task[task].item()
 
-        def compare(_: nn.Module, args: tuple, y: Tensor, turned: list[float] = turned, mine: Tensor = packed.task == task) -> None:
-            turned.append(float(F.cosine_similarity(args[0][0, mine].float(), y[0, mine].float(), dim=-1).mean()))
+    return loss
 
-        hooks = [layer.register_forward_hook(compare) for layer in model.layers]
-        try:
-            base.append(losses(model, packed).per_task[task].item())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        loss.append([losses(model, packed, skip=i).per_task[task].item() for i in range(len(model.layers))])
-        cosine.append(turned)
-    return Importance(task, torch.tensor(base), torch.tensor(loss).T, torch.tensor(cosine).T)
+
+def _turned(model: UnifiedModel, packed: Packed, task: Task) -> Tensor:
+    """Cosine between every layer's input and output, mean over the task's tokens: float32 [L]."""
+    packed, turned = packed.to(model.device), []
+    mine = packed.task == task
+
+    def compare(_: nn.Module, args: tuple, y: Tensor | tuple) -> None:
+        turned.append(F.cosine_similarity(args[0][0, mine].float(), layer_output(y)[0, mine].float(), dim=-1).mean())
+
+    hooks = [layer.register_forward_hook(compare) for layer in model.layers]
+    try:
+        model(packed)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(turned).cpu()

@@ -39,19 +39,12 @@ class GradientCosine:
     norm_b: Tensor
 
     def table(self, pair: str) -> list[dict[str, object]]:
-        """One row per layer: mean cosine and its standard deviation over pairs of batches (nan for one pair), mean norms."""
-        spread = self.cosine.std(1) if self.cosine.shape[1] > 1 else torch.full((len(self.cosine),), torch.nan)
-        return [
-            {
-                "pair": pair,
-                "layer": i,
-                "cosine": float(c.mean()),
-                "cosine_sd": float(spread[i]),
-                "norm_a": float(self.norm_a[i].mean()),
-                "norm_b": float(self.norm_b[i].mean()),
-            }
-            for i, c in enumerate(self.cosine)
-        ]
+        """One row per layer: mean cosine and norms, and `_sd`, the standard deviation over pairs of batches (nan for one pair)."""
+        rows: list[dict[str, object]] = [{"pair": pair, "layer": i, "pairs": self.cosine.shape[1]} for i in range(len(self.cosine))]
+        for name in ("cosine", "norm_a", "norm_b"):
+            for row, values in zip(rows, getattr(self, name)):
+                row |= {name: float(values.mean()), f"{name}_sd": float(values.std()) if len(values) > 1 else float("nan")}
+        return rows
 
 
 def gradient_cosine(model: UnifiedModel, a: Sequence[Packed], b: Sequence[Packed]) -> GradientCosine:
@@ -171,6 +164,11 @@ class JointOrSingle:
     before: Tensor
     joint: Tensor
     single: Tensor
+
+    @property
+    def harm(self) -> Tensor:
+        """What training together costs each task, run by run, as a share of the loss after training alone; below 0 it helps: [runs, 2]."""
+        return (self.joint - self.single) / self.single
 
     def table(self) -> list[dict[str, object]]:
         """One row per task, way and run."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data.batches import Batches
-from ..data.sample import Dataset
+from ..data.sample import Dataset, Sample
 from ..generate import answer, calibrate, draw
 from ..layers import routed_layers
 from ..models.backbone import UnifiedModel, losses
@@ -54,17 +54,9 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
     samples = batches.samples(split, start, count, seed=0)
     if model.layout.causal_images and routed_layers(model):
         calibrate(model, batches.single_task(Task.T2I, "train", 64))
-    right: dict[str, list[bool]] = defaultdict(list)
-    asked = [(sample, code, q) for sample, code in zip(samples, batches.codes(samples)) for q in _spread(sample.questions, per_picture)]
-    texts = answer(model, [model.layout.mmu(code, [(q.text, "")], open_ended=True) for _, code, q in asked])
-    for (_, _, q), text in zip(asked, texts):
-        for kind in (q.kind, "all"):
-            right[f"questions/{kind}"].append(text == q.answer)
+    right = {f"questions/{kind}": found for kind, found in questions_right(model, batches, samples, per_picture).items()}
     if all(sample.things for sample in samples):
-        codes = draw(model, [s.caption for s in samples], seed=seed).view(-1, *model.layout.grid)
-        for sample, picture in zip(samples, to_pictures(image_tokenizer, codes)):
-            for category in (sample.category, "all"):
-                right[f"pictures/{category}"].append(matches(detect(picture), sample))
+        right |= {f"pictures/{kind}": found for kind, found in pictures_right(model, image_tokenizer, samples, seed).items()}
     held_out = batches.held_out(split, min(32, count)).to(model.device)
     per_task = losses(model, held_out).per_task.tolist()
     model.train(training)
@@ -72,6 +64,29 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
     return Quality(questions={k.split("/")[1]: v for k, v in shares.items() if k.startswith("q")},
                    pictures={k.split("/")[1]: v for k, v in shares.items() if k.startswith("p")},
                    losses=dict(zip(TASK_NAMES, per_task)), counts={k: len(v) for k, v in right.items()})
+
+
+@torch.no_grad()
+def questions_right(model: UnifiedModel, batches: Batches, samples: list[Sample], per_picture: int = 2) -> dict[str, list[bool]]:
+    """Whether each answer is exact, per kind of question and for "all", over `per_picture` questions of each sample. The model must be in eval mode."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    asked = [(code, q) for sample, code in zip(samples, batches.codes(samples)) for q in _spread(sample.questions, per_picture)]
+    texts = answer(model, [model.layout.mmu(code, [(q.text, "")], open_ended=True) for code, q in asked])
+    for (_, q), text in zip(asked, texts):
+        for kind in (q.kind, "all"):
+            right[kind].append(text == q.answer)
+    return right
+
+
+@torch.no_grad()
+def pictures_right(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: list[Sample], seed: int = 0) -> dict[str, list[bool]]:
+    """Whether the picture drawn for each caption shows exactly the sample's objects, per category and for "all". The model must be in eval mode."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    codes = draw(model, [s.caption for s in samples], seed=seed).view(-1, *model.layout.grid)
+    for sample, picture in zip(samples, to_pictures(image_tokenizer, codes)):
+        for category in (sample.category, "all"):
+            right[category].append(matches(detect(picture), sample))
+    return right
 
 
 def to_pictures(image_tokenizer: ImageTokenizer, codes: torch.Tensor) -> np.ndarray:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..config import ParameterError
 from ..layers import MoDLayer, layer_output
 from ..ops.attention import attention_received, interval_attention
 from ..ops.cross_entropy import linear_cross_entropy
@@ -94,6 +95,8 @@ class UnifiedModel(nn.Module):
         self.projector = projector
         self.compiled = False
         """Whether `compile_layers` was called."""
+        self.skipped: frozenset[int] = frozenset()
+        """Layers that a forward passes by; `without` sets it."""
         self.decoder.set_attn_implementation(ATTENTION)
         with torch.device("cpu"):                           # kept out of the module tree: a cast of the model leaves its frequencies exact
             self.__dict__["rotary"] = type(self.decoder.rotary_emb)(self.decoder.config)
@@ -132,21 +135,21 @@ class UnifiedModel(nn.Module):
             raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture codes, or load its CLIP-ViT variant.")
         return h.masked_scatter((packed.ids == FEATURE)[:, None], self.projector(packed.features.to(h.dtype)).to(h.dtype))
 
-    def forward(self, packed: Packed, skip: int | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm: [T, D]. `skip` leaves out one layer (layer importance); `cache` is read and written.
+    def forward(self, packed: Packed, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the final norm: [T, D]. `cache` is read and written.
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
         packed.__dict__.setdefault("memo", {})
         h = self.embed(packed)[None]
         position = packed.position[None]
-        layers = [(i, layer) for i, layer in enumerate(self.layers) if i != skip]
-        routers = [getattr(layer, "router", None) for _, layer in layers]
+        layers = [layer for i, layer in enumerate(self.layers) if i not in self.skipped]
+        routers = [getattr(layer, "router", None) for layer in layers]
         for router in filter(None, [] if packed.static else routers):
             packed.always(router.config.keep)               # host sizes, worked out once and before a layer that may be compiled
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         trail = Trail() if any(router and router.looks_back for router in routers) else None
-        for (_, layer), following in zip(layers, [*routers[1:], None]):
+        for layer, following in zip(layers, [*routers[1:], None]):
             if trail is not None:
                 if not hasattr(layer, "router"):            # a run ends at a dense layer
                     trail.routing = trail.alone = None
@@ -174,6 +177,23 @@ class UnifiedModel(nn.Module):
         """Logits over the picture codes, in their own order, float32. hidden: [N, D]; returns [N, codebook]."""
         at, bias = self.layout.codes_at, self.head.bias
         return F.linear(hidden, self.head.weight[at], None if bias is None else bias[at]).float()
+
+
+@contextmanager
+def without(model: UnifiedModel, layer: int) -> Iterator[None]:
+    """Inside the block the model passes one decoder layer by, dense or routed: losses, capture, cache and generation alike. Blocks may be nested.
+
+    Raises `ParameterError` for a layer that does not exist or is passed by already.
+    """
+    if not 0 <= layer < len(model.layers):
+        raise ParameterError(f"layer {layer} does not exist here, so it cannot be left out; allowed: 0 to {len(model.layers) - 1}.")
+    if layer in model.skipped:
+        raise ParameterError(f"layer {layer} is left out already; name another one.")
+    before, model.skipped = model.skipped, model.skipped | {layer}
+    try:
+        yield
+    finally:
+        model.skipped = before
 
 
 def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
@@ -207,7 +227,7 @@ COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
 """Loss weights of Show-o: t2i 1, lm 0.1, mmu 1."""
 
 
-def losses(model: UnifiedModel, packed: Packed, skip: int | None = None) -> Losses:
+def losses(model: UnifiedModel, packed: Packed) -> Losses:
     """Loss of a batch; the head sees labelled tokens only. A task without targets contributes nothing.
 
     Raises ValueError when no token of the batch has a target.
@@ -216,7 +236,7 @@ def losses(model: UnifiedModel, packed: Packed, skip: int | None = None) -> Loss
     if not sum(counts):
         raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
     where = packed.labelled
-    hidden, target, task = model(packed, skip)[where], packed.target[where], packed.task[where]
+    hidden, target, task = model(packed)[where], packed.target[where], packed.task[where]
     coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
                           for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
     one_head = type(model).nll is UnifiedModel.nll and type(model.head) is nn.Linear        # not one that an adapter wraps

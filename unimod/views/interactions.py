@@ -3,7 +3,9 @@
     gradient_angles(pd.DataFrame(found.table("t2i and mmu")))           # analysis.interactions.GradientCosine, with a column model
     kept_shares(frame({"showo-tiny": [competition]}))                   # Competition.table
     kept_over_steps(frame({"showo-tiny": [competition]}, "steps"))
+    kept_by_layer(frame({"showo-tiny": [competition]}))                 # the same, layer by layer
     joint_against_single(frame({"showo-tiny": [result]}))               # JointOrSingle.table
+    findings(frame({"showo-tiny": found}))                              # analysis.findings.Finding.table
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from .arms import markdown
 from .style import DASH, MODALITY, OKABE_ITO, TASK, lines, paper, require, words
 
 
@@ -54,6 +57,22 @@ def kept_shares(data: pd.DataFrame) -> go.Figure:
             )
     fig.add_hline(y=float(data["capacity"].iloc[0]), line={"color": "#7a7a7a", "dash": "dash"})
     return fig.update_yaxes(range=[0, 1])
+
+
+def kept_by_layer(data: pd.DataFrame) -> go.Figure:
+    """Share of each task's tokens kept under one router, layer by layer, mean over seeds; error bars reach from the smallest to the largest seed.
+
+    data: `Competition.table`; a panel per model, the dashed line is a fair share.
+    """
+    data = require(data, "model", "seed", "layer", "task", "modality", "kept", "capacity")
+    found = data[data["modality"] == "all"].groupby(["model", "task", "layer"], sort=False)["kept"].agg(["mean", "min", "max"]).reset_index()
+    models = list(found["model"].unique())
+    fig = paper("In which layers does one task win?", "layer", "share of tokens kept", models, shared_yaxes=True)
+    for n, model in enumerate(models):
+        for task, part in found[found["model"] == model].groupby("task", sort=False):
+            lines(fig, part, "layer", "mean", colour=TASK[task], name=words(task), low="min", high="max", panel=(1, n + 1), legend=n == 0)
+    fig.add_hline(y=float(data["capacity"].iloc[0]), line={"color": "#7a7a7a", "dash": "dash"})
+    return fig.update_yaxes(range=[0, 1]).update_xaxes(dtick=1)
 
 
 def kept_over_steps(data: pd.DataFrame) -> go.Figure:
@@ -106,3 +125,34 @@ def joint_against_single(data: pd.DataFrame) -> go.Figure:
             col=n + 1,
         )
     return fig
+
+
+OUTCOME = {"yes": "#009E73", "undecided": "#999999", "no": "#D55E00"}
+
+
+def findings(data: pd.DataFrame) -> go.Figure:
+    """Whether each of the paper's findings holds, a row per finding and a column per model: yes, no, undecided; the hover has the numbers.
+
+    data: `Finding.table`.
+    """
+    data = require(data, "model", "finding", "outcome", "sentence", "low", "high", "n", "over")
+    models, names = list(data["model"].unique()), list(data["finding"].unique())
+    fig = paper("Do the paper's findings hold here?", height=120 + 34 * len(names))
+    said = "%{y}<br>%{customdata[0]}<br>95 %: %{customdata[1]:.3f} to %{customdata[2]:.3f}, %{customdata[3]} %{customdata[4]}<extra></extra>"
+    for outcome, part in data.groupby("outcome", sort=False):
+        fig.add_scatter(x=part["model"], y=part["finding"], mode="markers+text", text=part["outcome"], textposition="middle right", name=outcome,
+                        marker={"color": OUTCOME[outcome], "size": 15, "symbol": {"yes": "circle", "no": "x", "undecided": "circle-open"}[outcome]},
+                        customdata=part[["sentence", "low", "high", "n", "over"]],
+                        hovertemplate=said)
+    fig.update_yaxes(automargin=True, categoryorder="array", categoryarray=names[::-1])
+    fig.update_xaxes(side="top", categoryorder="array", categoryarray=models, range=[-0.3, len(models) - 0.3])
+    return fig.update_layout(showlegend=False)
+
+
+def table_of_findings(record: dict) -> str:
+    """The findings of a record that notebook 04 wrote, as Markdown: what the README quotes."""
+    found = pd.DataFrame(record["rows"])
+    shown = {model: part.set_index("finding") for model, part in found.groupby("model", sort=False)}
+    rows = [{"finding": name} | {model: f"**{part['outcome'][name]}**: {part['sentence'][name]} [{part['low'][name]:.3f}, {part['high'][name]:.3f}], "
+                                        f"{part['n'][name]} {part['over'][name]}" for model, part in shown.items()} for name in found["finding"].unique()]
+    return markdown(pd.DataFrame(rows))
