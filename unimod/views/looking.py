@@ -192,7 +192,16 @@ def _as_bytes(data: list[dict], layout: dict, axes: Sequence[str | None]) -> tup
 
 
 def _titles(sides: Sequence[Side]) -> list[str]:
-    return [s.title for s in sides] + (["A - B: " + " - ".join(s.title for s in sides)] if len(sides) == 2 else [])
+    return [sides[0].title] if len(sides) == 1 else ["A", "B", "A - B"]
+
+
+def _paper(title: str, sides: Sequence[Side], x: str = "", y: str = "", panels: Sequence[str] = (), **options: object) -> go.Figure:
+    """An empty figure; two sides are named below the title, their panels are called A and B."""
+    fig = paper(title, x, y, panels, **options)
+    if len(sides) == 2:
+        named = " &nbsp; ".join(f"{letter}: {side.title}" for letter, side in zip("AB", sides))
+        fig.update_layout(title_subtitle={"text": named, "font": {"size": 13}}, margin_t=105)
+    return fig
 
 
 def _with_difference(values: list[np.ndarray | None]) -> list[np.ndarray | None]:
@@ -247,17 +256,18 @@ def _known(side: Side, place: Place) -> bool:
 
 def _picture_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     titles = _titles(sides)
-    fig = paper("Where on the picture", panels=["the picture", *titles], height=420)
-    for n, side in enumerate([sides[0], *sides, *sides[:1]][: len(titles) + 1]):
+    count = len(sides)
+    fig = _paper("Where on the picture", sides, panels=[*titles, "the picture"], height=110 + 310 * count, rows=count, vertical_spacing=0.12)
+    for n, side in enumerate([*sides, *[sides[0]] * count]):
         h, w = side.overview.grid
         picture = np.full((h, w, 3), 200, np.uint8) if side.overview.picture is None else side.overview.picture
-        put_picture(fig, picture, range(n + 1, n + 2), (h, w))
-        if n == 0:
+        put_picture(fig, picture, [n + 1], (h, w))
+        if n == len(titles):                                    # the picture alone
             continue
         hover = "picture row %{y}, column %{x}: %{z:.4f}<extra></extra>"
-        for trace in (_heat(n - 1, z=np.zeros((h, w)), opacity=1 if n < 3 else 0.75, hovertemplate=hover),
+        for trace in (_heat(n, z=np.zeros((h, w)), opacity=1 if n < 2 else 0.75, hovertemplate=hover),
                       go.Heatmap(z=np.zeros((h, w)), colorscale=VEIL, zmin=0, zmax=1, showscale=False, hoverinfo="skip", hovertemplate=""), _mark()):
-            fig.add_trace(trace, row=1, col=n + 1)
+            fig.add_trace(trace, row=n // 2 + 1, col=n % 2 + 1)
     return _coloured(fig, "share", len(sides) == 2, OVERLAY)
 
 
@@ -293,7 +303,7 @@ def _lines(places: list[int], columns: int = COLUMNS) -> list[list[int | None]]:
 
 def _text_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     count = [len(_lines(text_places(s))) for s in sides]
-    fig = paper("Where in the text", panels=[s.title for s in sides], rows=len(sides), height=130 + sum(50 + 32 * max(n, 2) for n in count),
+    fig = _paper("Where in the text", sides, panels=_titles(sides)[: len(sides)], rows=len(sides), height=130 + sum(50 + 32 * max(n, 2) for n in count),
                 row_heights=count, vertical_spacing=0.28 / len(sides))
     for n, side in enumerate(sides):
         lines = _lines(text_places(side))
@@ -323,7 +333,7 @@ def _text_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
 
 def _short(token: str) -> str:
     token = token.removeprefix("<|").removesuffix("|>").strip(":")
-    return token if len(token) <= 9 else token[:8] + "…"
+    return token if len(token) <= 8 else token[:7] + "…"
 
 
 # --- layers and heads ------------------------------------------------------------------------------------------------------------------------------------
@@ -331,7 +341,7 @@ def _short(token: str) -> str:
 
 def _heads_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     titles = _titles(sides)
-    fig = paper(f"Every head: {VALUES[place.value]}", "head", "layer", titles, height=420)
+    fig = _paper(f"Every head: {VALUES[place.value]}", sides, "head", "layer", titles, height=420)
     for n, side in enumerate([*sides, *sides[:1]][: len(titles)]):
         found = side.overview
         fig.add_trace(_heat(n, z=np.zeros((len(found.layers), found.heads)), x=list(range(found.heads)), y=list(found.layers),
@@ -347,14 +357,14 @@ def _heads_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
     mark = {"x": [None], "y": [None]} if place.head is None else {"x": [place.head], "y": [place.layer]}
     shapes = [s.head_values(place.value).shape for s in [*sides, sides[0]]]
     return [part for v, shape in zip(values, shapes) for part in ({"z": _z(v, shape)}, mark)], {
-        "title": {"text": f"Every head: {VALUES[place.value]}"}, **_ranges(values, None)}
+        "title_text": f"Every head: {VALUES[place.value]}", **_ranges(values, None)}
 
 
 # --- one row, and the blocks -----------------------------------------------------------------------------------------------------------------------------
 
 
 def _row_lay(sides: Sequence[Side], place: Place) -> go.Figure:
-    fig = paper("Over the row", "place in the row", "share", [s.title for s in sides], rows=len(sides), height=160 + 170 * len(sides))
+    fig = _paper("Over the row", sides, "place in the row", "share", _titles(sides)[: len(sides)], rows=len(sides), height=160 + 170 * len(sides))
     for n, side in enumerate(sides):
         found = side.overview
         for kind, name in zip(Modality, NAMES):
@@ -376,7 +386,7 @@ def _row_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
 
 def _blocks_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     titles = _titles(sides)
-    fig = paper("From kind to kind", "looked at", "looking", titles, height=380, shared_yaxes=True)
+    fig = _paper("From kind to kind", sides, "looked at", "looking", titles, height=380, shared_yaxes=True)
     for n in range(len(titles)):
         fig.add_trace(_heat(n, z=np.zeros((3, 3)), x=NAMES, y=NAMES, texttemplate="%{z:.2f}", hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>"),
                       row=1, col=n + 1)

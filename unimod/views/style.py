@@ -133,18 +133,18 @@ def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int =
     for at, trace in zip(frames[active].traces, frames[active].data):
         fig.data[at].update(trace)
     fig.update_layout(
-        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 55}, "bordercolor": INK,
+        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 72}, "bordercolor": INK,
                   "tickcolor": INK}],
-        height=(fig.layout.height or 400) + 90,
-        margin={"b": 130},
+        height=(fig.layout.height or 400) + 110,
+        margin={"b": 150},
     )
     if play:
         still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}
         moves = {"mode": "immediate", "fromcurrent": True, "frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}
         buttons = [{"label": "▶", "method": "animate", "args": [None, moves]}, {"label": "■", "method": "animate", "args": [[None], still]}]
         fig.update_layout(updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "xanchor": "left", "y": 0, "yanchor": "top",
-                                        "pad": {"t": 52, "r": 10}, "showactive": False, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.15)"}])
-        fig.layout.sliders[0].update(x=0.12, len=0.88)
+                                        "pad": {"t": 70, "r": 10}, "showactive": False, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.15)"}])
+        fig.layout.sliders[0].update(x=0.16, len=0.84)
     return fig
 
 
@@ -159,21 +159,15 @@ def thumb(picture: np.ndarray, side: int = 192) -> str:
     return f"data:image/{'png' if times >= 2 else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def put_picture(fig: go.Figure, picture: np.ndarray, columns: range, grid: tuple[int, int]) -> None:
-    """Lay a picture under panels whose axes count tokens, rows from the top."""
-    h, w = grid
-    source = thumb(picture)
-    for n in columns:
+def put_picture(fig: go.Figure, picture: np.ndarray, panels: Iterable[int], grid: tuple[int, int]) -> None:
+    """Lay a picture under panels (numbered from 1, row by row) whose axes count tokens, rows from the top."""
+    (h, w), source = grid, thumb(picture)
+    plain = {"showgrid": False, "zeroline": False, "constrain": "domain"}
+    for n in panels:
         axis = "" if n == 1 else str(n)
-        fig.add_layout_image(
-            source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below"
-        )
-        fig.update_xaxes(
-            range=[-0.5, w - 0.5], showgrid=False, zeroline=False, constrain="domain", dtick=max(1, w // 8), row=1, col=n
-        )
-        fig.update_yaxes(
-            range=[h - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor=f"x{axis}", constrain="domain", dtick=max(1, h // 8), row=1, col=n
-        )
+        fig.add_layout_image(source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below")
+        fig.layout[f"xaxis{axis}"].update(range=[-0.5, w - 0.5], dtick=max(1, w // 8), **plain)
+        fig.layout[f"yaxis{axis}"].update(range=[h - 0.5, -0.5], dtick=max(1, h // 8), scaleanchor=f"x{axis}", **plain)
 
 
 def bytes_of(values: np.ndarray, top: float) -> np.ndarray:
