@@ -18,7 +18,7 @@ from unimod.plan import last_half
 from unimod.run import Run
 from unimod.session import load
 from unimod.tokens import Modality, Task, pack
-from unimod.views import looking
+from unimod.views import drawings, looking
 from unimod.views.explore import ONE, Explorer, explore
 from unimod.views.gallery import Gallery
 
@@ -175,7 +175,7 @@ def test_what_does_not_exist_is_named(gallery, sessions):
 def test_headless_the_same_figures_are_written(gallery, tmp_path):
     run = Run.open("01_attention_patterns", Params(run_dir=str(tmp_path), interactive=False))
     figures = explore(gallery, run, layer=3)
-    assert list(figures) == [f"tasks_{d.name}" for d in looking.DRAWINGS] + ["routed_picture", "routed_heads"]
+    assert list(figures) == [f"tasks_{d.name}" for d in drawings.DRAWINGS] + ["routed_picture", "routed_heads"]
     for name, fig in figures.items():
         assert (tmp_path / "figures" / f"{name}.json").stat().st_size < 300_000 and len(fig.frames) == 8 and fig.layout.sliders[0].active == 3
     live = Explorer(gallery, layer=3)

@@ -10,8 +10,9 @@ from unimod.analysis.overview import Overview
 from unimod.analysis.patterns import Patterns
 from unimod.run import drawable
 from unimod.tokens import Modality, Task
-from unimod.views import looking, style
-from unimod.views.looking import DRAWINGS, OWN, Place, Side, asked, notes
+from unimod.views import drawings, looking, style
+from unimod.views.drawings import DRAWINGS
+from unimod.views.looking import OWN, Place, Side, asked, notes
 
 
 def made(task=Task.MMU, L=8, H=4, grid=(6, 6), words=20, skip=()):
@@ -49,7 +50,7 @@ def test_figures_draw_and_stay_light(drawing, count):
 
 def test_the_picture_shows_the_numbers_and_their_difference():
     a, b = made(Task.T2I), made(skip=(5,))
-    data, layout = looking.picture.traces([a, b], Place(5, 2))
+    data, layout = drawings.picture.fill([a, b], Place(5, 2))
     mine, theirs = a.overview.received[5, 2, Modality.IMAGE, 1:37].view(6, 6), b.overview.received[5, 2, Modality.TEXT, 1:37].view(6, 6)
     assert np.allclose(data[0]["z"], mine, atol=1e-5) and np.allclose(data[3]["z"], theirs, atol=1e-5, equal_nan=True)
     assert np.allclose(data[6]["z"], mine.float() - theirs.float(), atol=1e-4, equal_nan=True)
@@ -61,10 +62,10 @@ def test_the_picture_shows_the_numbers_and_their_difference():
 def test_one_token_is_marked_and_found_on_the_other_side():
     a, b = made(Task.T2I), made(words=30)
     assert asked(b, a, 9) == 9 and asked(b, a, 40) == 40, "the same cell; the same word at the same place"
-    data, _ = looking.picture.traces([a, b], Place(0, None, 9))
+    data, _ = drawings.picture.fill([a, b], Place(0, None, 9))
     assert data[2]["x"] == [2] and data[2]["y"] == [1] and data[5] == data[2]
     assert asked(made(grid=(3, 3), words=60), a, 40) is None and asked(made(grid=(3, 3)), a, 9) is None
-    text, _ = looking.text.traces([a, b], Place(0, None, 40))
+    text, _ = drawings.text.fill([a, b], Place(0, None, 40))
     assert text[1] == {"x": [4], "y": [0]}, "the mark and words 0 to 2 lie before it"
 
 
@@ -73,11 +74,11 @@ def test_every_blank_panel_has_its_reason():
     assert "has layers 0 to 3 and 2 heads: nothing to show at layer 6" in notes([a, small], Place(6))[1]
     assert "nothing to show at layer 1, head 3" in notes([a, small], Place(1, 3))[1]
     assert "has no token that answers to 'code 8'" in notes([a, small], Place(1, 0, 9))[1].replace('"', "'")
-    assert np.isnan(looking.picture.traces([a, small], Place(1))[0][6]["z"]).all(), "pictures of two sizes have no difference"
+    assert np.isnan(drawings.picture.fill([a, small], Place(1))[0][6]["z"]).all(), "pictures of two sizes have no difference"
     skipping = made(skip=(2,))
     assert "the router skips this token here" in notes([skipping], Place(2, 0, 4))[0] and "28 of 57 tokens go through" in notes([skipping], Place(2))[0]
     for drawing in DRAWINGS:
-        assert len(drawing.figure([a, small], Place(6)).data) == len(drawing.traces([a, small], Place(6))[0])
+        assert len(drawing.figure([a, small], Place(6)).data) == len(drawing.fill([a, small], Place(6))[0])
 
 
 def test_a_layers_frame_is_the_figure_at_that_layer():
@@ -94,7 +95,7 @@ def test_a_layers_frame_is_the_figure_at_that_layer():
 
 
 def test_bytes_keep_the_colours():
-    data, layout = looking.heads.traces([made(), made(Task.T2I)], Place(0))
+    data, layout = drawings.heads.fill([made(), made(Task.T2I)], Place(0))
     axes = ["coloraxis", None, "coloraxis", None, "coloraxis2", None]
     coarse, there = looking._as_bytes(data, layout, axes)
     for part, small, axis in zip(data, coarse, axes):

@@ -19,9 +19,10 @@ from ..capture import CaptureError
 from ..config import ParameterError
 from ..run import Run
 from ..tokens import Modality, Task
-from . import looking
+from . import drawings, looking
+from .drawings import DRAWINGS
 from .gallery import TASKS, Gallery
-from .looking import DRAWINGS, OWN, VALUES, Place, Side, notes, same
+from .looking import OWN, VALUES, Place, Side, notes, same
 from .style import words
 
 ONE = "one"
@@ -50,7 +51,7 @@ def headless(gallery: Gallery, run: Run, layer: int = 0, head: int | None = None
         pairs["routed"] = [gallery.side(n, Task.MMU, 0) for n in (names[0], other)]
     for name, sides in pairs.items():
         place = Place(min(layer, sides[0].overview.layers[-1]), head)
-        for drawing in DRAWINGS if name == "tasks" else (looking.picture, looking.heads):
+        for drawing in DRAWINGS if name == "tasks" else (drawings.picture, drawings.heads):
             fig = figures[f"{name}_{drawing.name}"] = drawing.frames(sides, place)
             run.figure(fig, f"{name}_{drawing.name}", caption=f"{' and '.join(s.title for s in sides)}: {drawing.caption}", alt=drawing.alt)
     return figures
@@ -131,7 +132,7 @@ class Explorer:
             for drawing in DRAWINGS:
                 old, fig = self.figures.get(drawing.name), go.FigureWidget(drawing.figure(self.sides, self.place).update_layout(autosize=True))
                 self.figures[drawing.name], self.boxes[drawing.name].children = fig, [fig]
-                self.sent[drawing.name] = drawing.traces(self.sides, self.place)
+                self.sent[drawing.name] = drawing.fill(self.sides, self.place)
                 if old is not None:
                     old.close()
             self._clickable()
@@ -142,7 +143,7 @@ class Explorer:
             return
         with self._said():
             for drawing in DRAWINGS:
-                fig, (data, layout), (had, looked) = self.figures[drawing.name], drawing.traces(self.sides, self.place), self.sent[drawing.name]
+                fig, (data, layout), (had, looked) = self.figures[drawing.name], drawing.fill(self.sides, self.place), self.sent[drawing.name]
                 new = [{key: value for key, value in part.items() if not same(value, old[key])} for part, old in zip(data, had)]
                 if any(new) or layout != looked:
                     with fig.batch_update():
@@ -165,7 +166,7 @@ class Explorer:
         self._ask(n, int((found.modality == Modality.IMAGE).nonzero()[row * found.grid[1] + column]))
 
     def _ask_word(self, n: int, line: int, column: int) -> None:
-        places, at = looking.text_places(self.sides[n]), line * looking.COLUMNS + column
+        places, at = drawings.text_places(self.sides[n]), line * drawings.COLUMNS + column
         if at < len(places):
             self._ask(n, places[at])
 
