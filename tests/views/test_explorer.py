@@ -18,7 +18,7 @@ from unimod.plan import last_half
 from unimod.run import Run
 from unimod.session import load
 from unimod.tokens import Modality, Task, pack
-from unimod.views import drawings, looking
+from unimod.views import attention, drawings, looking
 from unimod.views.explore import ONE, Explorer, explore
 from unimod.views.gallery import Gallery
 
@@ -72,7 +72,7 @@ def test_layer_head_query_and_value_move_the_figures(explorer):
             assert np.allclose(shown(explorer)[0], want, atol=1e-5) and f"layer {layer}" in explorer.message.value
     choose(explorer.query, "special tokens")
     assert np.allclose(shown(explorer)[0], side.overview.on_picture(side.overview.looks(7, 2, Modality.SPECIAL)), atol=1e-5)
-    choose(explorer.value, looking.VALUES["entropy"])
+    choose(explorer.value, attention.HEAD_VALUES["entropy"])
     assert np.allclose(shown(explorer, "heads")[0], side.overview.patterns.entropy[:, 0], atol=1e-4)
     assert "entropy" in explorer.figures["heads"].layout.title.text
     explorer.play.value = 1

@@ -16,7 +16,8 @@ import torch
 
 from ..analysis.patterns import NAMES
 from ..tokens import Modality
-from .looking import VALUES, Drawing, Place, Side, asked, known, token
+from .attention import HEAD_VALUES
+from .looking import Drawing, Place, Side, asked, known, token
 from .style import AMOUNT, DIFFERENCE, MODALITY, OVERLAY, paper, put_picture
 
 VEIL = [[0, "rgba(0,0,0,0)"], [1, "rgba(60,60,70,0.86)"]]
@@ -161,7 +162,7 @@ def _short(token: str) -> str:
 
 def _heads_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     titles = _titles(sides)
-    fig = _paper(f"Every head: {VALUES[place.value]}", sides, "head", "layer", titles, height=420)
+    fig = _paper(f"Every head: {HEAD_VALUES[place.value]}", sides, "head", "layer", titles, height=420)
     for n, side in enumerate([*sides, *sides[:1]][: len(titles)]):
         found = side.overview
         fig.add_trace(_heat(n, z=np.zeros((len(found.layers), found.heads)), x=list(range(found.heads)), y=list(found.layers),
@@ -177,7 +178,7 @@ def _heads_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
     mark = {"x": [None], "y": [None]} if place.head is None else {"x": [place.head], "y": [place.layer]}
     shapes = [s.head_values(place.value).shape for s in [*sides, sides[0]]]
     return [part for v, shape in zip(values, shapes) for part in ({"z": _z(v, shape)}, mark)], {
-        "title_text": f"Every head: {VALUES[place.value]}", **_ranges(values, None)}
+        "title_text": f"Every head: {HEAD_VALUES[place.value]}", **_ranges(values, None)}
 
 
 def _row_lay(sides: Sequence[Side], place: Place) -> go.Figure:

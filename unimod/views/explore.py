@@ -20,9 +20,10 @@ from ..config import ParameterError
 from ..run import Run
 from ..tokens import Modality, Task
 from . import drawings, looking
+from .attention import HEAD_VALUES
 from .drawings import DRAWINGS
 from .gallery import TASKS, Gallery
-from .looking import OWN, VALUES, Place, Side, notes, same
+from .looking import OWN, Place, Side, notes, same
 from .style import words
 
 ONE = "one"
@@ -76,7 +77,7 @@ class Explorer:
         self.layer = w.SelectionSlider(options=first.layers, value=layer, description="layer", **style)
         self.head = w.SelectionSlider(options=["mean", *range(first.heads)], value=head, description="head", **style)
         self.query = w.Dropdown(options=ASKING, description="asking", **style)
-        self.value = w.Dropdown(options=[(text, key) for key, text in VALUES.items()], description="per head", **style)
+        self.value = w.Dropdown(options=[(text, key) for key, text in HEAD_VALUES.items()], description="per head", **style)
         self.play = w.Play(min=0, max=len(first.layers) - 1, interval=900, description="through the layers")
         self.upload = w.FileUpload(accept="image/*", description="your picture")
         self.prompt = w.Text(placeholder="a caption, or a question", description="prompt", continuous_update=False, **style)

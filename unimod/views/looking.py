@@ -24,7 +24,6 @@ from ..analysis.patterns import NAMES
 from ..capture import AttentionRecord
 from ..run import FIGURE_BYTES
 from ..tokens import Modality, Task
-from .attention import HEAD_VALUES as VALUES
 from .style import slider
 
 OWN = "own"
@@ -63,7 +62,7 @@ class Side:
         return out
 
     def head_values(self, value: str) -> np.ndarray:
-        """One of VALUES, [L, H]."""
+        """One of `attention.HEAD_VALUES`, [L, H]."""
         p = self.overview.patterns
         found = p.received[..., NAMES.index(value.removeprefix("to_"))] if value.startswith("to_") else getattr(p, value)
         return found[:, 0].numpy()
