@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ENTRIES = 2**24
+ENTRIES = 2**23
 """Entries of attention maps that the statistics hold at a time."""
 
 
@@ -97,5 +97,5 @@ def _maps(q: Tensor, k: Tensor, rows: Rows, low: Tensor, high: Tensor, scale: fl
     j = torch.arange(rows.n, device=q.device)
     for some in j.split(max(1, ENTRIES // (query.shape[0] * query.shape[1] * rows.n))):
         allow = (j >= low[:, some, None]) & (j < high[:, some, None])
-        logits = (query[:, :, some] @ key.transpose(2, 3)).float() * scale
-        yield some, allow, logits.masked_fill(~allow[:, None], -torch.inf).softmax(-1)
+        logits = (query[:, :, some] @ key.transpose(2, 3)).float().mul_(scale)
+        yield some, allow, logits.masked_fill_(~allow[:, None], -torch.inf).softmax(-1)
