@@ -43,7 +43,7 @@ def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0) -
     if not deadline >= 0:
         raise ParameterError(f"--deadline {deadline:g} must be seconds, or 0 for none.")
     whole = "gpu" in (kind, preset)
-    if (whole or preset in CUDA and not looks) and not torch.cuda.is_available():
+    if (whole or (preset in CUDA and not looks)) and not torch.cuda.is_available():
         raise ParameterError(f"{'The GPU set' if whole else f'--preset {preset}'} needs CUDA, and torch sees no CUDA device here. "
                              f"Presets for a CPU: {', '.join(name for name in SIZES if name not in CUDA)}.")
     words = f"bench {kind}" + (f" --preset {preset}" if kind != "gpu" else "") + f" --rounds {rounds}" + (f" --deadline {deadline:g}" if deadline else "")

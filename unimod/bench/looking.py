@@ -97,13 +97,18 @@ def _child(job: Job, way: str, pipe: Connection) -> None:
         pipe.send(({}, f"not measured: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
 
 
-def _measured(job: Job, way: str) -> tuple[dict, str]:
+def built(job: Job) -> tuple[UnifiedModel, Packed]:
+    """`stack` with random weights and hidden states, the same in every process."""
     torch.manual_seed(0)
     model, rows = stack(job)
-    model = materialise(model, job.device, job.dtype).eval()
-    packed = pack(rows).to(job.device)
+    model, packed = materialise(model, job.device, job.dtype).eval(), pack(rows).to(job.device)
     h = torch.randn(len(packed), model.width, device=job.device, dtype=job.dtype)
     model.__dict__["embed"] = lambda part: h[: len(part)]
+    return model, packed
+
+
+def _measured(job: Job, way: str) -> tuple[dict, str]:
+    model, packed = built(job)
     run, share, note = WAYS[way](model, packed)
     times, made = Times(), []
 
