@@ -37,7 +37,7 @@ from .sizes import materialise
 ENOUGH = 10.0
 """Seconds after which no further round begins."""
 ENTRIES = 2**22
-"""Entries of maps that BertViz is given: each takes 22 bytes of page and more than 100 of memory; all else is scaled."""
+"""Entries of maps that BertViz is given: each takes about 40 bytes of page and 200 of memory; all else is scaled."""
 SHARE = 0.8
 """Of the free memory, what full maps may take."""
 STATUS = Path("/proc/self/status")
