@@ -53,6 +53,10 @@ class Words:
         """One character per token."""
         return "x" * len(list(ids))
 
+    def token(self, i: int) -> str:
+        """Name of a token."""
+        return self.decode([i])
+
 
 def preset(name: str) -> tuple[UnifiedModel, list[TokenSequence]]:
     """The model of a preset or of a folder, on the meta device, and one row of t2i and of mmu.

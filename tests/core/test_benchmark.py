@@ -133,8 +133,9 @@ def test_attention_by_every_backend_and_a_table_to_read(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["layers"], "Allowed: layer, step, decode, attention, gpu"),
+    (["layers"], "Allowed: layer, step, decode, attention, looking, gpu"),
     (["layer", "--preset", "showo-1024"], "Allowed: cpu, showo-tiny, emu3-tiny, showo-256"),
+    (["looking", "--preset", "showo-256"], "Allowed: showo-tiny, emu3-tiny, showo-512, emu3-8k, released"),
     (["layer", "--rounds", "4"], f"less than {LEAST} rounds"),
     (["layer", "--deadline", "-1"], "must be seconds"),
     (["layer", "--preset", "showo-256"], "needs CUDA"),

@@ -6,8 +6,8 @@
     parts = part_shares(model, lambda: losses(model, packed).total)
     python -m unimod bench layer --preset cpu                # the record of a whole benchmark
 
-clock (time), compare (the slower ways), parts (where time goes), sizes and job (what is measured), training, sampling and attention (the
-measures), record and command (what comes out), costs (plans by predicted time).
+clock (time), compare (the slower ways), parts (where time goes), sizes and job (what is measured), training, sampling, attention and looking
+(the measures), record and command (what comes out), costs (plans by predicted time).
 """
 
 from .clock import interleave, saved_for_backward, time_steps

@@ -27,6 +27,7 @@ COLUMNS = {
     "shares": ("preset", "tokens", "layers", "capacity", *PARTS),
     "decode": ("preset", "what", "batch", "layers", "capacity", "backend", "per_second", "time", "of_floor", "ms", "rounds", "note"),
     "attention": ("preset", "tokens", "batch", "backend", "time", "ms", "rounds", "note"),
+    "looking": ("preset", "tokens", "layers", "way", "ms", "memory", "kept", "disk", "rounds", "note"),
 }
 """What the table shows of each kind of row; shares: of each part in the steps."""
 HEADS = {"flops": "FLOPs", "time_wall": "wall time", "realised_wall": "realised, wall", "per_second": "tokens/s", "of_floor": "of the read floor"}
@@ -91,8 +92,8 @@ def _cell(row: dict, column: str) -> str:
         return ""
     if column == "time":
         return f"{value:.2f} [{row['time_low']:.2f}, {row['time_high']:.2f}]"
-    if column == "memory":
-        return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+    if column in ("memory", "kept", "disk"):
+        return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB" if value >= 2**20 else f"{value / 2**10:.0f} KiB"
     if column in ("ms", "per_second"):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     if column == "capacity":

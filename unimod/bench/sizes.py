@@ -77,6 +77,10 @@ SIZES = {
     "emu3-8k": (Size("emu3-8k", 8192, 1, _HALF, layers=16, step_layers=8),),
 }
 """By preset. Tokens 0: rows as long as the model's own. Emu3's 32 layers do not fit one device with their activations, gradients and optimizer."""
+LOOKED = {name: (Size(name, 0, 1, ()),) for name in ("showo-tiny", "emu3-tiny")} | {
+    "showo-512": (Size("showo-512", 1155, 1, (), layers=2),), "emu3-8k": (Size("emu3-8k", 8200, 1, (), layers=1),)}
+LOOKED["released"] = (*LOOKED["showo-512"], *LOOKED["emu3-8k"])
+"""Rows to look at the attention of, also on a CPU: two layers of Show-o, one of Emu3."""
 CUDA = ("showo-256", "showo-512", "emu3-4k", "emu3-8k")
 """Presets of released sizes."""
 

@@ -37,10 +37,15 @@ class LayerAttention:
 
     def weights(self, span: slice, queries: Tensor, heads: slice = slice(None)) -> Tensor:
         """softmax_j(q_i . k_j * scale) over lo_i <= j < hi_i: float32 [H, m, n]. span: the row in packed order; queries: int64 [m], counted in the row."""
-        group = self.q.shape[0] // self.k.shape[0]
-        k = self.k[:, span].repeat_interleave(group, 0)[heads] if group > 1 else self.k[heads, span]
+        return self._weights(self._keys(span, heads), span, queries, heads)
+
+    def _keys(self, span: slice, heads: slice) -> Tensor:
+        """The keys of a row for each of these query heads: [H, n, d]."""
+        return self.k[:, span][torch.arange(len(self.q))[heads] // (len(self.q) // len(self.k))]
+
+    def _weights(self, k: Tensor, span: slice, queries: Tensor, heads: slice) -> Tensor:
         at = queries.to(self.q.device) + span.start
-        logits = (self.q[heads][:, at] @ k.transpose(1, 2)).float() * self.scale
+        logits = (self.q[heads][:, at] @ k.transpose(1, 2)).float().mul_(self.scale)
         j = torch.arange(span.start, span.stop, device=logits.device)
         seen = (j >= self.packed.lo[at, None]) & (j < self.packed.hi[at, None])
         return logits.masked_fill_(~seen, -torch.inf).softmax(-1)
@@ -48,9 +53,9 @@ class LayerAttention:
     def blocks(self, span: slice, queries: Tensor | None = None, heads: slice = slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
         """The maps of a row, some queries at a time, in bounded memory: int64 [m] and float32 [H, m, n]."""
         n = span.stop - span.start
-        queries = torch.arange(n) if queries is None else queries
-        for some in queries.split(max(1, ENTRIES // max(1, len(self.q[heads]) * n))):
-            yield some, self.weights(span, some, heads)
+        queries, k = torch.arange(n) if queries is None else queries, self._keys(span, heads)
+        for some in queries.split(max(1, ENTRIES // max(1, len(k) * n))):
+            yield some, self._weights(k, span, some, heads)
 
     def tile(self, span: slice, queries: slice = slice(None), keys: slice = slice(None), bins: int = BINS, heads: slice = slice(None)) -> Tensor:
         """A part of the maps of a row, pooled to at most bins x bins: mean over the queries of a bin, sum over its keys. float32 [H, bins, bins]; the whole

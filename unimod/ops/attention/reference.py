@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ENTRIES = 2**24
+ENTRIES = 2**23
 """Entries of attention maps that the statistics hold at a time."""
 
 
@@ -83,12 +83,14 @@ def attention_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, 
     low, high = rows.intervals(lo, hi)
     kinds = rows.pad(F.one_hot(label, labels).float()[None])    # [B, 1, n, labels]
     at = rows.pad(position[None, :, None])[:, :, :, 0].float()  # [B, 1, n]
-    mass, entropy, distance = [], [], []
-    for some, _, a in _maps(q, k, rows, low, high, scale):
-        mass.append(a @ kinds)
-        entropy.append(-torch.xlogy(a, a).sum(-1))
-        distance.append((a * (at[:, :, some, None] - at[:, :, None]).abs()).sum(-1))
-    return tuple(rows.unpad(torch.cat(x, 2).transpose(1, 2)).transpose(0, 1) for x in (mass, entropy, distance))
+    size = len(lengths), q.shape[0], rows.n
+    found = torch.empty(*size, labels, device=q.device), torch.empty(size, device=q.device), torch.empty(size, device=q.device)
+    for some, _, a in _maps(q, k, rows, low, high, scale):      # results of every block kept in between would leave the heap full of holes
+        mass, entropy, distance = (x[:, :, some[0]: some[-1] + 1] for x in found)
+        mass[:] = a @ kinds
+        entropy[:] = -torch.xlogy(a, a).sum(-1)
+        distance[:] = (at[:, :, some, None] - at[:, :, None]).abs_().mul(a).sum(-1)
+    return tuple(rows.unpad(x.transpose(1, 2)).transpose(0, 1) for x in found)
 
 
 def _maps(q: Tensor, k: Tensor, rows: Rows, low: Tensor, high: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -97,5 +99,5 @@ def _maps(q: Tensor, k: Tensor, rows: Rows, low: Tensor, high: Tensor, scale: fl
     j = torch.arange(rows.n, device=q.device)
     for some in j.split(max(1, ENTRIES // (query.shape[0] * query.shape[1] * rows.n))):
         allow = (j >= low[:, some, None]) & (j < high[:, some, None])
-        logits = (query[:, :, some] @ key.transpose(2, 3)).float() * scale
-        yield some, allow, logits.masked_fill(~allow[:, None], -torch.inf).softmax(-1)
+        logits = (query[:, :, some] @ key.transpose(2, 3)).float().mul_(scale)
+        yield some, allow, logits.masked_fill_(~allow[:, None], -torch.inf).softmax(-1)

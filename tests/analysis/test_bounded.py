@@ -1,0 +1,95 @@
+"""No map of a long row is ever held: the largest tensor that looking at attention makes does not grow with the square of the row."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unimod.analysis.overview import look, overview
+from unimod.analysis.patterns import measure, patterns
+from unimod.bench.sizes import materialise
+from unimod.capture import observe, record, reduced
+from unimod.ops.attention import reference
+from unimod.presets import preset
+from unimod.tokens import Modality, pack
+
+ENTRIES = 2**17
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any operator returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.entries = max(self.entries, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+def long_row(name, side, layers=2):
+    """A tiny model with random weights, grouped heads for Emu3, and a row of about side x side tokens."""
+    model, _ = preset(name)
+    model.decoder.layers = model.decoder.layers[:layers]
+    model = materialise(model, "cpu", torch.float32).eval()
+    part = model.layout.resized((side, side))
+    codes = torch.zeros(part.image_tokens, dtype=torch.long)
+    return model, pack([part.mmu(codes, [("x" * 4, "x" * 4)])]), part
+
+
+def largest(function):
+    with torch.no_grad(), Largest() as seen:
+        function()
+    return seen.entries
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(record, "ENTRIES", ENTRIES)
+    monkeypatch.setattr(reference, "ENTRIES", ENTRIES)
+
+
+WAYS = {
+    "measure": lambda model, packed: measure(model, [packed], packed.tasks[0]),
+    "look": lambda model, packed: look(model, packed),
+    "mass": lambda model, packed: reduced(model, packed, lambda a: a.mass(a.packed.modality, 3)),
+    "tile": lambda model, packed: reduced(model, packed, lambda a: a.tile(a.packed.rows()[0])),
+    "received": lambda model, packed: reduced(model, packed, lambda a: a.received(a.packed.rows()[0], a.packed.modality == Modality.TEXT)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ("showo-tiny", "emu3-tiny"))
+def test_looking_makes_nothing_larger_than_the_forward_or_a_block(name, way):
+    model, packed, _ = long_row(name, 44)
+    n, heads = len(packed), model.decoder.config.num_attention_heads
+    forward = largest(lambda: model(packed))                    # with Show-o's mask, bool [n, n]
+    assert n > 1900 and largest(lambda: WAYS[way](model, packed)) <= max(forward, ENTRIES, heads * n * 64) < n * n * heads / 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_largest_tensor_of_a_reducer_grows_with_the_row_and_not_with_its_square(way):
+    sizes = []
+    for side in (31, 44):                                       # twice as many tokens
+        model, packed, _ = long_row("emu3-tiny", side)
+        sizes.append((len(packed), largest(lambda model=model, packed=packed: WAYS[way](model, packed))))
+    (short, small), (long, big) = sizes
+    assert 1.9 < long / short < 2.1 and big <= 1.1 * small * long / short
+
+
+def test_small_blocks_say_the_same(monkeypatch):
+    model, packed, part = long_row("emu3-tiny", 12)
+    found, seen = observe(model, packed), []
+    for entries in (ENTRIES // 64, 2**23):
+        monkeypatch.setattr(record, "ENTRIES", entries)
+        monkeypatch.setattr(reference, "ENTRIES", entries)
+        pooled = overview(found, 0, str, part.grid)
+        seen.append([pooled.maps, pooled.received, *(x for x in vars(patterns(found, packed.tasks[0])).values() if isinstance(x, torch.Tensor))])
+    for one, other in zip(*seen):
+        torch.testing.assert_close(one, other, equal_nan=True, atol=1e-3, rtol=1e-3)
+
+
+def test_a_full_map_would_be_noticed():
+    model, packed, _ = long_row("emu3-tiny", 44)
+    n = len(packed)
+    assert largest(lambda: reduced(model, packed, lambda a: a.weights(slice(0, n), torch.arange(n)).mean())) == 4 * n * n
