@@ -47,8 +47,8 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
 
     def attend(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: object) -> tuple[Tensor, None]:
         if getattr(module, "layer_idx", None) is not None:     # the towers of a vision-language model number none
-            seen = _visible(q, k, attention_mask, options.get("is_causal", getattr(module, "is_causal", True)))
-            record.seen[module.layer_idx] = _layer(q, k, options.get("scaling"), seen, given.get("input_ids"), image)
+            seen = _intervals(q, k, attention_mask, options.get("is_causal", getattr(module, "is_causal", True)))
+            record.seen[module.layer_idx] = _layer(q, k, options.get("scaling"), *seen, given.get("input_ids"), image)
         return function(module, q, k, v, attention_mask, **options)
 
     def begin(_: torch.nn.Module, args: tuple, options: dict) -> None:
@@ -71,27 +71,26 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
     record.batch[:] = [record.seen[min(record.seen)].packed]
 
 
-def _visible(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Who sees whom: bool [B, n, n]."""
+def _intervals(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens are no pads, bool [B, n]; the first key that each sees and how many, counted in the row: int64 [B, n]."""
     n = q.shape[2]
     if k.shape[2] != n:
         raise CaptureError(f"{n} queries look at {k.shape[2]} keys, a step with a cache: run the whole sequence at once, with use_cache=False.")
+    j = torch.arange(n, device=q.device)
     if mask is None:
-        one = torch.ones(n, n, dtype=torch.bool, device=q.device)
-        return (one.tril() if causal else one).expand(len(q), -1, -1)
-    allow = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return allow[:, 0].expand(len(q), -1, -1)
-
-
-def _layer(q: Tensor, k: Tensor, scale: float | None, seen: Tensor, ids: Tensor | None, image: int | None) -> LayerAttention:
-    """q: [B, H, n, d], k: [B, H_kv, n, d], seen: bool [B, n, n] -> the tokens of all rows that see themselves; pads do not."""
-    real = seen.diagonal(dim1=1, dim2=2)                        # [B, n]
+        low, count = torch.zeros_like(j), j + 1 if causal else torch.full_like(j, n)
+        return torch.ones(len(q), n, dtype=torch.bool, device=q.device), low.expand(len(q), n), count.expand(len(q), n)
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0].expand(len(q), n, n)
+    real = seen.diagonal(dim1=1, dim2=2)                        # a pad does not see itself
     seen = seen & real[:, None] & real[:, :, None]
-    low, count = seen.int().argmax(-1), seen.sum(-1)
-    high = low + count
-    j = torch.arange(seen.shape[2], device=seen.device)
-    if not torch.equal(seen, (j >= low[..., None]) & (j < high[..., None]) & real[:, :, None]):
+    low, count = seen.byte().argmax(-1), seen.sum(-1)
+    if not torch.equal(seen, (j >= low[..., None]) & (j < (low + count)[..., None])):
         raise CaptureError("Some token of this batch sees keys that do not lie side by side: such a mask has no interval, and is not recorded.")
+    return real, low, count
+
+
+def _layer(q: Tensor, k: Tensor, scale: float | None, real: Tensor, low: Tensor, count: Tensor, ids: Tensor | None, image: int | None) -> LayerAttention:
+    """q: [B, H, n, d], k: [B, H_kv, n, d] and who sees whom (`_intervals`) -> the tokens of all rows, pads left out."""
     before = (real.cumsum(1) - real.long()) + (real.sum(1).cumsum(0) - real.sum(1))[:, None]        # place in the packed order
     lo = before.gather(1, low)[real]
     row, position = real.nonzero().T
