@@ -53,6 +53,7 @@ def test_smoke_is_no_larger_than_default():
     ({"arms": "sharde.last_half"}, ["'sharde'", "Did you mean 'shared'"]),
     ({"saving": 1}, ["saving=1.0", "between 0 and 1"]),
     ({"checkpoint": "nowhere"}, ["checkpoint='nowhere' is not a folder"]),
+    ({"routed": "nowhere"}, ["routed='nowhere' is not a folder", "fresh routers"]),
     ({"compare": ["nowhere"]}, ["compare='nowhere'", "done.json"]),
 ])
 def test_nonsense_is_refused_by_name(values, words):

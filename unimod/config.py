@@ -51,6 +51,8 @@ class Params:
     """What turns pictures into codes."""
     checkpoint: str = ""
     """Folder of a saved model to start from; empty: the shipped checkpoint of each model."""
+    routed: str = ""
+    """01: folder of a saved routed model (07 leaves one per arm) to look at beside the dense one; empty: fresh routers."""
     seed: int = 0
     """Seed of data order, noise and sampling."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -128,9 +130,10 @@ class Params:
         if self.data == "folder" and not Path(self.folder).is_dir():
             raise ParameterError(f"folder={self.folder!r} is not a folder (looked in {Path.cwd()}). Give the path of one that holds "
                                  "data.jsonl and the pictures it names.")
-        if self.checkpoint and not Path(self.checkpoint).is_dir():
-            raise ParameterError(f"checkpoint={self.checkpoint!r} is not a folder (looked in {Path.cwd()}). Give the folder of a saved "
-                                 "model, or leave it empty for the shipped one.")
+        for name, instead in (("checkpoint", "the shipped one"), ("routed", "fresh routers")):
+            if (value := getattr(self, name)) and not Path(value).is_dir():
+                raise ParameterError(f"{name}={value!r} is not a folder (looked in {Path.cwd()}). Give the folder of a saved model, or leave "
+                                     f"it empty for {instead}.")
         for folder in self.compare:
             if not (Path(folder) / "done.json").is_file():
                 raise ParameterError(f"compare={folder!r} is not the folder of a finished run (it holds no done.json). Give run folders "

@@ -223,7 +223,7 @@ def _layers(params: Params) -> int | None:
 def _key(book: Notebook, params: Params) -> str:
     """The same for the same computation wherever it lies on the disk: inputs count by what they hold."""
     values = {name: getattr(params, name) for name in book.defaults if name not in RUNNERS}
-    for name in ("plan", "checkpoint", "folder"):
+    for name in ("plan", "checkpoint", "routed", "folder"):
         if values.get(name) and Path(values[name]).exists():
             values[name] = _fingerprint(Path(values[name]))
     if "compare" in values:

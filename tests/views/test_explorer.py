@@ -169,6 +169,8 @@ def test_what_does_not_exist_is_named(gallery, sessions):
             gallery.side(*arguments)
     with pytest.raises(ParameterError, match="belongs to no session"):
         Gallery(sessions, {"routed": sessions["emu3-tiny"].model})
+    with pytest.raises(ParameterError, match=r"is a emu3 model of .* is for showo"):
+        Gallery(sessions, {"showo-tiny, routed": sessions["emu3-tiny"].model})
     assert Explorer(gallery, layer=99, head=99).place == looking.Place(7, 3)
 
 

@@ -43,6 +43,10 @@ class Gallery:
             found = [s for n, s in sessions.items() if name.startswith(n)]
             if not found:
                 raise ParameterError(f"model {name!r} belongs to no session; begin its name with one of {', '.join(sessions)}.")
+            mine, theirs = (x.layout for x in (found[0].model, model))
+            if (mine.kind, mine.vocab_size, mine.grid) != (theirs.kind, theirs.vocab_size, theirs.grid):
+                raise ParameterError(f"model {name!r} is a {theirs.kind} model of {theirs.vocab_size} tokens and pictures of {theirs.grid}; the data of "
+                                     f"{found[0].name} is for {mine.kind}, {mine.vocab_size} and {mine.grid}. Give one that was trained from it.")
             self.models[name] = found[0], model
         self.own: list[tuple[bytes, str]] = []
         self.saved: dict[str, Side] = {}
