@@ -8,6 +8,7 @@ from lab import Lab
 from PIL import Image
 from plots import changed, click_cell, drawn, traces, values, wait_until
 
+PLOTLY = "application/vnd.plotly.v1+json"
 FIGURES = ("picture", "text", "heads", "row", "blocks")
 SCALE = """(plot, trace) => { const axis = plot._fullLayout[plot._fullData[trace].coloraxis]; return [axis.cmin, axis.cmax]; }"""
 
@@ -84,7 +85,9 @@ def opened(server, pages):
         lab = Lab(browse(), *server)
         lab.open("01_attention_patterns", samples=2)
         lab.run_all()
-        yield lab, Explorer(lab.page)
+        explorer = Explorer(lab.page)
+        assert len(lab.figures()) == len(lab.outputs(PLOTLY)) + len(FIGURES) > len(FIGURES) and all(map(drawn, lab.figures()))
+        yield lab, explorer
         lab.shut_down()
 
 

@@ -68,11 +68,12 @@ def test_a_reader_sees_every_figure_and_moves_every_slider(runs, offline, shoot,
 
 def move(page, plot):
     """Drag a figure's slider to its last and to its first step: what is drawn must change and the last step be named."""
-    trace, last = traces(plot, "heatmap")[0], layout(plot, "sliders.0.steps.length") - 1
+    last = layout(plot, "sliders.0.steps.length") - 1
+    shown = lambda: [values(plot, trace, key) for kind, key in (("heatmap", "z"), ("bar", "y")) for trace in traces(plot, kind)]  # noqa: E731
     for step in (0, last) if layout(plot, "sliders.0.active") else (last, 0):
-        before = values(plot, trace)
+        before = shown()
         drag_slider(plot, step)
-        changed(page, lambda: values(plot, trace), before)
+        changed(page, shown, before)
         assert layout(plot, "sliders.0.active") == step
     return plot
 

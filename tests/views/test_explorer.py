@@ -179,7 +179,8 @@ def test_headless_the_same_figures_are_written(gallery, tmp_path):
     figures = explore(gallery, run, layer=3)
     assert list(figures) == [f"tasks_{d.name}" for d in drawings.DRAWINGS] + ["routed_picture", "routed_heads"]
     for name, fig in figures.items():
-        assert (tmp_path / "figures" / f"{name}.json").stat().st_size < 300_000 and len(fig.frames) == 8 and fig.layout.sliders[0].active == 3
+        assert (tmp_path / "figures" / f"{name}.json").stat().st_size < 300_000
+        assert name.endswith("heads") or (len(fig.frames) == 8 and fig.layout.sliders[0].active == 3)
     live = Explorer(gallery, layer=3)
     choose(live.compare, "showo-tiny, understanding")
     for a, b in zip(shown(live), (t.z for t in figures["tasks_picture"].data if t.type == "heatmap" and t.coloraxis)):

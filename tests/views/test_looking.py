@@ -42,9 +42,10 @@ def test_figures_draw_and_stay_light(drawing, count):
     small = [made(Task.T2I), made(skip=(5, 6))][:count]
     fig = drawing.frames(small, Place(3, 1, 4))
     assert drawable(json.loads(fig.to_json())) and fig.layout.sliders[0].active == 3 and len(fig.frames) == 8
+    assert drawing.name != "heads" or not drawing.frames(small, Place(3)).frames, "without a head to mark, layers change nothing"
     assert fig.layout.updatemenus[0].buttons[0].label == "▶"
     assert fig.layout.font.color == style.INK and drawing.caption and drawing.alt
-    big = drawing.frames(BIG[:count], Place(3)) if count == 2 else fig
+    big = drawing.frames(BIG[:count], Place(3, 1)) if count == 2 else fig
     assert len(big.to_json()) < 300_000 and len(big.frames) >= 8 and big.layout.sliders[0].steps[big.layout.sliders[0].active].label == "3"
 
 

@@ -89,7 +89,8 @@ def _picture_lay(sides: Sequence[Side], place: Place) -> go.Figure:
         h, w = side.overview.grid
         picture = np.full((h, w, 3), 200, np.uint8) if side.overview.picture is None else side.overview.picture
         put_picture(fig, picture, [n + 1], (h, w))
-        if n == len(titles):                                    # the picture alone
+        if n == len(titles):                                    # the picture alone; axes without any trace have no size
+            fig.add_scatter(x=[0], y=[0], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False, row=n // 2 + 1, col=n % 2 + 1)
             continue
         hover = "picture row %{y}, column %{x}: %{z:.4f}<extra></extra>"
         for trace in (_heat(n, z=np.zeros((h, w)), opacity=1 if n < 2 else 0.75, hovertemplate=hover),
@@ -113,7 +114,7 @@ def _picture_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict
     marks.append({"x": [None], "y": [None]})
     grids = [s.overview.grid for s in [*sides, sides[0]]]
     data = [part for v, veil, mark, grid in zip(values, veils, marks, grids) for part in ({"z": _z(v, grid)}, {"z": veil}, mark)]
-    return data, _ranges(values)
+    return [*data, {}], _ranges(values)
 
 
 def text_places(side: Side) -> list[int]:

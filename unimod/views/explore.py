@@ -155,7 +155,7 @@ class Explorer:
 
     def _clickable(self) -> None:
         """A click on a patch or a word asks with it; one on the layers and heads goes there."""
-        for n, trace in enumerate(self.figures["picture"].data[::3]):
+        for n, trace in enumerate(t for t in self.figures["picture"].data if t.type == "heatmap" and t.coloraxis):
             trace.on_click(lambda _, points, __, n=n: points.xs and self._ask_cell(min(n, len(self.sides) - 1), int(points.ys[0]), int(points.xs[0])))
         for n, trace in enumerate(self.figures["text"].data[::2]):
             trace.on_click(lambda _, points, __, n=n: points.xs and self._ask_word(n, int(points.ys[0]), int(points.xs[0])))

@@ -136,8 +136,8 @@ class Drawing:
         return fig.update_layout(layout)
 
     def frames(self, sides: Sequence[Side], place: Place) -> go.Figure:
-        """The figure with a slider over layers, which also plays: it needs no kernel. Colour ranges follow the layer. What would be too heavy for a report
-        gets its colours as bytes, and then, if it must, fewer layers."""
+        """The figure with a slider over layers (where they change it), which also plays: it needs no kernel. Colour ranges follow the layer. What would be
+        too heavy for a report gets its colours as bytes, and then, if it must, fewer layers."""
         layers = sides[0].overview.layers
         fig = self._frames(sides, place, layers, coarse=False)
         if _weight(fig) > FIGURE_BYTES:
@@ -158,6 +158,8 @@ class Drawing:
             trace.update(part)
         moving = [{key for key in part if not all(same(one[n][key], part[key]) for one, _ in found.values())} for n, part in enumerate(data)]
         at = [n for n, keys in enumerate(moving) if keys]
+        if not at:
+            return fig.update_layout(layout)
         frames = [go.Frame(name=str(layer), data=[type(fig.data[n])(**{key: parts[n][key] for key in moving[n]}) for n in at], traces=at, layout=there)
                   for layer, (parts, there) in found.items()]
         return slider(fig.update_layout(layout), frames, "layer", list(layers).index(place.layer), play=True)
