@@ -152,3 +152,16 @@ def test_a_reducer_sees_what_a_record_holds(world):
     assert found == {i: record.layer(i).k.sum() for i in record.layers}
     with pytest.raises(CaptureError, match="Linear: for a transformers model use capture_stock"), capture(torch.nn.Linear(2, 2)):
         pass
+
+
+def test_maps_of_half_precision_are_those_of_kernels_that_sum_in_float32(world):
+    model, batches = world["showo-tiny"]
+    record = observe(copy.deepcopy(model).bfloat16(), batches.single_task(Task.T2I, "validation", 2))
+    for layer in (0, 5):
+        attention, span = record.layer(layer), record.span(1, layer)
+        q, k = (x[:, span].double() for x in (attention.q, attention.k))
+        seen = (torch.arange(len(q[0])) < (attention.packed.hi[span] - span.start)[:, None])
+        want = (q @ k.mT * attention.scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        torch.testing.assert_close(record.maps([1], layer)[0].double(), want, atol=1e-6, rtol=1e-5)
+        mass, _, _ = attention.mass(attention.packed.modality, 3)
+        torch.testing.assert_close(mass[:, span, Modality.IMAGE].double(), want[..., attention.packed.modality[span] == Modality.IMAGE].sum(-1), atol=1e-6, rtol=1e-5)

@@ -40,12 +40,12 @@ class LayerAttention:
         return self._weights(self._keys(span, heads), span, queries, heads)
 
     def _keys(self, span: slice, heads: slice) -> Tensor:
-        """The keys of a row for each of these query heads: [H, n, d]."""
-        return self.k[:, span][torch.arange(len(self.q))[heads] // (len(self.q) // len(self.k))]
+        """The keys of a row for each of these query heads: float32 [H, n, d]."""
+        return self.k[:, span][torch.arange(len(self.q))[heads] // (len(self.q) // len(self.k))].float()     # as kernels multiply: no logit is rounded
 
     def _weights(self, k: Tensor, span: slice, queries: Tensor, heads: slice) -> Tensor:
         at = queries.to(self.q.device) + span.start
-        logits = (self.q[heads][:, at] @ k.transpose(1, 2)).float().mul_(self.scale)
+        logits = (self.q[heads][:, at].float() @ k.transpose(1, 2)).mul_(self.scale)
         j = torch.arange(span.start, span.stop, device=logits.device)
         seen = (j >= self.packed.lo[at, None]) & (j < self.packed.hi[at, None])
         return logits.masked_fill_(~seen, -torch.inf).softmax(-1)

@@ -95,9 +95,9 @@ def attention_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, 
 
 def _maps(q: Tensor, k: Tensor, rows: Rows, low: Tensor, high: Tensor, scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Some queries at a time, int64 [m]: whom they may see, bool [B, m, n], and how much they do, float32 [B, H, m, n]."""
-    query, key = rows.pad(q), rows.pad(k).repeat_interleave(q.shape[0] // k.shape[0], 1)
+    query, key = rows.pad(q).float(), rows.pad(k).float().repeat_interleave(q.shape[0] // k.shape[0], 1)     # as kernels multiply: no logit is rounded
     j = torch.arange(rows.n, device=q.device)
     for some in j.split(max(1, ENTRIES // (query.shape[0] * query.shape[1] * rows.n))):
         allow = (j >= low[:, some, None]) & (j < high[:, some, None])
-        logits = (query[:, :, some] @ key.transpose(2, 3)).float().mul_(scale)
+        logits = (query[:, :, some] @ key.transpose(2, 3)).mul_(scale)
         yield some, allow, logits.masked_fill_(~allow[:, None], -torch.inf).softmax(-1)
