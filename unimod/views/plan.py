@@ -73,7 +73,7 @@ def kept_frame(log: Mapping[int, Routing], packed: Packed, row: int, grid: tuple
 
 
 def kept_tokens(data: pd.DataFrame, picture: np.ndarray) -> go.Figure:
-    """The picture as each routed layer sees it: skipped tokens are veiled; slider over layers, a panel per task.
+    """The picture as each routed layer sees it: skipped tokens are veiled; a slider over layers that also plays, a panel per task.
 
     data: `kept_frame`, of one or several tasks; picture: uint8 [H, W, 3].
     """
@@ -105,4 +105,4 @@ def kept_tokens(data: pd.DataFrame, picture: np.ndarray) -> go.Figure:
         fig.add_trace(trace, row=1, col=n + 2)
     fig.add_scatter(x=[0], y=[0], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False, row=1, col=1)
     put_picture(fig, picture, range(1, len(tasks) + 2), (h, w))
-    return slider(fig, frames, "layer")
+    return slider(fig, frames, "layer", play=True)

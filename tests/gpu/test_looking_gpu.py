@@ -1,0 +1,52 @@
+"""Looking at attention on a GPU: the kernels' statistics, maps, tiles and overviews are those of the CPU."""
+
+import pytest
+import torch
+
+from unimod.analysis.overview import look, overview
+from unimod.analysis.patterns import measure, patterns
+from unimod.capture import observe, reduced
+from unimod.data import open_data
+from unimod.data.batches import Batches
+from unimod.layers import apply_mod
+from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.plan import last_half
+from unimod.tokens import Modality, Task
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "routed"])
+def both(request):
+    """The same model and batch on the CPU and on the GPU."""
+    model, tokenizer = from_pretrained(shipped("emu3-tiny"))
+    batches = Batches(open_data("scenes"), tokenizer, model.layout)
+    if request.param:
+        torch.manual_seed(0)
+        apply_mod(model, last_half(8, 0.2))
+    packed = batches.single_task(Task.MMU, "validation", 3)
+    record = observe(model, packed)
+    return record, observe(model.to("cuda"), packed), model, packed
+
+
+def test_maps_tiles_and_patterns(both):
+    here, there, model, packed = both
+    for layer in (0, 5):
+        if not torch.equal(here.index(layer), there.index(layer).cpu()):
+            continue                                            # a tie at a router's edge may fall otherwise
+        torch.testing.assert_close(there.maps([1], layer).cpu(), here.maps([1], layer), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(there.tile(1, layer).cpu(), here.tile(1, layer), atol=1e-4, rtol=1e-3)
+        asked = here.packed(layer).modality[here.span(1, layer)] == Modality.TEXT
+        torch.testing.assert_close(there.received(1, layer, asked).cpu(), here.received(1, layer, asked), atol=1e-4, rtol=1e-3)
+    mine, theirs = patterns(here, Task.MMU), measure(model, [packed], Task.MMU)
+    torch.testing.assert_close(theirs.received[0], mine.received[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(theirs.entropy[0], mine.entropy[0], atol=1e-3, rtol=1e-3)
+
+
+def test_an_overview_is_made_where_the_model_is_and_lies_on_the_cpu(both):
+    here, there, model, packed = both
+    a, b = overview(here, 1, model.layout.token, model.layout.grid), look(model, packed, 1)
+    assert b.maps.device.type == b.received.device.type == b.kept.device.type == b.patterns.mass.device.type == "cpu"
+    torch.testing.assert_close(a.maps[0], b.maps[0], atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(a.received[0], b.received[0], atol=1e-3, rtol=1e-2, equal_nan=True)
+    assert len(reduced(model, packed, lambda layer: layer.q.device.type)) == 8 and there.layer(0).q.is_cuda
