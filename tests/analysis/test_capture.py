@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from unimod.capture import AttentionRecord, CaptureError, capture, observe, reduced
+from unimod.generate import answer
 from unimod.layers import apply_mod, record_routing, remove_mod
 from unimod.models.backbone import without
 from unimod.plan import last_half
@@ -91,6 +92,26 @@ def test_the_last_forward_counts(world):
         with without(model, 3):
             model(batches.single_task(Task.T2I, "validation", 2))
     assert len(record.whole.lengths) == 2 and record.layers == (0, 1, 2, 4, 5, 6, 7)
+
+
+def test_blocks_may_be_nested_and_other_models_run_inside(world):
+    (model, batches), (other, theirs) = world["showo-tiny"], world["emu3-tiny"]
+    packed, foreign = batches.single_task(Task.MMU, "validation", 2), theirs.single_task(Task.MMU, "validation", 1)
+    with torch.no_grad(), capture(model) as outer, capture(other) as beside:
+        other(foreign)
+        with capture(model) as inner:
+            model(packed=packed)
+    want = observe(model, packed)
+    for record in (outer, inner):
+        assert record.layers == want.layers and all(torch.equal(record.layer(i).q, want.layer(i).q) for i in want.layers)
+    assert beside.whole is foreign and torch.equal(beside.map(0, 7, 3), observe(other, foreign).map(0, 7, 3))
+
+
+def test_a_step_after_cached_tokens_is_refused(world):
+    model, batches = world["showo-tiny"]
+    row = model.layout.mmu(batches.codes(batches.samples("test", 0, 1))[0], [("what is it?", "")], open_ended=True)
+    with pytest.raises(CaptureError, match="after cached ones cannot be recorded: run the whole sequence at once"), capture(model):
+        answer(model, [row])
 
 
 def test_a_tile_and_what_is_received_are_the_maps_own(world, monkeypatch):

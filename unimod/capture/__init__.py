@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.backbone import UnifiedModel, observe_attention
+from ..models.cache import KVCache
 from ..tokens import Packed
 from .record import AttentionRecord, CaptureError, LayerAttention
 from .stock import capture_stock
@@ -33,15 +34,21 @@ R = TypeVar("R")
 
 @contextmanager
 def _watch(model: UnifiedModel, begin: Callable[[Packed], None], look: Callable[[int, LayerAttention], None]) -> Iterator[None]:
-    """Call `begin` with every batch the model is given, then `look` with the number and attention of each layer."""
+    """Call `begin` with every batch the model is given, then `look` with the number and attention of each layer; other models may run meanwhile."""
     if not isinstance(model, UnifiedModel):
         raise CaptureError(f"capture() looks into unimod's models, and this is a {type(model).__name__}: for a transformers model use capture_stock().")
     number = {part: i for i, layer in enumerate(model.layers) for part in layer.modules()}
 
     def see(module: nn.Module, q: Tensor, k: Tensor, packed: Packed) -> None:
-        look(number[module], LayerAttention(q.detach(), k.detach(), module.scaling, packed))
+        if module in number:
+            look(number[module], LayerAttention(q.detach(), k.detach(), module.scaling, packed))
 
-    hook = model.register_forward_pre_hook(lambda _, args: begin(args[0]))
+    def enter(packed: Packed, cache: KVCache | None = None) -> None:
+        if cache is not None and not cache.fresh:
+            raise CaptureError(f"A step of {len(packed)} tokens after cached ones cannot be recorded: run the whole sequence at once, without a cache.")
+        begin(packed)
+
+    hook = model.register_forward_pre_hook(lambda _, args, options: enter(*args, **options), with_kwargs=True)
     try:
         with observe_attention(see):
             yield
@@ -51,9 +58,9 @@ def _watch(model: UnifiedModel, begin: Callable[[Packed], None], look: Callable[
 
 @contextmanager
 def capture(model: UnifiedModel) -> Iterator[AttentionRecord]:
-    """Record the attention of the last forward of `model` inside the block; gradients are not kept.
+    """Record the attention of the last forward of `model` inside the block; gradients are not kept. Blocks may be nested, of one model or of several.
 
-    Raises `CaptureError` for a model that attends otherwise.
+    Raises `CaptureError` for a model that attends otherwise and for a step after cached tokens, whose keys are not all there.
     """
     record = AttentionRecord(about={"model": model.layout.kind} if isinstance(model, UnifiedModel) else {})
 

@@ -73,8 +73,15 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Call `observer(module, q, k, packed)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and RoPE."""
-    token = _OBSERVER.set(observer)
+    """Call `observer(module, q, k, packed)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and RoPE. Blocks may be nested: each
+    observer is called."""
+    outer = _OBSERVER.get()
+
+    def both(*seen: object) -> None:
+        outer(*seen)
+        observer(*seen)
+
+    token = _OBSERVER.set(observer if outer is None else both)
     try:
         yield
     finally:
