@@ -1,8 +1,13 @@
 """Any transformers model: its own outputs bit for bit, and the maps of its own eager attention."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -60,7 +65,46 @@ def test_a_vision_language_models_picture_tokens_are_pictures():
     assert (record.whole.modality == Modality.IMAGE).tolist() == [False, True, True, True, True, False, False]
 
 
+    model.model.vision_tower.set_attn_implementation("eager")
+    with torch.no_grad(), capture_stock(model):
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16))
+        assert model.config.vision_config._attn_implementation == "eager"
+    assert (model.config._attn_implementation, model.config.vision_config._attn_implementation) == ("sdpa", "eager")
+
+
+def test_two_models_in_one_block_and_nothing_is_held_after_it():
+    one, other = MODELS["grouped heads"]().eval(), MODELS["learned positions"]().eval()
+    with torch.no_grad(), capture_stock(one) as a, capture_stock(other) as b:
+        one(IDS)
+        other(IDS[:1])
+        with pytest.raises(CaptureError, match="is being recorded already"), capture_stock(one):
+            pass
+    assert a.whole.lengths == (9, 9, 9) and b.whole.lengths == (9,) and a.about["model"] == "llama"
+    held = weakref.ref(a.layer(1).q)
+    del a
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("lowest", (torch.finfo(torch.float16).min, -1e4, -torch.inf))
+def test_masks_of_numbers_hide_and_add_nothing(lowest):
+    model = MODELS["grouped heads"]().eval()
+    mask = torch.zeros(3, 1, 9, 9).masked_fill(~torch.ones(9, 9).tril().bool(), lowest)
+    with torch.no_grad():
+        with capture_stock(model) as record:
+            model(IDS, attention_mask=mask)
+        with capture_stock(model) as want:
+            model(IDS)
+        torch.testing.assert_close(record.maps([0, 1, 2], 1), want.maps([0, 1, 2], 1))
+        with pytest.raises(CaptureError, match="adds numbers to the logits"), capture_stock(model):
+            model(IDS, attention_mask=mask - torch.arange(9.0) / 2)
+
+
 def test_what_cannot_be_recorded_is_refused_with_the_reason():
+    both = BartForConditionalGeneration(BartConfig(vocab_size=100, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                                   decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))
+    with pytest.raises(CaptureError, match="has an encoder beside its decoder"), capture_stock(both):
+        pass
     model = MODELS["grouped heads"]().eval()
     with pytest.raises(CaptureError, match="No layer of this LlamaForCausalLM attended"), capture_stock(model):
         pass

@@ -10,12 +10,12 @@ what comes out is the same bit for bit. Masks become intervals: causal, padded, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,52 +23,77 @@ from ..models.backbone import ATTENTION
 from ..tokens import IGNORE, Modality, Packed, Segment, Task
 from .record import AttentionRecord, CaptureError, LayerAttention
 
-OBSERVED = "unimod_observed"
-WRAPPED = ("sdpa",)
-"""Attention functions whose masks are read here."""
+OBSERVED, PLAIN = "unimod_observed", "sdpa"
+"""The attention for the time of a block, and the one whose masks are read here."""
+HIDDEN = -1e3
+"""What a mask of numbers adds, at most, to the logit of a key that is not to be seen."""
+Keep = Callable[[torch.nn.Module, Tensor, Tensor, Tensor | None, dict], None]
+_WATCHED: dict[torch.nn.Module, Keep] = {}
+
+
+def _attend(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: object) -> tuple[Tensor, None]:
+    _WATCHED[module](module, q, k, attention_mask, options)
+    return ALL_ATTENTION_FUNCTIONS[PLAIN](module, q, k, v, attention_mask, **options)
+
+
+AttentionInterface.register(OBSERVED, _attend)
+AttentionMaskInterface.register(OBSERVED, ALL_MASK_ATTENTION_FUNCTIONS[PLAIN])
 
 
 @contextmanager
 def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
     """Record the attention of the last forward inside the block; gradients are not kept. Rows are the batch's, pads left out; a vision-language model's
-    picture tokens (`config.image_token_id`) make a row one of understanding, any other row is plain text.
+    picture tokens (`config.image_token_id`) make a row one of understanding, any other row is plain text. Blocks of several models may be nested.
 
-    Raises `CaptureError` for a model that attends otherwise, for a step with a cache, for a mask with holes, and when no layer was seen.
+    Raises `CaptureError` for a model that attends otherwise or has an encoder beside its decoder, for a step with a cache, for a mask with holes or with
+    numbers that are added to logits, and when no layer was seen.
     """
-    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    config = getattr(model, "config", None)
+    name = getattr(config, "_attn_implementation", None)
     if name == ATTENTION:
         raise CaptureError("This model already attends over packed tokens: use capture() on the unimod model around it.")
-    if name not in WRAPPED:
-        raise CaptureError(f"capture_stock() reads attention {', '.join(map(repr, WRAPPED))}, and this {type(model).__name__} has {name!r}. "
+    if name == OBSERVED:
+        raise CaptureError(f"This {type(model).__name__} is being recorded already: leave that block first.")
+    if name != PLAIN:
+        raise CaptureError(f"capture_stock() reads attention {PLAIN!r}, and this {type(model).__name__} has {name!r}. "
                            "Load it with attn_implementation='sdpa', or call model.set_attn_implementation('sdpa').")
-    record, given = AttentionRecord(about={"model": model.config.model_type}), {}
-    image = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-    function = ALL_ATTENTION_FUNCTIONS[name]
+    if config.is_encoder_decoder:
+        raise CaptureError(f"This {type(model).__name__} has an encoder beside its decoder, which attend under the same layer numbers: it is not recorded.")
+    record, given = AttentionRecord(about={"model": config.model_type}), {}
+    image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
-    def attend(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: object) -> tuple[Tensor, None]:
+    def keep(module: torch.nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, options: dict) -> None:
         if getattr(module, "layer_idx", None) is not None:     # the towers of a vision-language model number none
-            seen = _intervals(q, k, attention_mask, options.get("is_causal", getattr(module, "is_causal", True)))
+            causal = options.get("is_causal")
+            seen = _intervals(q, k, mask, getattr(module, "is_causal", True) if causal is None else causal)
             record.seen[module.layer_idx] = _layer(q, k, options.get("scaling"), *seen, given.get("input_ids"), image)
-        return function(module, q, k, v, attention_mask, **options)
 
     def begin(_: torch.nn.Module, args: tuple, options: dict) -> None:
         record.seen.clear()
         given.clear()
         given["input_ids"] = options.get("input_ids", args[0] if args else None)
 
-    AttentionInterface.register(OBSERVED, attend)
-    AttentionMaskInterface.register(OBSERVED, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    before, parts = _chosen(config), list(model.modules())
+    _WATCHED.update(dict.fromkeys(parts, keep))
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
-    model.set_attn_implementation(OBSERVED)
+    model.set_attn_implementation(_chosen(config, {PLAIN: OBSERVED}))
     try:
         yield record
     finally:
-        model.set_attn_implementation(name)
+        model.set_attn_implementation(before)
         hook.remove()
+        for module in parts:
+            del _WATCHED[module]
     if not record.seen:
         raise CaptureError(f"No layer of this {type(model).__name__} attended through transformers' registry: call it inside the block. "
                            "A model with an attention of its own cannot be recorded.")
     record.batch[:] = [record.seen[min(record.seen)].packed]
+
+
+def _chosen(config: PreTrainedConfig, instead: dict[str, str] | None = None) -> dict:
+    """The attention of a model and its parts, as `set_attn_implementation` takes it."""
+    own, parts = config._attn_implementation, {name: getattr(config, name) for name in config.sub_configs}
+    return {"": (instead or {}).get(own, own)} | {name: _chosen(part, instead) for name, part in parts.items() if part is not None}
 
 
 def _intervals(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +105,11 @@ def _intervals(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple
     if mask is None:
         low, count = torch.zeros_like(j), j + 1 if causal else torch.full_like(j, n)
         return torch.ones(len(q), n, dtype=torch.bool, device=q.device), low.expand(len(q), n), count.expand(len(q), n)
-    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0].expand(len(q), n, n)
+    if mask.dtype != torch.bool:
+        added, mask = mask, mask > HIDDEN
+        if added.masked_fill(~mask, 0).any():
+            raise CaptureError("The mask of this batch adds numbers to the logits, a bias such as ALiBi's: only masks that hide keys are recorded.")
+    seen = mask[:, 0].expand(len(q), n, n)
     real = seen.diagonal(dim1=1, dim2=2)                        # a pad does not see itself
     seen = seen & real[:, None] & real[:, :, None]
     low, count = seen.byte().argmax(-1), seen.sum(-1)
