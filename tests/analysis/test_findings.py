@@ -57,6 +57,15 @@ def test_early_layers_matter():
     assert early_matters(made_importance(0.1, 0.1, 0.1, 0.1, spread=1.0)).outcome == "undecided"
 
 
+def test_what_was_not_measured_is_undecided():
+    """Two layers: behind the first one the early half is empty. A routed layer without a row's tokens: the others speak for the row."""
+    assert early_matters(made_importance(0.2, 0.1), start=1).outcome == "undecided"
+    routed = made_patterns(0.3)
+    routed.received[3, 0] = torch.nan
+    found = flips(routed, made_patterns(0.6))
+    assert found.outcome == "yes" and found.one == pytest.approx(-0.3, abs=0.01) and "nan" not in found.sentence
+
+
 def made_arank(task, *shares, n=N):
     share = torch.stack([around(s, n) for s in shares])
     return ARank(task, tuple(range(len(shares))), 1e-2, 50 * share, torch.full_like(share, 50), share)

@@ -1,12 +1,13 @@
 """Pattern statistics against plain loops over full dense maps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from unimod.analysis.patterns import measure, patterns
-from unimod.capture import CaptureError, observe
+from unimod.analysis.patterns import measure, patterns, statistics
+from unimod.capture import CaptureError, LayerAttention, observe
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
 from unimod.tokens import Modality, Task
@@ -55,6 +56,14 @@ def test_flat_attention_is_even(world):
             layer.self_attn.scaling = scaling
     assert found.evenness.allclose(torch.ones_like(found.evenness), atol=1e-5)
     assert found.received.mean(2).allclose(found.even, atol=1e-5)
+
+
+def test_a_layer_without_any_token_knows_nothing(world):
+    model, batches = world["showo-tiny"]
+    whole = observe(model, batches.single_task(Task.MMU, "validation", 2)).layer(0)
+    nothing = whole.packed.take(torch.empty(0, dtype=torch.long), [replace(s, length=0) for s in whole.packed.segments])
+    found = statistics(LayerAttention(whole.q[:, :0], whole.k[:, :0], whole.scale, nothing), [0, 1])
+    assert all(len(x) == 2 and x.isnan().all() for x in found.values())
 
 
 def test_batches_worked_out_inside_the_attention_are_the_records_numbers(world):

@@ -8,7 +8,7 @@ The paper (arXiv 2502.06474, section 3) says: (1) which modality dominates atten
 ARank falls with depth and is higher for drawing; (3) training together neither helps nor harms much, and under one router drawing keeps more tokens.
 
 One rule decides: every finding is one number that is above 0 when the finding is right, and the 95 % interval of its mean under resampling of
-samples or seeds. All above 0: it holds. All below: it does not. Else, and with fewer than `LEAST` to resample, it is undecided.
+samples or seeds. All above 0: it holds. All below: it does not. Else, with fewer than `LEAST` to resample, and where nothing was measured (nan), it is undecided.
 Nothing is known of other models, and samples of one model say nothing about another training of it.
 
 Letters: L layers, N samples, H heads.
@@ -72,10 +72,10 @@ def flips(t2i: Patterns, mmu: Patterns, relative: bool = False) -> Finding:
     What is above 0 when it holds: the smaller of the two margins where their signs differ, minus it where they do not.
     """
     margins = [_margin(found, relative) for found in (t2i, mmu)]
-    draws = torch.stack([_resampled(margin.mean(0), seed) for seed, margin in enumerate(margins)])
+    draws = torch.stack([_resampled(margin.nanmean(0), seed) for seed, margin in enumerate(margins)])
     weaker = -draws.prod(0).sign() * draws.abs().amin(0)
-    one, other = (float(margin.mean()) for margin in margins)
-    apart = int((margins[0].mean(1) * margins[1].mean(1) < 0).sum())
+    one, other = (float(margin.nanmean()) for margin in margins)
+    apart = int((margins[0].nanmean(1) * margins[1].nanmean(1) < 0).sum())
     unit = "times what even attention gives, picture minus text" if relative else "of the attention mass, picture minus text"
     return _decided(f"1. the dominant modality flips ({'relative to even attention' if relative else 'absolute'})", weaker, one, other,
                     min(m.shape[1] for m in margins), "samples",
@@ -150,5 +150,5 @@ def _resampled(values: Tensor, seed: int = 0) -> Tensor:
 def _decided(name: str, draws: Tensor, one: float, other: float, n: int, over: str, sentence: str) -> Finding:
     """draws: resampled means of the number that is above 0 when the finding is right."""
     low, high = draws.quantile(torch.tensor([0.025, 0.975])).tolist()
-    holds = None if n < LEAST or low <= 0 <= high else low > 0
+    holds = low > 0 if n >= LEAST and (low > 0 or high < 0) else None
     return Finding(name, holds, one, other, low, high, n, over, sentence)

@@ -45,7 +45,7 @@ class Patterns:
     evenness: Tensor
     """[L, N, H]: entropy over the log of the number of visible keys, in [0, 1], mean over queries that see at least two."""
     sink: Tensor
-    """[L, N, H]: mass on the row's first token, mean over the queries behind it."""
+    """[L, N, H]: mass on the row's first token, of those that the layer processed; mean over the queries behind it."""
     distance: Tensor
     """[L, N, H]: mean |position of key - position of query| in tokens, weighted by attention."""
 
@@ -96,13 +96,15 @@ def measure(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Pattern
 def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tensor]:
     """What `Patterns` holds of one layer: name -> float32 [N, ...] on the CPU, one entry per row; nan for a row without tokens. No map is made."""
     packed, spans = attention.packed, attention.packed.rows()
+    out = {name: torch.full((len(rows), *size), torch.nan) for name, size in _sizes(len(attention.q)).items()}
+    if not len(packed):
+        return out
     first = torch.zeros_like(packed.row, dtype=torch.bool)
     starts = torch.tensor([span.start for span in spans if span.stop > span.start], device=first.device)
     first[starts] = True
     given, entropy, distance = attention.mass(torch.where(first, len(NAMES), packed.modality), len(NAMES) + 1)    # a sink is a kind of its own
-    H, T = entropy.shape
     kinds = F.one_hot(packed.modality, len(NAMES)).to(given)    # [T, 3]
-    head = torch.zeros(T, dtype=torch.long, device=first.device)    # the first token of every token's row
+    head = torch.zeros_like(packed.row)                         # the first token of every token's row
     for span in spans:
         head[span] = span.start
     to = given[..., :-1] + given[..., -1:] * kinds[head]        # [H, T, 3]
@@ -110,7 +112,6 @@ def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tens
     visible = (packed.hi - packed.lo).to(given)
     sees = (sums[packed.hi] - sums[packed.lo]) / visible[:, None]
     relative = entropy / visible.clamp(min=2).log()
-    out = {name: torch.full((len(rows), *size), torch.nan) for name, size in _sizes(H).items()}
     for n, span in enumerate(spans[row] for row in rows):
         mine, able = kinds[span], visible[span] > 1
         if not len(mine):

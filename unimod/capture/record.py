@@ -76,7 +76,7 @@ class LayerAttention:
         """What each token of a row gets from some of its tokens (bool [n]), mean over them: float32 [H, n], sums to 1; nan where there is none."""
         asked = queries.cpu().nonzero()[:, 0]
         if not len(asked):
-            return torch.full((len(self.q), span.stop - span.start), torch.nan)
+            return torch.full((len(self.q), span.stop - span.start), torch.nan, device=self.q.device)
         return sum(a.sum(1) for _, a in self.blocks(span, asked, slice(None))) / len(asked)
 
     def mass(self, label: Tensor, labels: int) -> tuple[Tensor, Tensor, Tensor]:
