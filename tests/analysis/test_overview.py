@@ -8,11 +8,11 @@ import torch
 
 from unimod.analysis.overview import Overview, look, overview
 from unimod.analysis.patterns import patterns
-from unimod.capture import CaptureError, observe
+from unimod.capture import AttentionRecord, CaptureError, observe
 from unimod.capture.record import edges
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
-from unimod.tokens import Modality, Task
+from unimod.tokens import Modality, Task, TokenSequence, pack
 
 
 @pytest.fixture(scope="module", params=["showo-tiny", "emu3-tiny"])
@@ -69,12 +69,29 @@ def test_it_survives_a_disk(seen, tmp_path):
     assert sum(f.stat().st_size for f in (tmp_path / "row").iterdir()) < 200_000
 
 
+def test_a_record_and_its_overview_may_share_a_folder(seen, tmp_path):
+    record, found, _ = seen
+    record.save(found.save(tmp_path / "row"))
+    assert torch.equal(Overview.load(tmp_path / "row").maps, found.maps) and AttentionRecord.load(tmp_path / "row").whole.lengths == record.whole.lengths
+
+
+@pytest.mark.parametrize(("pictures", "grid"), [(9, (3, 3)), (5, (1, 5)), (0, (0, 0)), (36, (4, 9))])
+def test_the_grid_is_that_of_the_rows_own_picture_tokens(world, pictures, grid):
+    """A vision tower's features are as many as it gives, a row of text has none."""
+    model, _ = world["showo-tiny"]
+    ids = torch.arange(pictures + 2)
+    modality = torch.tensor([Modality.TEXT] + [Modality.IMAGE] * pictures + [Modality.TEXT])
+    row = TokenSequence(Task.LM, ids, ids, modality, ids + 1, torch.full_like(ids, -100), ((len(ids), "topk"),))
+    found = overview(observe(model, pack([row])), 0, model.layout.token, (4, 9))
+    assert found.grid == grid and found.on_picture(found.kept[0]).shape == grid
+
+
 def test_what_is_not_there_is_named(seen, tmp_path):
     _, found, _ = seen
     for arguments, message in {(8, 0, 0): "layer 8 was not seen", (0, 4, 0): "head 4 .* 0 to 3", (0, 0, 10_000): "token 10000"}.items():
         with pytest.raises(CaptureError, match=message):
             found.looks(*arguments)
-    with pytest.raises(CaptureError, match=r"tokens.parquet, statistics.parquet, maps.npz missing"):
+    with pytest.raises(CaptureError, match=r"row.parquet, statistics.parquet, maps.npz missing"):
         Overview.load(tmp_path)
     folder = found.save(tmp_path / "row")
     (folder / "maps.npz").write_bytes((folder / "maps.npz").read_bytes()[:500])

@@ -1,6 +1,7 @@
 """The explorer's figures: right numbers, one scale, light at released sizes, and a reason for every blank panel."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,6 +81,24 @@ def test_every_blank_panel_has_its_reason():
     assert "the router skips this token here" in notes([skipping], Place(2, 0, 4))[0] and "28 of 57 tokens go through" in notes([skipping], Place(2))[0]
     for drawing in DRAWINGS:
         assert len(drawing.figure([a, small], Place(6)).data) == len(drawing.fill([a, small], Place(6))[0])
+
+
+def test_a_row_without_a_picture_has_blank_panels_and_some_layers_are_named():
+    a, b = made(Task.T2I), made(Task.LM, grid=(0, 0))
+    some = replace(b, overview=replace(b.overview, layers=(0, 1, 2, 3, 4, 5, 6, 9)))
+    assert "a row without a picture" in notes([a, b], Place(3))[1] and "has layers 0, 1, 2, 3, 4, 5, 6, 9 and 4 heads" in notes([a, some], Place(8))[1]
+    for drawing in DRAWINGS:
+        for sides in ([a, b], [b, a], [b]):
+            assert drawable(json.loads(drawing.frames(sides, Place(3, 1)).to_json()))
+    assert asked(b, a, 9) is None
+
+
+def test_names_of_tokens_are_no_markup():
+    a = made()
+    named = replace(a, title="saved: <b>", overview=replace(a.overview, tokens=("<s>", *a.overview.tokens[1:-1], "<i>long one</i>")))
+    text, row = (drawing.figure([named], Place(0)) for drawing in (drawings.text, drawings.row))
+    assert text.data[0].text[0][0] == "&lt;s&gt;" and text.data[0].text[-1][8] == "&lt;i&gt;long…" and text.layout.annotations[0].text == "saved: &lt;b&gt;"
+    assert row.data[2].customdata[0] == "&lt;s&gt;" and row.data[0].customdata[-1] == "&lt;i&gt;long one&lt;/i&gt;"
 
 
 def test_a_layers_frame_is_the_figure_at_that_layer():

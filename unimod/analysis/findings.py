@@ -8,8 +8,8 @@ The paper (arXiv 2502.06474, section 3) says: (1) which modality dominates atten
 ARank falls with depth and is higher for drawing; (3) training together neither helps nor harms much, and under one router drawing keeps more tokens.
 
 One rule decides: every finding is one number that is above 0 when the finding is right, and the 95 % interval of its mean under resampling of
-samples or seeds. All above 0: it holds. All below: it does not. Else, with fewer than `LEAST` to resample, and where nothing was measured (nan), it is undecided.
-Nothing is known of other models, and samples of one model say nothing about another training of it.
+samples or seeds. All above 0: it holds. All below: it does not. Else, with fewer than `LEAST` to resample, or where nothing was
+measured (nan), it is undecided. Nothing is known of other models, and samples of one model say nothing about another training of it.
 
 Letters: L layers, N samples, H heads.
 """

@@ -2,7 +2,7 @@
 
     found = look(model, packed, row=0, picture=sample.image)        # or overview(record, row=0, ...) where there is a record
     found.looks(layer=3, head=None, query=Modality.TEXT)            # [n]: what text looks at, mean over heads
-    found.save("row"), Overview.load("row")                         # tokens.parquet, statistics.parquet, maps.npz
+    found.save("row"), Overview.load("row")                         # row.parquet, statistics.parquet, maps.npz
 
 Maps are pooled to 32 x 32; what each token receives is kept for every kind of query. So a row of Show-o's 1,155 tokens, 24 layers and 32 heads
 takes a few megabytes instead of 4 GB of maps, and can be made where the GPU is and looked at elsewhere.
@@ -13,6 +13,7 @@ Letters: L layers, H heads, n tokens of the row, b bins; the kinds are ordered a
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from ..models.backbone import UnifiedModel
 from ..tokens import Modality, Packed, Task
 from .patterns import NAMES, Patterns, assemble, statistics
 
-FILES = ("tokens.parquet", "statistics.parquet", "maps.npz")
+FILES = ("row.parquet", "statistics.parquet", "maps.npz")
 VALUES = ("entropy", "evenness", "sink", "distance")
 
 
@@ -45,7 +46,7 @@ class Overview:
     modality: Tensor
     """int64 [n]."""
     grid: tuple[int, int]
-    """Rows and columns of the picture's tokens."""
+    """Rows and columns of the row's picture tokens: the model's where there are as many, else a square, else one line; (0, 0) where there are none."""
     picture: np.ndarray | None
     """uint8 [height, width, 3], or None."""
     layers: tuple[int, ...]
@@ -90,7 +91,8 @@ class Overview:
         return values[..., self.modality == Modality.IMAGE].unflatten(-1, self.grid)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `tokens.parquet`, `statistics.parquet` and `maps.npz`, each whole or not at all. Returns the folder."""
+        """Write `row.parquet` (its tokens), `statistics.parquet` and `maps.npz`, each whole or not at all; a record of the same row may lie beside them.
+        Returns the folder."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -101,7 +103,7 @@ class Overview:
         columns = {"layer": np.repeat(self.layers, H), "head": np.tile(range(H), L)} | {name: getattr(p, name)[:, 0].flatten().numpy() for name in VALUES}
         columns |= {f"to_{k}": p.received[:, 0, :, j].flatten().numpy() for j, k in enumerate(NAMES)}
         columns |= {f"{q}_to_{k}": p.mass[:, 0, :, i, j].flatten().numpy() for i, q in enumerate(NAMES) for j, k in enumerate(NAMES)}
-        tables = {"tokens": {"token": self.tokens, "modality": self.modality.numpy()}, "statistics": columns}
+        tables = {"row": {"token": self.tokens, "modality": self.modality.numpy()}, "statistics": columns}
         for name, table in tables.items():
             pq.write_table(pa.table(table), folder / f"{name}.part")
         notes = {"about": dict(self.about), "task": int(self.task), "grid": self.grid, "layers": self.layers}
@@ -152,7 +154,7 @@ def look(model: UnifiedModel, packed: Packed, row: int = 0, picture: np.ndarray 
 
 
 def overview(record: AttentionRecord, row: int, name: Callable[[int], str], grid: tuple[int, int], picture: np.ndarray | None = None) -> Overview:
-    """The overview of one row of a record. name: from a token's id to its name; grid: rows and columns of a picture's tokens."""
+    """The overview of one row of a record. name: from a token's id to its name; grid: rows and columns of a picture's codes."""
     return _together({i: _layer(record.whole, record.layer(i), row) for i in record.layers}, record.whole, row, record.about, name, grid, picture)
 
 
@@ -179,6 +181,10 @@ def _together(found: Mapping[int, dict], whole: Packed, row: int, about: Mapping
     for i, layer in enumerate(layers):
         pooled = found[layer]["maps"]
         maps[i, :, : pooled.shape[1], : pooled.shape[2]] = pooled
-    return Overview(about, task, tuple(map(name, whole.ids[span].tolist())), whole.modality[span].cpu(), tuple(grid), picture, layers,
+    modality = whole.modality[span].cpu()
+    count = int((modality == Modality.IMAGE).sum())             # vision features may be fewer or more than the codes of a picture
+    side = math.isqrt(count)
+    grid = tuple(grid) if math.prod(grid) == count else (side, side) if side * side == count else (1, count)
+    return Overview(about, task, tuple(map(name, whole.ids[span].tolist())), modality, grid, picture, layers,
                     torch.stack([found[i]["kept"] for i in layers]), maps, torch.stack([found[i]["received"] for i in layers]),
                     assemble(task, [{i: found[i]["statistics"] for i in layers}]))

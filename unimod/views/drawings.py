@@ -8,6 +8,7 @@ Each is a `Drawing`: panels A, B and A - B where there are two sides, else one. 
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,14 +27,14 @@ COLUMNS = 12
 
 
 def _titles(sides: Sequence[Side]) -> list[str]:
-    return [sides[0].title] if len(sides) == 1 else ["A", "B", "A - B"]
+    return [_plain(sides[0].title)] if len(sides) == 1 else ["A", "B", "A - B"]
 
 
 def _paper(title: str, sides: Sequence[Side], x: str = "", y: str = "", panels: Sequence[str] = (), **options: object) -> go.Figure:
     """An empty figure; two sides are named below the title, their panels are called A and B."""
     fig = paper(title, x, y, panels, **options)
     if len(sides) == 2:
-        named = " &nbsp; ".join(f"{letter}: {side.title}" for letter, side in zip("AB", sides))
+        named = " &nbsp; ".join(f"{letter}: {_plain(side.title)}" for letter, side in zip("AB", sides))
         fig.update_layout(title_subtitle={"text": named, "font": {"size": 13}}, margin_t=105)
     return fig
 
@@ -87,7 +88,7 @@ def _picture_lay(sides: Sequence[Side], place: Place) -> go.Figure:
     fig = _paper("Where on the picture", sides, panels=[*titles, "the picture"], height=110 + 310 * count, rows=count, vertical_spacing=0.12)
     for n, side in enumerate([*sides, *[sides[0]] * count]):
         h, w = side.overview.grid
-        picture = np.full((h, w, 3), 200, np.uint8) if side.overview.picture is None else side.overview.picture
+        picture = side.overview.picture if h and side.overview.picture is not None else np.full((max(h, 1), max(w, 1), 3), 200, np.uint8)
         put_picture(fig, picture, [n + 1], (h, w))
         if n == len(titles):                                    # the picture alone; axes without any trace have no size
             fig.add_scatter(x=[0], y=[0], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False, row=n // 2 + 1, col=n % 2 + 1)
@@ -158,7 +159,12 @@ def _text_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
 
 def _short(token: str) -> str:
     token = token.removeprefix("<|").removesuffix("|>").strip(":")
-    return token if len(token) <= 8 else token[:7] + "…"
+    return _plain(token if len(token) <= 8 else token[:7] + "…")
+
+
+def _plain(text: str) -> str:
+    """Text that a figure shows as it is: `<s>` and the like are markup to plotly."""
+    return html.escape(text, quote=False)
 
 
 def _heads_lay(sides: Sequence[Side], place: Place) -> go.Figure:
@@ -190,7 +196,7 @@ def _row_lay(sides: Sequence[Side], place: Place) -> go.Figure:
             at = (found.modality == kind).nonzero()[:, 0].tolist()
             hover = f"%{{customdata}} [{name}], place %{{x}}: %{{y:.4f}}<extra></extra>"
             fig.add_bar(x=at, y=[0.0] * len(at), name=name, legendgroup=name, showlegend=n == 0, marker={"color": MODALITY[name], "line": {"width": 0}},
-                        customdata=[found.tokens[i] for i in at], hovertemplate=hover, row=n + 1, col=1)
+                        customdata=[_plain(found.tokens[i]) for i in at], hovertemplate=hover, row=n + 1, col=1)
     return fig.update_layout(bargap=0.1)
 
 

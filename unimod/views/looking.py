@@ -11,6 +11,7 @@ A panel that has nothing to show stays blank, and `notes` says why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -98,8 +99,9 @@ def notes(sides: Sequence[Side], place: Place) -> list[str]:
     for side in sides:
         who, found = asked(side, sides[0], place.query), side.overview
         if not known(side, place):
-            there = f"layers {found.layers[0]} to {found.layers[-1]} and {found.heads} heads"
-            said.append(f"{side.title} has {there}: nothing to show at layer {place.layer}, {head}.")
+            first, last = found.layers[0], found.layers[-1]
+            layers = f"{first} to {last}" if len(found.layers) == last - first + 1 else ", ".join(map(str, found.layers))
+            said.append(f"{side.title} has layers {layers} and {found.heads} heads: nothing to show at layer {place.layer}, {head}.")
             continue
         if who is None:
             said.append(f'{side.title} has no token that answers to "{sides[0].overview.tokens[place.query]}" at place {place.query}.')
@@ -108,6 +110,8 @@ def notes(sides: Sequence[Side], place: Place) -> list[str]:
         line = f"{side.title}: {KINDS[who] if one is None else repr(found.tokens[one]) + f' (token {one})'}, layer {place.layer}, {head}"
         if values.isnan().all():
             line += ": no such token in this layer" if one is None else ": the router skips this token here"
+        elif not math.prod(found.grid):
+            line += ": a row without a picture"
         elif not (values[found.modality == Modality.IMAGE] > 0).any():
             line += ": no attention on the picture (the mask hides it)"
         said.append(line + (f"; {int(kept.sum())} of {len(kept)} tokens go through" if not kept.all() else ""))
