@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from unimod.data import SPLITS, DataError, Folder, open_data
-from unimod.data.folder import EXAMPLE
+from unimod.data.folder import EXAMPLE, read_picture
 
 ASKED = [{"question": "what color is it?", "answer": "red"}]
 
@@ -122,6 +122,15 @@ def test_each_bad_entry_is_skipped_with_its_line_and_reason(good):
     for reason, count in Counter(reason for _, reason in bad).items():
         assert f"{count} x {reason}" in data.report()
     assert f"{len(bad)} skipped" in data.report() and "line 9 (none.png)" in data.report()
+
+
+def test_sixteen_bits_are_read_as_eight_and_floats_are_refused(tmp_path):
+    ramp = np.repeat(np.arange(8, dtype=np.uint16) * 9000, 8).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert np.array_equal(read_picture(tmp_path / "deep.png", 8)[..., 1], ramp // 256)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="which number is white"):
+        read_picture(tmp_path / "float.tiff", 8)
 
 
 def test_bytes_that_are_no_text_are_skipped(good):

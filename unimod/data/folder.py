@@ -133,9 +133,14 @@ def text_of(record: dict, field: str) -> str:
 
 
 def read_picture(path: Path, image_size: int) -> np.ndarray:
-    """A picture file as uint8 RGB [S, S, 3]; raises what Pillow raises for a file it cannot read."""
+    """A picture file as uint8 RGB [S, S, 3]; raises what Pillow raises for a file it cannot read, and ValueError for numbers without a known white."""
     with Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGBA")
+        picture = ImageOps.exif_transpose(file)
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {picture.mode} does not say which number is white")
+    if picture.mode.startswith("I;16"):                         # which convert() would cut at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    picture = picture.convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return np.asarray(ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC))
 
