@@ -127,6 +127,7 @@ def test_an_own_picture_in_both_tasks_and_models(explorer):
 
 
 @pytest.mark.parametrize(("content", "prompt", "words"), [(picture(), " ", "prompt is empty"), (b"", "a circle", "no picture"),
+                                                          (picture(), "a" * 1001, "has 1001 characters: shorten it"),
                                                           (b"not one", "a circle", "not a picture"), (picture()[:60], "a circle", "not a picture")])
 def test_a_picture_that_is_none_and_a_prompt_of_nothing(explorer, content, prompt, words):
     before = shown(explorer)[0]
@@ -141,7 +142,12 @@ def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_pa
     for name in ("overview", "record"):
         explorer.folder.value = str(tmp_path / name)
         explorer.open.click()
-        assert explorer.sides[1].title == f"saved: {name}" and (explorer.sides[1].overview.picture is None) == (name == "record")
+        assert explorer.sides[1].title == f"saved: {tmp_path.name}/{name}" and (explorer.sides[1].overview.picture is None) == (name == "record")
+        explorer.open.click()
+    shutil.copytree(tmp_path / "record", tmp_path / "another" / "record")
+    explorer.folder.value = str(tmp_path / "another" / "record")
+    explorer.open.click()
+    assert len(explorer.gallery.saved) == 3, "opened twice is one; another of the same name is another"
     explorer.layer.value = 6
     assert "nothing to show at layer 6" in explorer.message.value and np.isnan(shown(explorer)[1]).all(), "the record holds layers 2 and 3"
     foreign = build_model("showo-tiny", sessions["showo-tiny"].data.words(), codebook_size=500, grid=(8, 8), text_budget=120)
@@ -152,14 +158,22 @@ def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_pa
     shutil.copytree(tmp_path / "overview", tmp_path / "broken")
     (tmp_path / "broken" / "maps.npz").write_bytes(b"nothing")
     for folder, words in {"foreign": "record of another showo model", "janus": "record of a janus model", "broken": "cannot be read as an overview",
-                          "nowhere": "is not a folder", "": "is not a folder"}.items():
-        explorer.folder.value = str(tmp_path / folder) if folder else ""
+                          "nowhere": "is not a folder", "~nobody-of-this-name": "is not a folder", "": "is not a folder"}.items():
+        explorer.folder.value = folder if not folder or folder.startswith("~") else str(tmp_path / folder)
         explorer.open.click()
-        assert words in explorer.message.value and len(explorer.gallery.saved) == 2, folder
+        assert words in explorer.message.value and len(explorer.gallery.saved) == 3, folder
 
 
 def _row(model):
     return pack([model.layout.mmu(torch.zeros(model.layout.image_tokens, dtype=torch.long), [("a red circle", "yes")])])
+
+
+def test_making_a_side_leaves_the_random_numbers_alone(gallery):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    gallery.side("showo-tiny, routed", Task.MMU, 2)
+    assert torch.equal(torch.rand(3), want)
 
 
 def test_what_does_not_exist_is_named(gallery, sessions):

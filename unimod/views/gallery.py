@@ -11,6 +11,7 @@ A side is made when it is asked for and kept; everything that cannot be shown is
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from ..tokens import Task, pack
 from .looking import Side
 from .style import words
 
+LONGEST = 1000
+"""Characters of a prompt, which may be as many tokens."""
 KEPT = 32
 """Sides held at a time."""
 TASKS = (Task.T2I, Task.MMU)
@@ -69,9 +72,11 @@ class Gallery:
 
     def add(self, data: bytes, prompt: str) -> int:
         """Take one's own picture (the bytes of a picture file) and prompt: a caption to draw, or a question to answer. Returns the number of the sample.
-        Raises `ParameterError` for a picture that is none and a prompt of nothing."""
+        Raises `ParameterError` for a picture that is none and a prompt of nothing, or of too much."""
         if not prompt.strip():
             raise ParameterError("The prompt is empty: write a caption to draw, or a question about the picture.")
+        if len(prompt) > LONGEST:
+            raise ParameterError(f"The prompt has {len(prompt)} characters: shorten it to at most {LONGEST}.")
         if not data:
             raise ParameterError("There is no picture: choose a picture file first (PNG, JPEG, WebP, ...).")
         try:
@@ -84,11 +89,12 @@ class Gallery:
     def open(self, folder: str) -> str:
         """Take what `Overview.save` or `AttentionRecord.save` wrote. Returns the name under which it is shown. Raises `CaptureError` for a folder that holds
         neither, and for a record of a model that is not here."""
-        path = Path(folder).expanduser()
+        path = Path(os.path.expanduser(folder)).resolve()       # which leaves the name of nobody as it is
         if not folder.strip() or not path.is_dir():
             raise CaptureError(f"{folder!r} is not a folder; give one that Overview.save or AttentionRecord.save wrote.")
+        name = f"saved: {'/'.join(path.parts[-2:])}"            # folders of several runs have one name
         if not (path / "attention.npz").exists():
-            side = Side(f"saved: {path.name}", Overview.load(path))
+            side = Side(name, Overview.load(path))
         else:
             record = AttentionRecord.load(path)
             kind = record.about.get("model")
@@ -101,7 +107,7 @@ class Gallery:
             if top >= layout.vocab_size or (record.whole.modality[record.whole.rows()[0]] == 1).sum() % layout.image_tokens:
                 raise CaptureError(f"{path} is a record of another {kind} model: it has token {top} and its own picture size; this one has {layout.vocab_size} "
                                    f"tokens and pictures of {layout.image_tokens}. Save an Overview instead, which names its tokens itself.")
-            side = Side(f"saved: {path.name}", overview(record, 0, layout.token, layout.grid), record)
+            side = Side(name, overview(record, 0, layout.token, layout.grid), record)
         self.saved[side.title] = side
         return side.title
 
@@ -128,6 +134,7 @@ class Gallery:
             drawn = task == Task.T2I
             packed = pack(session.batches.t2i([text], codes, torch.Generator().manual_seed(0), drop=False) if drawn
                           else [lm.layout.mmu(codes[0], [(text, "")], open_ended=True)])
-        torch.manual_seed(0)                                    # routers that draw lots
-        record = observe(lm, packed)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)                                # routers that draw lots
+            record = observe(lm, packed)
         return Side(f"{model}, {words(task.name.lower())}", overview(record, 0, lm.layout.token, lm.layout.grid, picture), record)
