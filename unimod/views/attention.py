@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 from ..capture import AttentionRecord
 from ..capture.record import edges
 from ..tokens import Modality, Packed
-from .style import AMOUNT, DASH, DIFFERENCE, MODALITY, TASK, bytes_of, lines, paper, require, root_ticks, slider, words
+from .style import AMOUNT, DASH, DIFFERENCE, MODALITY, TASK, bytes_of, lines, paper, plain, require, root_ticks, slider, words
 
 HEAD_VALUES = {
     "to_image": "attention that flows to the picture",
@@ -177,7 +177,7 @@ def head_maps(data: pd.DataFrame, active: int = 0) -> go.Figure:
     top = float(data["share"].max())
     frames = []
     for layer, part in data.groupby("layer"):
-        labels = list(dict.fromkeys(part["query"]))
+        labels = [plain(label) for label in dict.fromkeys(part["query"])]
         z = bytes_of(part["share"].to_numpy().reshape(len(labels), -1), top)
         frames.append(
             go.Frame(

@@ -8,7 +8,6 @@ Each is a `Drawing`: panels A, B and A - B where there are two sides, else one. 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..analysis.patterns import NAMES
 from ..tokens import Modality
 from .attention import HEAD_VALUES
 from .looking import Drawing, Place, Side, asked, known, token
-from .style import AMOUNT, DIFFERENCE, MODALITY, OVERLAY, paper, put_picture
+from .style import AMOUNT, DIFFERENCE, MODALITY, OVERLAY, paper, plain, put_picture
 
 VEIL = [[0, "rgba(0,0,0,0)"], [1, "rgba(60,60,70,0.86)"]]
 COLUMNS = 12
@@ -27,14 +26,14 @@ COLUMNS = 12
 
 
 def _titles(sides: Sequence[Side]) -> list[str]:
-    return [_plain(sides[0].title)] if len(sides) == 1 else ["A", "B", "A - B"]
+    return [plain(sides[0].title)] if len(sides) == 1 else ["A", "B", "A - B"]
 
 
 def _paper(title: str, sides: Sequence[Side], x: str = "", y: str = "", panels: Sequence[str] = (), **options: object) -> go.Figure:
     """An empty figure; two sides are named below the title, their panels are called A and B."""
     fig = paper(title, x, y, panels, **options)
     if len(sides) == 2:
-        named = " &nbsp; ".join(f"{letter}: {_plain(side.title)}" for letter, side in zip("AB", sides))
+        named = " &nbsp; ".join(f"{letter}: {plain(side.title)}" for letter, side in zip("AB", sides))
         fig.update_layout(title_subtitle={"text": named, "font": {"size": 13}}, margin_t=105)
     return fig
 
@@ -159,12 +158,7 @@ def _text_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
 
 def _short(token: str) -> str:
     token = token.removeprefix("<|").removesuffix("|>").strip(":")
-    return _plain(token if len(token) <= 8 else token[:7] + "…")
-
-
-def _plain(text: str) -> str:
-    """Text that a figure shows as it is: `<s>` and the like are markup to plotly."""
-    return html.escape(text, quote=False)
+    return plain(token if len(token) <= 8 else token[:7] + "…")
 
 
 def _heads_lay(sides: Sequence[Side], place: Place) -> go.Figure:
@@ -196,7 +190,7 @@ def _row_lay(sides: Sequence[Side], place: Place) -> go.Figure:
             at = (found.modality == kind).nonzero()[:, 0].tolist()
             hover = f"%{{customdata}} [{name}], place %{{x}}: %{{y:.4f}}<extra></extra>"
             fig.add_bar(x=at, y=[0.0] * len(at), name=name, legendgroup=name, showlegend=n == 0, marker={"color": MODALITY[name], "line": {"width": 0}},
-                        customdata=[_plain(found.tokens[i]) for i in at], hovertemplate=hover, row=n + 1, col=1)
+                        customdata=[plain(found.tokens[i]) for i in at], hovertemplate=hover, row=n + 1, col=1)
     return fig.update_layout(bargap=0.1)
 
 

@@ -11,6 +11,7 @@ ink is a grey that reads on white and on black.
 from __future__ import annotations
 
 import base64
+import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -184,3 +185,8 @@ def root_ticks(top: float) -> dict[str, list]:
 def words(task: str) -> str:
     """A task in words."""
     return TASK_WORDS.get(task, task)
+
+
+def plain(text: str) -> str:
+    """Text that a figure shows as it is: `<s>` and the like are markup to plotly."""
+    return html.escape(text, quote=False)
