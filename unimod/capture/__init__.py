@@ -9,7 +9,8 @@
     with capture_stock(lm) as record: lm(input_ids=ids)             # any transformers model, `capture.stock`
 
 q and k are taken after norm and rotary embedding, inside the registered attention function, so no eager attention is needed and
-the logits are the same bit for bit. They are 11 to 52 times smaller than the maps, which are made only when asked for.
+the logits are the same bit for bit. For 1,155 tokens of Show-o they are 9 times smaller than the maps,
+for 8,200 of Emu3 51 times; maps are made only when asked for.
 In a routed layer a record knows the kept tokens only: `record.packed(layer)` is that layer's own, smaller batch.
 """
 
