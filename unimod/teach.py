@@ -58,8 +58,7 @@ def check(yours: Callable, reference: Callable, *stages: Stage) -> Callable:
     for number, stage in enumerate(stages, 1):
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stdout(printed):
-                _agree(yours, reference, stage.args)
+            _agree(yours, reference, stage.args, printed)
         except Wrong as wrong:
             call = f"with {', '.join(map(shown, stage.args))}" if stage.args else "called without arguments"
             print(f"Stage {number} of {len(stages)}, {call}: {wrong}.")
@@ -72,12 +71,13 @@ def check(yours: Callable, reference: Callable, *stages: Stage) -> Callable:
     return yours
 
 
-def _agree(yours: Callable, reference: Callable, args: tuple) -> None:
-    """Raises `Wrong` where `yours` does something else than `reference` on copies of `args`."""
+def _agree(yours: Callable, reference: Callable, args: tuple, printed: io.StringIO) -> None:
+    """Raises `Wrong` where `yours` does something else than `reference` on copies of `args`; what `yours` prints goes to `printed`."""
     mine, theirs = copy.deepcopy(args), copy.deepcopy(args)
     want = reference(*theirs)
     try:
-        got = yours(*mine)
+        with contextlib.redirect_stdout(printed):
+            got = yours(*mine)
     except (Exception, SystemExit) as error:  # whatever a reader's code raises is answered with the hint; only an interrupt ends the cell
         raise Wrong(f"it raised {type(error).__name__}: {str(error)[:ECHO]}" if str(error) else f"it raised {type(error).__name__}") from None
     if got is None:

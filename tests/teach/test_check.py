@@ -134,3 +134,13 @@ def test_an_interrupt_still_interrupts():
 def test_what_is_shown_stays_short():
     assert shown(torch.tensor([0.123456, 2.0])) == "[0.1235, 2]" and shown(torch.zeros(3, 5, dtype=torch.int64)) == "int64 tensor of shape [3, 5]"
     assert shown([torch.sin, 3]) == "[the function sin, 3]" and shown("x" * 100) == "a str" and shown(list(range(20))).endswith("7, ...]")
+
+
+def test_what_the_packages_own_function_prints_is_not_said_to_be_the_readers(capsys):
+    def reference(x):
+        print("a note of the package")
+        return 2 * x
+
+    check(lambda x: None, reference, *NUMBERS)
+    said = capsys.readouterr().out
+    assert "Stage 1 of 2" in said and "It printed" not in said
