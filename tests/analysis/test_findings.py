@@ -93,11 +93,11 @@ def made_competition(t2i, mmu, seed):
 
 def test_one_run_decides_nothing():
     runs = [made_competition(0.8 + 0.01 * seed, 0.2, seed) for seed in range(LEAST)]
-    assert drawing_wins(runs).outcome == "yes" and drawing_wins(runs[:1]).outcome == drawing_wins(runs[:2]).outcome == "undecided"
+    assert drawing_wins(runs).outcome == "yes" and {drawing_wins(runs[:n]).outcome for n in range(1, LEAST)} == {"undecided"}
     assert drawing_wins([made_competition(0.2, 0.5 + 0.1 * seed, seed) for seed in range(LEAST)]).outcome == "no"
-    assert drawing_wins([made_competition(0.2 + 0.3 * seed, 0.5, seed) for seed in range(LEAST)]).outcome == "undecided"
+    assert drawing_wins([made_competition(0.2 + 0.15 * seed, 0.5, seed) for seed in range(LEAST)]).outcome == "undecided"
     row = drawing_wins(runs).table()[0]
-    assert (row["outcome"], row["n"], row["over"]) == ("yes", 3, "seeds") and "after 7 steps" in row["sentence"] and "holds" not in row
+    assert (row["outcome"], row["n"], row["over"]) == ("yes", LEAST, "seeds") and "after 7 steps" in row["sentence"] and "holds" not in row
 
 
 STABLE = {"1. the dominant modality flips (absolute)": ("yes", "yes"), "2a. early layers matter more, t2i": ("yes", "yes"),
