@@ -27,7 +27,8 @@ def test_any_theta_is_on_the_budget(theta, saving, weight):
     saved = ((1 - c[:, 0]).sum() * weight + (1 - c[:, 1]).sum()) / (weight + 1) / 6
     assert float(saved) == pytest.approx(saving, abs=1e-5)
     plan = learned.plan()
-    assert plan.routed() == (1, 3, 5) and all(plan.capacity[t][3] == pytest.approx(float(c[1, i])) for i, t in enumerate(TASKS))
+    assert all(plan.capacity[t][3] == pytest.approx(float(c[1, i])) for i, t in enumerate(TASKS))
+    assert set(plan.routed()) <= {1, 3, 5} and all(float(c[n].min()) > 1 - 1e-5 for n, layer in enumerate((1, 3, 5)) if layer not in plan.routed())
 
 
 def test_the_same_theta_on_another_budget():
