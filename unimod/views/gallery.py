@@ -43,7 +43,7 @@ class Gallery:
         self.sessions, self.samples, self.split = dict(sessions), samples, split
         self.models = {name: (session, session.model) for name, session in sessions.items()}
         for name, model in (also or {}).items():
-            found = [s for n, s in sessions.items() if name.startswith(n)]
+            found = [sessions[n] for n in sorted(sessions, key=len, reverse=True) if name.startswith(n)]
             if not found:
                 raise ParameterError(f"model {name!r} belongs to no session; begin its name with one of {', '.join(sessions)}.")
             mine, theirs = (x.layout for x in (found[0].model, model))

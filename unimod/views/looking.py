@@ -186,7 +186,7 @@ def _as_bytes(data: list[dict], layout: dict, axes: Sequence[str | None]) -> tup
         if axis in ends and "z" in part:
             low, high = ends[axis]
             z = np.nan_to_num(part["z"], nan=max(low, 0.0))
-            part = part | {"z": (255 * np.clip((z - low) / (high - low), 0, 1)).round().astype(np.uint8)}
+            part = part | {"z": (255 * np.clip((z - low) / ((high - low) or 1.0), 0, 1)).round().astype(np.uint8)}
         coarse.append(part)
     ticks = {axis: {"tickvals": [0, 127.5, 255], "ticktext": [f"{low + f * (high - low):.2g}" for f in (0, 0.5, 1)]} for axis, (low, high) in ends.items()}
     return coarse, layout | {axis: {"cmin": 0, "cmax": 255, "colorbar": bar} for axis, bar in ticks.items()}
