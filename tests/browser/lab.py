@@ -34,7 +34,7 @@ class Lab:
         self.page.wait_for_function(READY, timeout=60_000)
         self.page.locator("#jupyterlab-splash").wait_for(state="detached")
 
-    def run_all(self, seconds=120):
+    def run_all(self, seconds=300):
         """Run > Run All Cells, and wait until every cell has run. Raises AssertionError with the traceback of a cell that fails."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

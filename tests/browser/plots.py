@@ -61,7 +61,7 @@ def drag_slider(plot, step):
     mouse.up()
 
 
-def wait_until(page, condition, what, seconds=15.0, every=20):
+def wait_until(page, condition, what, seconds=60.0, every=20):
     """Ask every so many ms until condition() holds, and give its value; raises AssertionError with `what` after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := condition()):
