@@ -7,6 +7,7 @@ import pytest
 from lab import Lab
 from PIL import Image
 from plots import changed, click_cell, drawn, traces, values, wait_until
+from views.test_looking import made
 
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURES = ("picture", "text", "heads", "row", "blocks")
@@ -179,21 +180,31 @@ WATCH = """() => {                                   // milliseconds from a key 
 }"""
 
 
-def test_how_long_a_moved_slider_takes(explorer, capsys):
+def test_how_long_a_moved_slider_takes(explorer, capsys, tmp_path):
     """Measured and printed, not asserted: other work on the machine would decide."""
-    explorer.page.evaluate(WATCH)
-    first, last = [], []
-    for key in ["ArrowLeft", "ArrowRight"] * 4:
-        explorer.page.evaluate("() => { window.took = []; }")
-        explorer.part("layer").locator(".noUi-handle").press(key)
-        wait_until(explorer.page, lambda: explorer.page.evaluate("() => window.took.length"), "a figure is drawn anew")
-        explorer.page.wait_for_timeout(600)
-        took = explorer.page.evaluate("() => window.took")
-        first.append(took[0])
-        last.append(took[-1])
-    with capsys.disabled():
-        print(f"\nfrom a key on the layer slider to the picture: median {statistics.median(first):.0f} ms, longest {max(first):.0f} ms; "
-              f"to the last figure: median {statistics.median(last):.0f} ms, longest {max(last):.0f} ms")
+    explorer.choose("compare", explorer.choices("compare")[0])
+    for what in ("the tiny model", "a side of 1,155 tokens, 24 layers and 32 heads beside it"):
+        if "1,155" in what:
+            big = made(L=24, H=32, grid=(32, 32), words=130).overview.save(tmp_path / "big")
+            explorer.part("folder").locator("input").fill(str(big))
+            explorer.part("folder").locator("input").press("Enter")
+            explorer.part("open").click()
+            explorer.says("saved: ")
+            wait_until(explorer.page, lambda: len(explorer.panels()) == 2, "there are panels A and B, whose pictures of two sizes have no difference")
+        explorer.page.wait_for_timeout(1500)
+        explorer.page.evaluate(WATCH)
+        took = []
+        for key in ["ArrowLeft", "ArrowRight"] * 4:
+            explorer.page.evaluate("() => { window.took = []; }")
+            explorer.part("layer").locator(".noUi-handle").press(key)
+            wait_until(explorer.page, lambda: explorer.page.evaluate("() => window.took.length"), "a figure is drawn anew")
+            explorer.page.wait_for_timeout(600)
+            took.append(explorer.page.evaluate("() => [window.took[0], window.took[window.took.length - 1]]"))
+        with capsys.disabled():
+            (first, slowest), (last, longest) = ((statistics.median(times), max(times)) for times in zip(*took))
+            print(f"\n{what}: from a key on the layer slider to the picture {first:.0f} ms (longest {slowest:.0f}), to the last figure {last:.0f} ms "
+                  f"(longest {longest:.0f})")
+    explorer.choose("compare", explorer.choices("compare")[0])
 
 
 def test_light_and_dark(opened, shoot):

@@ -149,6 +149,7 @@ class Overview:
 
 def look(model: UnifiedModel, packed: Packed, row: int = 0, picture: np.ndarray | None = None) -> Overview:
     """Run the model on a batch and keep one row's overview, worked out inside the attention: memory as of one layer."""
+    packed = packed.to(model.device)
     found = reduced(model, packed, lambda attention: _layer(packed, attention, row))
     return _together(found, packed, row, {"model": model.layout.kind}, model.layout.token, model.layout.grid, picture)
 
@@ -162,7 +163,7 @@ def _layer(whole: Packed, attention: LayerAttention, row: int) -> dict[str, obje
     """All that an overview holds of one layer."""
     part, all_of = attention.packed, whole.rows()[row]
     span = part.rows()[row]
-    at = (places(whole.to(part.ids.device), part)[span] - all_of.start).cpu()
+    at = (places(whole, part)[span] - all_of.start).cpu()
     n, modality = all_of.stop - all_of.start, part.modality[span]
     kept = torch.zeros(n, dtype=torch.bool)
     kept[at] = True

@@ -120,12 +120,13 @@ def notes(sides: Sequence[Side], place: Place) -> list[str]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One kind of figure. panels: titles; traces: per panel and place, the properties of its traces, and the layout that goes with them."""
+    """One kind of figure: how it is laid out, and what fills it at a place."""
 
     name: str
     lay: Callable[[Sequence[Side], Place], go.Figure]
-    """The figure without data: panels, axes, one empty trace per dict of `traces`."""
+    """The figure without data: panels, axes, and empty traces."""
     fill: Callable[[Sequence[Side], Place], tuple[list[dict], dict]]
+    """What changes with the place: properties of every trace, and the layout that goes with them."""
     caption: str
     """What to see."""
     alt: str
