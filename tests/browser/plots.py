@@ -62,10 +62,10 @@ def drag_slider(plot, step):
 
 
 def wait_until(page, condition, what, seconds=60.0, every=20):
-    """Ask every so many ms until condition() holds, and give its value; raises AssertionError with `what` after `seconds`."""
+    """Ask every so many ms until condition() holds, and give its value; raises AssertionError with `what`, or what it gives, after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        assert time.monotonic() < end, f"{what() if callable(what) else what}: not within {seconds} s"
         page.wait_for_timeout(every)
     return found
 

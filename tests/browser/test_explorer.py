@@ -32,7 +32,7 @@ class Explorer:
     def says(self, words):
         """Wait until the message matches; gives what it says."""
         message = self.part("message")
-        wait_until(self.page, lambda: re.search(words, message.inner_text(), re.I), f"the message, {message.inner_text()!r}, says {words!r}")
+        wait_until(self.page, lambda: re.search(words, message.inner_text(), re.I), lambda: f"the message, {message.inner_text()!r}, says {words!r}")
         return message.inner_text()
 
     def panels(self):
@@ -69,13 +69,17 @@ class Explorer:
         return self.choices(name)[self.part(name).locator("select").evaluate("select => select.selectedIndex")]
 
     def ask(self, prompt, file=None):
-        """Fill in the prompt, upload a file, press the button."""
+        """Upload a file, fill in the prompt, wait until both are said to have arrived, press the button."""
         if file:
             with self.page.expect_file_chooser() as chooser:
                 self.part("upload").click()
             chooser.value.set_files(file)
-            self.page.get_by_role("button", name=re.compile(r"\(1\)")).wait_for()  # ipywidgets counts what has arrived
-        self.part("prompt").locator("input").fill(prompt)
+            self.says(f"your own: {re.escape(file.name)}, ")
+        field = self.part("prompt").locator("input")
+        if field.input_value() != prompt:
+            field.fill(prompt)
+            field.press("Tab")
+            self.says(f'your own: .*, "{re.escape(prompt)}"' if prompt else "no prompt yet")
         self.part("look").click()
 
 
@@ -188,8 +192,8 @@ def test_how_long_a_moved_slider_takes(explorer, capsys, tmp_path):
             big = made(L=24, H=32, grid=(32, 32), words=130).overview.save(tmp_path / "big")
             explorer.part("folder").locator("input").fill(str(big))
             explorer.part("folder").locator("input").press("Enter")
+            explorer.says("Saved: .*big")
             explorer.part("open").click()
-            explorer.says("saved: ")
             wait_until(explorer.page, lambda: len(explorer.panels()) == 2, "there are panels A and B, whose pictures of two sizes have no difference")
         explorer.page.wait_for_timeout(1500)
         explorer.page.evaluate(WATCH)

@@ -4,6 +4,7 @@ import copy
 import datetime
 import io
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -133,6 +134,35 @@ def test_a_picture_that_is_none_and_a_prompt_of_nothing(explorer, content, promp
     before = shown(explorer)[0]
     upload(explorer, content, prompt)
     assert words in explorer.message.value and explorer.gallery.own == [] and np.array_equal(before, shown(explorer)[0])
+
+
+def test_what_has_arrived_is_said_before_a_button_is_pressed(explorer):
+    shown_before = shown(explorer)[0]
+    explorer.prompt.value = "a <b>red</b> circle"
+    assert "no picture yet, &quot;a &lt;b&gt;red&lt;/b&gt; circle&quot;" in explorer.message.value
+    explorer.prompt.value = " ".join(["long"] * 300)
+    assert len(explorer.message.value) < 400
+    explorer.folder.value = "runs/first"
+    assert "Saved: runs/first. Press &quot;Open&quot;" in explorer.message.value and np.array_equal(shown_before, shown(explorer)[0])
+
+
+def test_news_of_two_threads_are_heard_one_after_the_other(explorer):
+    with explorer._silent():
+        other = threading.Thread(target=setattr, args=(explorer.layer, "value", 6))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive() and "layer 4" in explorer.message.value, "it waits"
+    other.join(60)
+    assert not other.is_alive() and "layer 6" in explorer.message.value
+    want = explorer.sides[0].overview
+    assert np.allclose(shown(explorer)[0], want.on_picture(want.looks(6, None, Modality.IMAGE)), atol=1e-5)
+
+
+def test_a_mistake_of_the_explorer_is_said_and_not_hidden(explorer, monkeypatch):
+    monkeypatch.setattr(explorer.gallery, "about", lambda sample: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explorer.layer.value = 6
+    assert "ZeroDivisionError" in explorer.message.value
 
 
 def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_path):

@@ -9,7 +9,8 @@ layers that need no kernel. Nothing that one can type or upload ends in a traceb
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ipywidgets as w
@@ -59,10 +60,14 @@ def headless(gallery: Gallery, run: Run, layer: int = 0, head: int | None = None
 
 
 class Explorer:
-    """The widget. `root` is what to display; `place` and `sides` say what is shown."""
+    """The widget. `root` is what to display; `place` and `sides` say what is shown.
+
+    What the controls tell arrives late and in any order: JupyterLab holds a control's news back while older news of it are on their way, and may deliver the
+    news of two controls on two threads. So one thing is done at a time, and what has arrived of one's own picture and prompt is said.
+    """
 
     def __init__(self, gallery: Gallery, layer: int = 0, head: int | None = None) -> None:
-        self.gallery, self.chosen, self.quiet = gallery, 0, False
+        self.gallery, self.chosen, self.quiet, self.lock = gallery, 0, False, threading.RLock()
         self.sides: list[Side] = []
         self.figures: dict[str, go.FigureWidget] = {}
         self.sent: dict[str, tuple[list[dict], dict]] = {}
@@ -95,9 +100,11 @@ class Explorer:
         self.root = w.VBox([*(w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows), self.message, *self.boxes.values()])
         self.root.add_class("unimod-explorer")
         for control in (self.model, self.task, self.compare, self.sample):
-            control.observe(self._new_sides, "value")
+            control.observe(self._heard(self._new_sides), "value")
         for control in (self.layer, self.head, self.query, self.value):
-            control.observe(self._moved, "value")
+            control.observe(self._heard(self._moved), "value")
+        for control in (self.upload, self.prompt, self.folder):
+            control.observe(self._heard(self._arrived), "value")
         self.play.observe(lambda change: setattr(self.layer, "index", min(change["new"], len(self.layer.options) - 1)), "value")
         self.look.on_click(lambda _: self._own())
         self.open.on_click(lambda _: self._open())
@@ -114,10 +121,16 @@ class Explorer:
         both = [(f"{name}, {words(task.name.lower())}", (name, task)) for name in self.gallery.models for task in TASKS]
         return [("nothing", ()), *both, *((name, (name, Task.MMU)) for name in self.gallery.saved)]
 
-    def _new_sides(self, _: object = None) -> None:
+    def _heard(self, action: Callable[[], None]) -> Callable[[object], None]:
+        """What to do at a control's news, unless it was set here."""
+        def heard(_: object) -> None:
+            with self.lock:
+                if not self.quiet:
+                    action()
+        return heard
+
+    def _new_sides(self) -> None:
         """Another row: make its sides and fresh figures."""
-        if self.quiet:
-            return
         with self._said():
             sample, beside = self.sample.value, self.compare.value
             before, self.sides = self.sides, [self.gallery.side(*name, sample) for name in ((self.model.value, self.task.value), beside) if name]
@@ -138,10 +151,8 @@ class Explorer:
                     old.close()
             self._clickable()
 
-    def _moved(self, _: object = None) -> None:
+    def _moved(self) -> None:
         """Another place in the same rows: of the figures' data only what changes is sent."""
-        if self.quiet:
-            return
         with self._said():
             for drawing in DRAWINGS:
                 fig, (data, layout), (had, looked) = self.figures[drawing.name], drawing.fill(self.sides, self.place), self.sent[drawing.name]
@@ -190,6 +201,15 @@ class Explorer:
                 self.head.value = head
         self._moved()
 
+    def _arrived(self) -> None:
+        """Say what the two buttons would take."""
+        picture = self.upload.value[0]["name"] if self.upload.value else "no picture yet"
+        prompt, folder = (text if len(text) <= 200 else f"{text[:200]} ..." for text in (self.prompt.value.strip(), self.folder.value.strip()))
+        lines = [f"""Your own: {picture}, {f'"{prompt}"' if prompt else 'no prompt yet'}. Press "{self.look.description}" when both are here."""]
+        if folder:
+            lines.append(f'Saved: {folder}. Press "{self.open.description}".')
+        self._say("<br>".join(map(html.escape, lines)))
+
     def _own(self) -> None:
         """Look at one's own picture and prompt."""
         with self._said(said=False):
@@ -211,23 +231,28 @@ class Explorer:
     @contextmanager
     def _silent(self) -> Iterator[None]:
         """Set controls without being told."""
-        before, self.quiet = self.quiet, True
-        try:
-            yield
-        finally:
-            self.quiet = before
+        with self.lock:
+            before, self.quiet = self.quiet, True
+            try:
+                yield
+            finally:
+                self.quiet = before
 
     @contextmanager
     def _said(self, said: bool = True) -> Iterator[None]:
         """Say what is shown, or what is wrong."""
-        try:
-            yield
-        except (CaptureError, ParameterError, ValueError, OSError) as error:
-            self._say(str(error), wrong=True)
-        else:
-            if said:
-                lines = notes(self.sides, self.place) if self.sides else []
-                self._say("<br>".join(map(html.escape, [self.gallery.about(self.sample.value), *lines, HINT])))
+        with self.lock:
+            try:
+                yield
+                if said:
+                    lines = notes(self.sides, self.place) if self.sides else []
+                    self._say("<br>".join(map(html.escape, [self.gallery.about(self.sample.value), *lines, HINT])))
+            except (CaptureError, ParameterError, ValueError, OSError) as error:
+                self._say(str(error), wrong=True)
+            except Exception as error:                          # JupyterLab shows a traceback from here in its log alone
+                self._say(f"This could not be shown, by a mistake of the explorer's own ({type(error).__name__}: {error}); JupyterLab's log says where.",
+                          wrong=True)
+                raise
 
     def _say(self, text: str, wrong: bool = False) -> None:
         self.message.value = f'<div role="status"><b>{html.escape(text)}</b></div>' if wrong else f'<div role="status">{text}</div>'
