@@ -73,9 +73,9 @@ class Growing:
         for name in ("ids", "position", "modality"):
             getattr(self._step, name).copy_(getattr(fresh, name), non_blocking=True)
         if self._graph is None:
-            return self.model(self._step, cache=self.cache)[live]
+            return _of(self.model(self._step, cache=self.cache), live)
         self._graph[0].replay()
-        return self._graph[1][live]
+        return _of(self._graph[1], live)
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """One step as a CUDA graph. The steps that warm it up write where the next token will, and are forgotten."""
@@ -96,6 +96,11 @@ class Growing:
     def _forget(self, used: dict[int, Tensor]) -> None:
         for layer, x in self.cache.used.items():
             x.copy_(used.get(layer, torch.zeros_like(x)))
+
+
+def _of(x: Tensor, live: list[int]) -> Tensor:
+    """The rows `live` of x, without waiting for its device."""
+    return x if len(live) == len(x) else x[torch.tensor(live).to(x.device, non_blocking=True)]
 
 
 def _sees_one_row(model: UnifiedModel) -> None:

@@ -1,0 +1,149 @@
+"""What test_device.py runs in a process of its own: the package on a device that is not the CPU."""
+
+import copy
+
+import pytest
+import torch
+from pretend import DEVICE, On, Pretend, there
+
+from unimod.analysis.importance import importance
+from unimod.analysis.interactions import gradient_cosine
+from unimod.analysis.overview import look
+from unimod.analysis.patterns import measure
+from unimod.analysis.redundancy import arank
+from unimod.analysis.routing import diagnose
+from unimod.capture import observe
+from unimod.data import open_data
+from unimod.data.batches import Batches
+from unimod.evaluate.inference import in_use
+from unimod.evaluate.quality import evaluate
+from unimod.generate import Growing, answer, calibrate, draw
+from unimod.layers import apply_mod, learn_capacity
+from unimod.methods import PRESETS, RouterConfig
+from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.plan import last_half
+from unimod.tokens import Task
+from unimod.train import Objective, TrainConfig
+
+torch.set_num_threads(1)
+DATA = open_data("scenes")
+MODELS = pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+
+
+def built(name, router="dense", batch=(2, 2, 1)):
+    """A model, its picture tokenizer and its batches, on the CPU."""
+    model, tokenizer = from_pretrained(shipped(name))
+    if router != "dense":
+        torch.manual_seed(0)
+        apply_mod(model, last_half(8), RouterConfig(predictor=True) if router == "predictor" else PRESETS[router])
+    return model, tokenizer, Batches(DATA, tokenizer, model.layout, batch)
+
+
+def numbers(x):
+    return x.host if isinstance(x, Pretend) else x
+
+
+def test_the_device_refuses_what_a_gpu_refuses_and_notes_what_crosses():
+    with On() as device:
+        x = torch.arange(6.0).to(DEVICE, non_blocking=True)
+        assert x.device == DEVICE and device.copies == ["_to_copy at "] and not device.waits
+        with pytest.raises(RuntimeError, match="add takes tensors of pretend:0 and of the CPU"):
+            x + torch.ones(6)
+        assert (x + torch.tensor(1.0)).sum().device == DEVICE and len(device.copies) == 1
+        down = (x.sum().item, x.nonzero, x.tolist, x.cpu, lambda: x[x > 1], lambda: bool(x[0]))
+        up = (lambda: x[[0, 1]], lambda: torch.ones(3).to(DEVICE), lambda: torch.tensor([1, 2], device=DEVICE), lambda: x.clone().copy_(torch.ones(6)))
+        for n, wait in enumerate((*down, *up), 1):
+            wait()
+            assert len(device.waits) == n, wait
+    y = Pretend(torch.ones(3)).requires_grad_()
+    (y * y).sum().backward()
+    assert isinstance(y.grad, Pretend) and y.grad.host.tolist() == [2, 2, 2]
+
+
+@MODELS
+@pytest.mark.parametrize("router", ["dense", "predictor", *(n for n, c in PRESETS.items() if c.compete != "batch")])
+def test_a_step_is_the_same_there_and_waits_for_nothing(name, router):
+    model, _, batches = built(name, router)
+    config, packed = TrainConfig(steps=1, membership=0.01, budget=0.1), batches.train(0)
+    here, elsewhere = Objective(model, config).train(), Objective(there(copy.deepcopy(model)), config).train()
+    torch.manual_seed(0)
+    want = here(packed.to("cpu"))
+    want.objective.backward()
+    with On() as device:
+        optimizer = torch.optim.AdamW([p for p in elsewhere.parameters() if p.requires_grad] or elsewhere.parameters(), lr=0.0)
+        moved = packed.to(elsewhere.model.device)               # waited for here; for CUDA it is pinned first
+        elsewhere.model(moved)                                  # rotary frequencies follow the model once
+        device.waits.clear()
+        torch.manual_seed(0)
+        got = elsewhere(moved)
+        got.objective.backward()
+        torch.nn.utils.clip_grad_norm_(elsewhere.parameters(), 1e9)
+        optimizer.step()
+        assert not device.waits
+    torch.testing.assert_close((numbers(got.objective), numbers(got.per_task)), (want.objective, want.per_task), equal_nan=True)
+    for p, q in zip(elsewhere.parameters(), here.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if q.grad is not None:
+            torch.testing.assert_close(numbers(p.grad), q.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_learned_capacities_wait_once_a_step():
+    model, _, batches = built("showo-tiny", "unimod")
+    learn_capacity(there(model), 0.3)
+    with On() as device:
+        packed = batches.train(0).to(model.device)
+        model(packed)                                           # capacities are read once, rotary frequencies follow the model
+        device.waits.clear()
+        Objective(model).train()(packed).objective.backward()
+        assert not device.waits
+
+
+@MODELS
+@pytest.mark.parametrize("router", ["dense", "predictor", "unimod"])
+@torch.no_grad()
+def test_a_static_step_can_be_a_graph(name, router):
+    """Nothing crosses in it, and with it one says what the CPU says."""
+    model, _, batches = built(name, router)
+    if router != "dense":
+        calibrate(model, batches.held_out("train", 4))
+    asked = [model.layout.mmu(c, [("is there a red circle?", "")], open_ended=True) for c in batches.codes(batches.samples("test", 0, 2))]
+    nothing = torch.zeros(0, dtype=torch.long)
+    drawn = [model.layout.t2i(c, nothing, prompt=True) for c in ("a red circle", "")] if model.layout.causal_images else asked
+    options = {"static": True} if model.layout.causal_images else {"steps": 2}
+    want = answer(model, asked, static=True), draw(model, ["a red circle"], **options)
+    there(model)
+    with On() as device:
+        for rows in (asked, drawn):
+            growing = Growing(model, rows, 4, static=True)
+            growing.push(torch.tensor([5, 6]), [0, 1])
+            device.copies.clear()
+            device.waits.clear()
+            model(growing._step, cache=growing.cache)
+            assert not device.copies and not device.waits
+        assert answer(model, asked, static=True) == want[0] and torch.equal(numbers(draw(model, ["a red circle"], **options)), want[1])
+
+
+@pytest.mark.parametrize("name, router", [("showo-tiny", "unimod"), ("emu3-tiny", "dense")])
+def test_what_looks_at_a_model_looks_there_too(name, router):
+    """Captures, the three analyses, evaluation and diagnostics: tensors of both kinds are never mixed, and the figures are the CPU's."""
+    model, tokenizer, batches = built(name, router)
+    if router != "dense":
+        calibrate(model, batches.held_out("train", 4))
+
+    def figures():
+        t2i, mmu = ([batches.single_task(task, "validation", 2)] for task in (Task.T2I, Task.MMU))
+        record = observe(model, mmu[0])
+        yield from (record.map(0, 5, 1), record.row_weights(0, 5, None, 3), record.tile(0, 5), record.maps([1], 5))
+        yield from (look(model, mmu[0], 1).maps[5], measure(model, t2i, Task.T2I).mass, arank(record, Task.MMU).rank)
+        yield importance(model, mmu, Task.MMU).damage
+        yield gradient_cosine(model, t2i, mmu).cosine
+        yield torch.tensor(list(evaluate(model, tokenizer, DATA, "test", 4).flat().values()))
+        if router != "dense":
+            yield torch.tensor([row["kept"] for row in diagnose(model, batches, 2)["kept"]])
+            in_use(model, tokenizer, batches, 2)
+
+    want = list(figures())
+    there(model), there(tokenizer)
+    with On():
+        for got, expected in zip(figures(), want, strict=True):
+            torch.testing.assert_close(numbers(got), expected, atol=1e-3, rtol=1e-2, equal_nan=True)   # an overview is float16
