@@ -13,7 +13,7 @@ Letters used in the whole package: T tokens, K kept, B sequences, H heads, D wid
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import ClassVar
@@ -128,6 +128,7 @@ class Packed:
     """How each row's intervals are made (`mask_kind`), on the host: [B], or nothing where it is not known. A sorted gather leaves it as it is."""
     memo: ClassVar[dict | None] = None
     """What attention works out from the intervals, for the layers that share this batch: the model puts a dict in its place; a routed layer's has none."""
+    _always: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -163,7 +164,7 @@ class Packed:
 
     def always(self, kinds: tuple[str, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """The tokens of any of these `KINDS`: bool [T], and how many there are in each segment, on the host. Worked out once per batch."""
-        found: dict = self.__dict__.setdefault("_always", {})
+        found = self._always
         if not kinds and kinds not in found:                # the common case: nothing to work out, nothing to move
             found[kinds] = torch.zeros_like(self.ids, dtype=torch.bool), (0,) * len(self.segments)
         elif kinds not in found:

@@ -30,14 +30,14 @@ def test_checkpointing_recomputes_routed_layers_with_the_same_tokens(model, pack
     loss, plain = gradients(model, packed)
     ran = []
     model.layers[5].layer.mlp.register_forward_pre_hook(lambda module, args: ran.append(args[0].shape[1]))
-    model.lm.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     torch.manual_seed(0)
     again, recomputed = gradients(model, packed)
     assert len(ran) == 2 and ran[0] == ran[1] < len(packed), "forward and once more in the backward pass, both routed"
     assert torch.equal(again, loss) and recomputed.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(recomputed[name], value, msg=lambda said, name=name: f"{name}: {said}")
-    model.lm.activation_checkpointing_disable()
+    model.lm.gradient_checkpointing_disable()
     ran.clear()
     gradients(model, packed)
     assert len(ran) == 1

@@ -132,7 +132,7 @@ def test_a_routed_model_computes_the_same(layer, config, monkeypatch):
 def test_checkpointing(layer, reentrant):
     model, packed = layer
     plain = step(routed(model, RouterConfig(std=0.5)), packed, "triton")
-    model.lm.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     torch.testing.assert_close(step(model, packed, "triton"), plain)
 
 

@@ -133,7 +133,7 @@ def under_fsdp(folder):
         model = objective.model
         packed = batches(model).train(distributed.get_rank())
         if recompute:
-            model.lm.activation_checkpointing_enable({"use_reentrant": False})
+            model.lm.gradient_checkpointing_enable({"use_reentrant": False})
         if router == "gamma-mod":                           # one scorer in all layers is its own unit
             fully_shard(model.layers[-1].router.proj, mesh=mesh)
         for layer in model.layers:
