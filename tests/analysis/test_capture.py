@@ -151,7 +151,7 @@ def test_a_saved_record_is_the_same_record(world, tmp_path, dtype):
 
 def test_a_folder_that_is_no_record_is_named(world, tmp_path):
     model, batches = world["emu3-tiny"]
-    with pytest.raises(CaptureError, match="tokens.parquet and attention.npz missing"):
+    with pytest.raises(CaptureError, match="tokens.parquet, attention.npz missing"):
         AttentionRecord.load(tmp_path / "nowhere")
     folder = observe(model, batches.single_task(Task.MMU, "validation", 1)).save(tmp_path / "r")
     whole = (folder / "attention.npz").read_bytes()
@@ -160,9 +160,11 @@ def test_a_folder_that_is_no_record_is_named(world, tmp_path):
         with pytest.raises(CaptureError, match="cannot be read as an attention record"):
             AttentionRecord.load(folder)
     (folder / "attention.npz").write_bytes(whole)
-    (folder / "tokens.parquet").write_bytes(b"PAR1")
-    with pytest.raises(CaptureError, match="cannot be read as an attention record"):
-        AttentionRecord.load(folder)
+    another = observe(model, batches.single_task(Task.MMU, "validation", 1)).save(tmp_path / "another")
+    for other, why in ((b"PAR1", ""), ((another / "tokens.parquet").read_bytes(), "its files are of different saves")):
+        (folder / "tokens.parquet").write_bytes(other)
+        with pytest.raises(CaptureError, match=f"cannot be read as an attention record .*{why}"):
+            AttentionRecord.load(folder)
 
 
 def test_a_reducer_sees_what_a_record_holds(world):

@@ -21,6 +21,7 @@ from unimod.generate import Growing, answer, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity
 from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.ops.attention import flex, varlen
 from unimod.plan import last_half
 from unimod.tokens import Task
 from unimod.train import Objective, TrainConfig
@@ -95,6 +96,19 @@ def test_learned_capacities_wait_once_a_step():
         model(packed)                                           # capacities are read once, rotary frequencies follow the model
         device.waits.clear()
         Objective(model).train()(packed).objective.backward()
+        assert not device.waits
+
+
+@MODELS
+def test_attention_is_planned_without_a_wait(name):
+    """The plans of the kernels that only a GPU runs."""
+    _, _, batches = built(name)
+    packed = batches.train(0)
+    with On() as device:
+        moved = packed.to(DEVICE)
+        device.waits.clear()
+        for kernel in (varlen, flex):
+            kernel.prepare(moved.lo, moved.hi, moved.lengths, moved.masks)
         assert not device.waits
 
 

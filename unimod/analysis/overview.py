@@ -12,10 +12,7 @@ Letters: L layers, H heads, n tokens of the row, b bins; the kinds are ordered a
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +22,13 @@ import torch
 from torch import Tensor
 
 from ..capture import AttentionRecord, CaptureError, LayerAttention, reduced
+from ..capture.folder import reading, write
 from ..capture.record import edges, places
 from ..models.backbone import UnifiedModel
 from ..tokens import Modality, Packed, Task
 from .patterns import NAMES, Patterns, assemble, statistics
 
-FILES = ("row.parquet", "statistics.parquet", "maps.npz")
+TABLES = ("row", "statistics")
 VALUES = ("entropy", "evenness", "sink", "distance")
 
 
@@ -91,53 +89,27 @@ class Overview:
         return values[..., self.modality == Modality.IMAGE].unflatten(-1, self.grid)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `row.parquet` (its tokens), `statistics.parquet` and `maps.npz`, each whole or not at all; a record of the same row may lie beside them.
-        Returns the folder."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `row.parquet` (its tokens), `statistics.parquet` and `maps.npz`; a record of the same row may lie beside them. Returns the folder."""
         L, H = len(self.layers), self.heads
         p = self.patterns
         columns = {"layer": np.repeat(self.layers, H), "head": np.tile(range(H), L)} | {name: getattr(p, name)[:, 0].flatten().numpy() for name in VALUES}
         columns |= {f"to_{k}": p.received[:, 0, :, j].flatten().numpy() for j, k in enumerate(NAMES)}
         columns |= {f"{q}_to_{k}": p.mass[:, 0, :, i, j].flatten().numpy() for i, q in enumerate(NAMES) for j, k in enumerate(NAMES)}
-        tables = {"row": {"token": self.tokens, "modality": self.modality.numpy()}, "statistics": columns}
-        for name, table in tables.items():
-            pq.write_table(pa.table(table), folder / f"{name}.part")
-        notes = {"about": dict(self.about), "task": int(self.task), "grid": self.grid, "layers": self.layers}
-        arrays = {"notes": np.frombuffer(json.dumps(notes).encode(), np.uint8), "even": p.even[:, 0].numpy()}
-        arrays |= {name: getattr(self, name).numpy() for name in ("kept", "maps", "received")} | ({} if self.picture is None else {"picture": self.picture})
-        with open(folder / "maps.part", "wb") as file:
-            np.savez_compressed(file, **arrays)
-        for name in FILES:
-            os.replace((folder / name).with_suffix(".part"), folder / name)
-        return folder
+        arrays = {"even": p.even[:, 0].numpy()} | {name: getattr(self, name).numpy() for name in ("kept", "maps", "received")}
+        return write(Path(folder), {"row": {"token": self.tokens, "modality": self.modality.numpy()}, "statistics": columns}, "maps",
+                     arrays | ({} if self.picture is None else {"picture": self.picture}),
+                     {"about": dict(self.about), "task": int(self.task), "grid": self.grid, "layers": self.layers})
 
     @classmethod
     def load(cls, folder: str | Path) -> Overview:
         """Read what `save` wrote. Raises `CaptureError` for a folder that holds none, or a damaged one."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        folder = Path(folder)
-        missing = [name for name in FILES if not (folder / name).is_file()]
-        if missing:
-            raise CaptureError(f"{folder} holds no overview of attention: {', '.join(missing)} missing. Give a folder that Overview.save wrote.")
-        try:
-            with np.load(folder / "maps.npz") as store:
-                arrays = {name: store[name] for name in store.files}
-            notes = json.loads(arrays["notes"].tobytes())
-            tokens, table = (pq.read_table(folder / name) for name in FILES[:2])
+        with reading(Path(folder), TABLES, "maps", "overview of attention", "Overview.save") as ((tokens, table), arrays, notes):
             task, layers, tensors = Task(notes["task"]), tuple(notes["layers"]), {k: torch.from_numpy(arrays[k]) for k in ("kept", "maps", "received", "even")}
             read = lambda name: torch.tensor(table[name].to_numpy()).view(len(layers), 1, -1)  # noqa: E731
             mass = torch.stack([torch.stack([read(f"{q}_to_{k}") for k in NAMES], -1) for q in NAMES], -2)
             patterns = Patterns(task, layers, mass, torch.stack([read(f"to_{k}") for k in NAMES], -1), tensors["even"][:, None], *map(read, VALUES))
             return cls(notes["about"], task, tuple(tokens["token"].to_pylist()), torch.tensor(tokens["modality"].to_numpy()), tuple(notes["grid"]),
                        arrays.get("picture"), layers, tensors["kept"], tensors["maps"], tensors["received"], patterns)
-        except (KeyError, ValueError, TypeError, RuntimeError, OSError, EOFError, zipfile.BadZipFile, pa.ArrowException) as error:
-            raise CaptureError(f"{folder} cannot be read as an overview of attention ({type(error).__name__}: {error}). Save it again.") from error
 
     def _at(self, layer: int, head: int | None) -> int:
         if layer not in self.layers:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ..models.backbone import UnifiedModel, observe_attention
 from ..models.cache import KVCache
 from ..tokens import Packed
-from .record import AttentionRecord, CaptureError, LayerAttention
+from .folder import CaptureError
+from .record import AttentionRecord, LayerAttention
 from .stock import capture_stock
 
 __all__ = ["AttentionRecord", "CaptureError", "LayerAttention", "capture", "capture_stock", "observe", "reduced"]

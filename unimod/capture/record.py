@@ -15,15 +15,12 @@ from torch import Tensor
 from ..ops.attention import attention_mass
 from ..tokens import Packed, Task
 from . import files
+from .folder import CaptureError
 
 ENTRIES = 2**23
 """Entries of maps held at a time where a map is only passed through."""
 BINS = 32
 """Side of a pooled map."""
-
-
-class CaptureError(LookupError):
-    """Something a record does not hold: the message names what was asked for and what there is."""
 
 
 @dataclass(frozen=True)
@@ -200,10 +197,7 @@ class AttentionRecord:
     @classmethod
     def load(cls, folder: str | Path) -> AttentionRecord:
         """Read what `save` wrote. Raises `CaptureError` for a folder that holds no record, or a damaged one."""
-        try:
-            seen, whole, about = files.load(Path(folder))
-        except files.Damaged as error:
-            raise CaptureError(str(error)) from error
+        seen, whole, about = files.load(Path(folder))
         return cls({i: LayerAttention(*parts) for i, parts in seen.items()}, [whole], about)
 
     def _any(self) -> LayerAttention:

@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.backbone import ATTENTION
 from ..tokens import IGNORE, Modality, Packed, Segment, Task
-from .record import AttentionRecord, CaptureError, LayerAttention
+from .folder import CaptureError
+from .record import AttentionRecord, LayerAttention
 
 OBSERVED, PLAIN = "unimod_observed", "sdpa"
 """The attention for the time of a block, and the one whose masks are read here."""
