@@ -144,9 +144,9 @@ class Explorer:
                 self.head.value = head if head == "mean" or head < found.heads else "mean"
                 self.play.max = len(found.layers) - 1
             for drawing in DRAWINGS:
-                old, fig = self.figures.get(drawing.name), go.FigureWidget(drawing.figure(self.sides, self.place).update_layout(autosize=True))
-                self.figures[drawing.name], self.boxes[drawing.name].children = fig, [fig]
-                self.sent[drawing.name] = drawing.fill(self.sides, self.place)
+                old, filled = self.figures.get(drawing.name), drawing.fill(self.sides, self.place)
+                fig = go.FigureWidget(drawing.figure(self.sides, self.place, filled).update_layout(autosize=True))
+                self.figures[drawing.name], self.boxes[drawing.name].children, self.sent[drawing.name] = fig, [fig], filled
                 if old is not None:
                     old.close()
             self._clickable()

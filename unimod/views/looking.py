@@ -132,10 +132,10 @@ class Drawing:
     alt: str
     """What is drawn."""
 
-    def figure(self, sides: Sequence[Side], place: Place) -> go.Figure:
-        """The figure at one place."""
+    def figure(self, sides: Sequence[Side], place: Place, filled: tuple[list[dict], dict] | None = None) -> go.Figure:
+        """The figure at one place; `filled`: what `fill` gave for it, where that is known."""
         fig = self.lay(sides, place)
-        data, layout = self.fill(sides, place)
+        data, layout = filled or self.fill(sides, place)
         for trace, found in zip(fig.data, data, strict=True):
             trace.update(found)
         return fig.update_layout(layout)
