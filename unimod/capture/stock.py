@@ -91,10 +91,11 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
     record.batch[:] = [record.seen[min(record.seen)].packed]
 
 
-def _chosen(config: PreTrainedConfig, instead: dict[str, str] | None = None) -> dict:
+def _chosen(config: PreTrainedConfig, instead: dict[str, str] | None = None) -> dict | str:
     """The attention of a model and its parts, as `set_attn_implementation` takes it."""
-    own, parts = config._attn_implementation, {name: getattr(config, name) for name in config.sub_configs}
-    return {"": (instead or {}).get(own, own)} | {name: _chosen(part, instead) for name, part in parts.items() if part is not None}
+    own = (instead or {}).get(config._attn_implementation, config._attn_implementation)
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
+    return {"": own} | {name: _chosen(part, instead) for name, part in parts.items()} if parts else own
 
 
 def _intervals(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:

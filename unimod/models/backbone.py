@@ -207,8 +207,8 @@ def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
     """Compile the decoder layers, dense and routed, each for itself, in place; call it after `apply_mod`. Returns the model.
 
     What is compiled is the stock layer on the tokens it is given, of any number; what depends on the rows' lengths stays outside: routers, gather,
-    scatter and attention, which have kernels of their own. So batches of other lengths compile nothing anew. A layer whose MLP's output is gated
-    stays as it is: its MLP is looked at from outside. options: for `torch.compile`.
+    scatter and attention, which have kernels of their own. So batches of other lengths compile nothing anew (of another number of rows neither, but
+    under torch 2.11). A layer whose MLP's output is gated stays as it is: its MLP is looked at from outside. options: for `torch.compile`.
     """
     for layer in model.layers:
         if isinstance(layer, MoDLayer):
