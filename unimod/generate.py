@@ -75,7 +75,7 @@ class Growing:
         if self._graph is None:
             return _of(self.model(self._step, cache=self.cache), live)
         self._graph[0].replay()
-        return _of(self._graph[1], live)
+        return _of(self._graph[1].clone(), live)                # the next step is written where this one was
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """One step as a CUDA graph. The steps that warm it up write where the next token will, and are forgotten."""
@@ -110,14 +110,19 @@ def _sees_one_row(model: UnifiedModel) -> None:
                          "Use compete='segment'.")
 
 
+def _generator(model: UnifiedModel, seed: int) -> torch.Generator:
+    """Lots are drawn where the model is: a step of real size has millions of them."""
+    return torch.Generator(model.device if model.device.type == "cuda" else "cpu").manual_seed(seed)
+
+
 def _pick(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V] on the CPU; returns int64 [R]."""
+    """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V]; returns int64 [R] on the CPU."""
     if top_k == 1:
-        return logits.argmax(-1)
-    logits = logits / temperature
+        return logits.argmax(-1).cpu()
+    logits = (logits / temperature).to(generator.device)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].cpu()
 
 
 @torch.no_grad()
@@ -128,14 +133,14 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
     top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding. static: see `Growing`.
     """
     _sees_one_row(model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(model, seed)
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
         growing = Growing(model, rows[start:start + ROWS], max_new, static=static)
         said: list[list[int]] = [[] for _ in growing.rows]
         live, hidden = list(range(len(said))), growing.hidden
         for left in reversed(range(max_new)):
-            chosen = _pick(model.text_logits(hidden).cpu(), top_k, temperature, generator)
+            chosen = _pick(model.text_logits(hidden), top_k, temperature, generator)
             going = [j for j, token in enumerate(chosen.tolist()) if token != model.layout.stop]
             live, chosen = [live[j] for j in going], chosen[going]
             for i, token in zip(live, chosen.tolist()):
@@ -156,13 +161,14 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond - uncond); 0 for none
     (Emu3 calls 1 + w its guidance scale). Default 1.5 for masked decoding, 0 for token-by-token. grid: rows and columns of codes,
     default the layout's. share: with guidance, routed layers judge the picture tokens of both branches by the
-    captioned one's scores; else each branch by its own. The same seed gives the same pictures; `generator`, a CPU one, may be given in its place.
+    captioned one's scores; else each branch by its own. The same seed gives the same pictures on the same kind of device; `generator` may be given in
+    its place, and a CPU one draws the same lots everywhere.
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
     token only: `top_k`, `temperature` and `static` (see `Growing`). Raises ValueError when codes and masked do not fit.
     """
     _sees_one_row(model)
-    generator = generator or torch.Generator().manual_seed(seed)
+    generator = generator or _generator(model, seed)
     layout = model.layout if grid is None else model.layout.resized(grid)
     given = (codes is not None) + (masked is not None)
     shape = (len(captions), layout.image_tokens)
@@ -188,31 +194,32 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
     logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps)) stay masked, at least
     one and fewer than before. The temperature is a running product of 1 - (s + 1) / steps. A picture with nothing masked stays.
     """
-    n, count = layout.image_tokens, len(captions)
-    codes, unknown = (x.clone() for x in known) if known else (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool))
+    n, count, at = layout.image_tokens, len(captions), generator.device
+    codes, unknown = (x.to(at, copy=True) for x in known or (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool)))
     untouched = ~unknown.any(-1, keepdim=True)
     temperature = 1.0
     for step in range(steps):
         ratio = (step + 1) / steps
         texts = captions + [negative] * count * (w > 0)
-        packed = pack([layout.t2i(text, codes[i % count], unknown[i % count]) for i, text in enumerate(texts)])
+        rows = list(zip(codes.cpu(), unknown.cpu()))
+        packed = pack([layout.t2i(text, *rows[i % count]) for i, text in enumerate(texts)])
         packed = packed.paired() if share and w > 0 else packed
         slots = (packed.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
-        logits = model.code_logits(model(packed.to(model.device))[slots]).cpu().view(len(texts), n, -1)
+        logits = model.code_logits(model(packed.to(model.device))[slots]).to(at).view(len(texts), n, -1)
         if w > 0:
             logits = (1 + w) * logits[:count] - w * logits[count:]
         probability = logits.softmax(-1)
         sampled = torch.multinomial(probability.flatten(0, 1), 1, generator=generator).view(count, n)
         sampled = torch.where(unknown, sampled, codes)
         confidence = probability.gather(-1, sampled[..., None])[..., 0].masked_fill(~unknown, torch.finfo(probability.dtype).max)
-        gumbel = -(-torch.rand(count, n, generator=generator).clamp(min=1e-20).log()).clamp(min=1e-20).log()
+        gumbel = -(-torch.rand(count, n, generator=generator, device=at).clamp(min=1e-20).log()).clamp(min=1e-20).log()
         temperature *= 1 - ratio
         score = confidence.clamp(min=1e-20).log() + temperature * gumbel
         left = int(n * torch.cos(torch.tensor(ratio) * math.pi / 2))   # in float32, whose rounding decides at whole numbers
         m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=left).clamp(min=1, max=n - 1)
         unknown = (score < score.sort(-1).values.gather(-1, m)) & ~untouched
         codes = sampled
-    return codes
+    return codes.cpu()
 
 
 def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
@@ -225,7 +232,7 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], gener
     growing = Growing(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, twin, static)
     hidden, codes = growing.hidden, []
     for number in range(1, n + 1):
-        logits = model.code_logits(hidden).log_softmax(-1).cpu()
+        logits = model.code_logits(hidden).log_softmax(-1)
         if w > 0:
             logits = logits[count:] + (1 + w) * (logits[:count] - logits[count:])
         codes.append(_pick(logits, top_k, temperature, generator))

@@ -30,6 +30,18 @@ def test_graphs_say_and_draw_the_same(name, routed):
         assert (a == b).float().mean() > 0.9, "kernels of other sizes may round otherwise"
 
 
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_lots_are_drawn_where_the_model_is_or_by_a_generator_of_the_cpu(name):
+    model, _ = from_pretrained(shipped(name))
+    lots = torch.Generator()
+    here = draw(model, ["a red circle"] * 8, generator=lots.manual_seed(0))
+    model.to("cuda")
+    there = draw(model, ["a red circle"] * 8, generator=lots.manual_seed(0))
+    assert here.device == there.device == torch.device("cpu") and (here == there).float().mean() > 0.5, "one code that rounds otherwise changes later ones"
+    again = [draw(model, ["a red circle"], seed=1, temperature=1.0) for _ in range(2)]
+    assert torch.equal(*again) and again[0].min() >= 0 and again[0].max() < model.layout.codebook_size
+
+
 def test_a_step_never_waits():
     model, tokenizer = from_pretrained(shipped("showo-tiny"), device="cuda")
     objective = Objective(apply_mod(model, last_half(8))).train()
