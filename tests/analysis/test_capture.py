@@ -1,6 +1,7 @@
 """A capture changes nothing, and its maps are the ones that dense attention makes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,6 +106,18 @@ def test_blocks_may_be_nested_and_other_models_run_inside(world):
     for record in (outer, inner):
         assert record.layers == want.layers and all(torch.equal(record.layer(i).q, want.layer(i).q) for i in want.layers)
     assert beside.whole is foreign and torch.equal(beside.map(0, 7, 3), observe(other, foreign).map(0, 7, 3))
+
+
+def test_what_the_model_does_on_another_thread_is_not_recorded(world):
+    """A widget looks at the model while a cell uses it."""
+    model, batches = world["showo-tiny"]
+    packed = batches.single_task(Task.MMU, "validation", 2)
+    row = model.layout.mmu(batches.codes(batches.samples("test", 0, 1))[0], [("what is it?", "")], open_ended=True)
+    with torch.no_grad(), capture(model) as record, ThreadPoolExecutor(1) as other:
+        model(packed)
+        assert other.submit(answer, model, [row]).result() == other.submit(answer, model, [row]).result()      # steps after cached tokens, not refused
+        assert other.submit(observe, model, batches.single_task(Task.T2I, "validation", 1)).result().layers == record.layers
+    assert record.whole is packed and torch.equal(record.map(1, 7, 3), observe(model, packed).map(1, 7, 3))
 
 
 def test_a_step_after_cached_tokens_is_refused(world):

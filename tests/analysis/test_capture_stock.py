@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_outputs_are_bit_equal_and_maps_are_the_eager_ones(name, padded):
     for layer, maps in enumerate(dense):
         for row, (a, real) in enumerate(zip(maps, mask.bool())):
             torch.testing.assert_close(record.maps([row], layer)[0], a[:, real][:, :, real], atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_model_does_on_another_thread_is_not_recorded():
+    model = MODELS["grouped heads"]().eval()
+    with torch.no_grad(), capture_stock(model) as record, ThreadPoolExecutor(1) as other:
+        model(input_ids=IDS)
+        other.submit(model.generate, IDS[:1, :4], max_new_tokens=2).result()
+    assert record.whole.lengths == (9, 9, 9)
 
 
 def test_a_vision_language_models_picture_tokens_are_pictures():

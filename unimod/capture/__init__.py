@@ -16,6 +16,7 @@ In a routed layer a record knows the kept tokens only: `record.packed(layer)` is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -36,16 +37,19 @@ R = TypeVar("R")
 
 @contextmanager
 def _watch(model: UnifiedModel, begin: Callable[[Packed], None], look: Callable[[int, LayerAttention], None]) -> Iterator[None]:
-    """Call `begin` with every batch the model is given, then `look` with the number and attention of each layer; other models may run meanwhile."""
+    """Call `begin` with every batch the model is given, then `look` with the number and attention of each layer. Other models may run meanwhile, and this
+    one on other threads (a notebook's widgets have one): what they do is not looked at."""
     if not isinstance(model, UnifiedModel):
         raise CaptureError(f"capture() looks into unimod's models, and this is a {type(model).__name__}: for a transformers model use capture_stock().")
-    number = {part: i for i, layer in enumerate(model.layers) for part in layer.modules()}
+    number, mine = {part: i for i, layer in enumerate(model.layers) for part in layer.modules()}, threading.get_ident()
 
     def see(module: nn.Module, q: Tensor, k: Tensor, packed: Packed) -> None:
         if module in number:
             look(number[module], LayerAttention(q.detach(), k.detach(), module.scaling, packed))
 
     def enter(packed: Packed, cache: KVCache | None = None) -> None:
+        if threading.get_ident() != mine:                      # the observer below belongs to this thread by itself, a hook does not
+            return
         if cache is not None and not cache.fresh:
             raise CaptureError(f"A step of {len(packed)} tokens after cached ones cannot be recorded: run the whole sequence at once, without a cache.")
         begin(packed)

@@ -10,6 +10,7 @@ what comes out is the same bit for bit. Masks become intervals: causal, padded, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -60,19 +61,20 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
                            "Load it with attn_implementation='sdpa', or call model.set_attn_implementation('sdpa').")
     if config.is_encoder_decoder:
         raise CaptureError(f"This {type(model).__name__} has an encoder beside its decoder, which attend under the same layer numbers: it is not recorded.")
-    record, given = AttentionRecord(about={"model": config.model_type}), {}
+    record, given, mine = AttentionRecord(about={"model": config.model_type}), {}, threading.get_ident()
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
     def keep(module: torch.nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, options: dict) -> None:
-        if getattr(module, "layer_idx", None) is not None:     # the towers of a vision-language model number none
+        if getattr(module, "layer_idx", None) is not None and threading.get_ident() == mine:   # the towers of a vision-language model number none
             causal = options.get("is_causal")
             seen = _intervals(q, k, mask, getattr(module, "is_causal", True) if causal is None else causal)
             record.seen[module.layer_idx] = _layer(q, k, options.get("scaling"), *seen, given.get("input_ids"), image)
 
     def begin(_: torch.nn.Module, args: tuple, options: dict) -> None:
-        record.seen.clear()
-        given.clear()
-        given["input_ids"] = options.get("input_ids", args[0] if args else None)
+        if threading.get_ident() == mine:
+            record.seen.clear()
+            given.clear()
+            given["input_ids"] = options.get("input_ids", args[0] if args else None)
 
     before, parts = _chosen(config), list(model.modules())
     _WATCHED.update(dict.fromkeys(parts, keep))
