@@ -11,6 +11,7 @@ part of a CUDA graph.
 
 from __future__ import annotations
 
+import os
 import traceback
 from itertools import islice
 from typing import ClassVar
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+import unimod
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "item")
 INDEXED = ("index", "index_put_", "_index_put_impl_")
@@ -35,6 +38,7 @@ class _Module(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend(rename="pretend", backend_module=_Module())
 DEVICE = torch.device("pretend", 0)
+OURS = os.path.dirname(unimod.__file__) + os.sep
 
 
 class Pretend(Tensor):
@@ -98,7 +102,7 @@ def there(model: nn.Module) -> nn.Module:
 def _note(name: str, *kinds: str) -> None:
     if On.now:
         files = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
-        ours = islice((f"{'/'.join(file.split('/')[-2:])}:{line}" for file, line in files if "/unimod/" in file), 3)
+        ours = islice((f"{'/'.join(file.split('/')[-2:])}:{line}" for file, line in files if file.startswith(OURS)), 3)
         place = f"{name} at {' < '.join(ours)}"
         for kind in kinds:
             getattr(On.now[-1], kind).append(place)
