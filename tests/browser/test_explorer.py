@@ -19,9 +19,13 @@ class Explorer:
 
     def __init__(self, page):
         self.page, self.root = page, page.locator(".jp-Notebook .unimod-explorer")
+        self.drawn()
+
+    def drawn(self):
+        """Scroll to it and wait until all its figures are drawn."""
         self.root.scroll_into_view_if_needed()
         for plot in map(self.plot, FIGURES):
-            wait_until(page, lambda plot=plot: drawn(plot), "the figure is drawn")
+            wait_until(self.page, lambda plot=plot: drawn(plot), "the figure is drawn")
 
     def part(self, name):
         return self.root.locator(f".unimod-{name}")
@@ -195,6 +199,7 @@ def test_how_long_a_moved_slider_takes(explorer, capsys, tmp_path):
             explorer.says("Saved: .*big")
             explorer.part("open").click()
             wait_until(explorer.page, lambda: len(explorer.panels()) == 2, "there are panels A and B, whose pictures of two sizes have no difference")
+        explorer.drawn()
         explorer.page.wait_for_timeout(1500)
         explorer.page.evaluate(WATCH)
         took = []
@@ -216,6 +221,5 @@ def test_light_and_dark(opened, shoot):
     lab.page.set_viewport_size({"width": 1500, "height": 2800})
     for dark in (False, True):
         lab.theme(dark)
-        explorer.root.scroll_into_view_if_needed()
-        assert all(map(drawn, map(explorer.plot, FIGURES)))
+        explorer.drawn()
         shoot(explorer.root, f"explorer-{'dark' if dark else 'light'}")
