@@ -1,4 +1,5 @@
-"""A folder of tables (parquet) and arrays (npz) that were saved together: written whole or not at all, and never read as a mixture of two saves."""
+"""A folder of tables (parquet) and arrays (npz) that were saved together: each file is written whole or not at all, and files of two saves, as an
+interrupted second save leaves them, are refused."""
 
 from __future__ import annotations
 

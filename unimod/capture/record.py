@@ -189,7 +189,7 @@ class AttentionRecord:
     def save(self, folder: str | Path, layers: Sequence[int] | None = None) -> Path:
         """Write a folder of `attention.npz` (queries and keys of these layers, default all, as they are) and `tokens.parquet`. Returns the folder.
 
-        Two layers of Show-o take 33 MiB for a row of 1,155 tokens in float32; what a viewer shows of them takes 351 KiB (`analysis.overview`;
+        Two layers of Show-o take 33 MiB for a row of 1,155 tokens in float32; what a viewer shows of them takes 352 KiB (`analysis.overview`;
         `notebooks/records/bench-cpu-looking.json`).
         """
         return files.save(Path(folder), {i: self.layer(i) for i in (self.layers if layers is None else layers)}, self.whole, self.about)
