@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,8 +24,7 @@ from .ops.backend import backend
 from .ops.gather import gather_norm, known_norm
 from .ops.scatter import scatter, scatter_
 from .plan import CapacityPlan
-from .router import Routing, TaskRouter, Trail
-from .tokens import Packed
+from .router import ForwardState, Routing, TaskRouter
 
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
 
@@ -69,11 +69,11 @@ class MoDLayer(nn.Module):
         self.layer.training = mode
         return super().train(mode)
 
-    def forward(self, hidden_states: Tensor, *, packed: Packed, position_embeddings: tuple[Tensor, Tensor], trail: Trail | None = None,
-                **kwargs: object) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, unimod: ForwardState, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
+        packed, trail = unimod.packed, unimod.trail
         if packed.static:
-            return self._alone(hidden_states, packed=packed, position_embeddings=position_embeddings, trail=trail, **kwargs)
+            return self._alone(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
         routing = self.router(hidden_states.squeeze(0), packed, trail)   # not [0], whose backward fills a tensor of zeros
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
@@ -84,8 +84,8 @@ class MoDLayer(nn.Module):
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
             return passed
         before = trail and trail.received
-        run = partial(self._through, routing=routing, packed=packed.take(i, routing.segments, routing.rank),
-                      position_embeddings=(cos[:, i], sin[:, i]), trail=trail, **kwargs)
+        inner = replace(unimod, packed=packed.take(i, routing.segments, routing.rank))
+        run = partial(self._through, routing=routing, unimod=inner, position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
         x, y, mlp = self._gradient_checkpointing_func(run, hidden_states) if self.gradient_checkpointing and self.training else run(hidden_states)
         if trail and trail.watched:                         # skipped tokens keep what they received last
             trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
@@ -95,10 +95,10 @@ class MoDLayer(nn.Module):
         write = scatter if torch.is_grad_enabled() else scatter_    # `passed` is this layer's own; the caller may still hold hidden_states
         return write(passed, y, i, routing.weight, gated=y - x if mlp is None else mlp, rank=routing.rank)[None]
 
-    def _alone(self, hidden_states: Tensor, *, packed: Packed, trail: Trail | None, **kwargs: object) -> Tensor:
+    def _alone(self, hidden_states: Tensor, state: ForwardState, **kwargs: object) -> Tensor:
         """One token of every row: all are computed, and those that the router turns away leave no trace, neither here nor in the cache."""
-        judged = self.router.alone(hidden_states.squeeze(0), packed, trail)
-        y = layer_output(self.layer(hidden_states, packed=packed, trail=trail, keep=None if judged is None else judged[0], **kwargs))
+        judged = self.router.alone(hidden_states.squeeze(0), state.packed, state.trail)
+        y = layer_output(self.layer(hidden_states, unimod=replace(state, keep=None if judged is None else judged[0]), **kwargs))
         mlp, self._mlp = self._mlp, None
         if judged is None:
             return y

@@ -66,6 +66,26 @@ class Trail:
     """Whether the layer that runs now must say what attention its tokens received."""
 
 
+@dataclass
+class ForwardState:
+    """What one forward carries through the decoder layers beside the hidden states, under the one keyword that is ours: `layer(h, unimod=state)`.
+
+    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes for a parameter of its
+    own never arrives there. So there is one, with our own name, and whatever else has to travel becomes a field here.
+    """
+
+    packed: Packed
+    """The tokens that the layer is given."""
+    cache: object | None = None
+    """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
+    trail: Trail | None = None
+    """What routers that look back share from layer to layer."""
+    keep: Tensor | None = None
+    """bool [B]: in a static step the rows whose token stays in this layer; None: all."""
+    compiled: bool = False
+    """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
+
+
 class TaskRouter(nn.Module):
     """Scores and selects the tokens of one layer.
 

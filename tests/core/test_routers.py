@@ -13,7 +13,7 @@ from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_o
 from unimod.methods import PRESETS, RouterConfig
 from unimod.models.backbone import losses
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import TaskRouter, Trail, scorer
+from unimod.router import ForwardState, TaskRouter, Trail, scorer
 from unimod.tokens import IGNORE, KINDS, Modality, Task, TokenSequence, pack
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
@@ -59,7 +59,7 @@ def routed(config, capacity=2 / 3, layers=1):
 def run(stack, packed, number=0, trail=None, x=X):
     nowhere = torch.zeros(1, len(x), 1)
     with record_routing() as log:
-        out = stack.layers[number](x[None], packed=packed, position_embeddings=(nowhere, nowhere), trail=trail)[0]
+        out = stack.layers[number](x[None], unimod=ForwardState(packed, trail=trail), position_embeddings=(nowhere, nowhere))[0]
     return out.detach(), log[number]
 
 

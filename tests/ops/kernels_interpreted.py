@@ -15,6 +15,7 @@ from unimod.models.checkpoint import build_model
 from unimod.ops.backend import backend, use_backend
 from unimod.ops.gather import known_norm
 from unimod.plan import CapacityPlan
+from unimod.router import ForwardState
 from unimod.tokens import pack
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))
@@ -122,7 +123,7 @@ def test_a_routed_model_computes_the_same(layer, config, monkeypatch):
         h = model.embed(packed)[None]
         before = h.clone()
         rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
-        out = model.layers[6](h, packed=packed, position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None])
+        out = model.layers[6](h, unimod=ForwardState(packed), position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None])
         assert torch.equal(h, before) and not torch.equal(out, h), "what the caller holds is not written to"
         dense = remove_mod(copy.deepcopy(model))
         assert torch.equal(dense(packed), remove_mod(model)(packed)) and "forward" not in vars(normed)
@@ -146,7 +147,7 @@ def test_compile_without_a_graph_break(layer):
     found, leaves = [], (layer.input_layernorm.weight, layer.router.proj.weight)
     with use_backend("triton"):
         for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
-            out = run(h, packed=packed, position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None], cache=None)
+            out = run(h, unimod=ForwardState(packed), position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None])
             found.append((out, torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(found[0], found[1])
 
@@ -163,7 +164,7 @@ def test_export_keeps_the_ops_and_the_numbers(layer, name, ops):
             self.layer = layer
 
         def forward(self, h, cos, sin):
-            return self.layer(h, packed=packed, position_embeddings=(cos, sin), attention_mask=None, position_ids=packed.position[None], cache=None)
+            return self.layer(h, unimod=ForwardState(packed), position_embeddings=(cos, sin), attention_mask=None, position_ids=packed.position[None])
     with use_backend(name), torch.no_grad():
         h, bound = model.embed(packed)[None], Bound()
         rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])

@@ -7,8 +7,8 @@
 Two ways lead to the model's numbers: `nll` of targets, and `code_logits` where a picture's next code is asked for. A model whose
 picture codes have embeddings and a head of their own overrides these and `embed`, as Janus does.
 
-Attention is one function registered with transformers' `AttentionInterface`; it reads the intervals of the `Packed` that
-every decoder layer hands through its keyword arguments. No modelling file is rewritten, no T x T mask is stored.
+Attention is one function registered with transformers' `AttentionInterface`; it reads the intervals of the `Packed` in the `ForwardState`
+that every decoder layer hands through under the keyword `unimod`. No modelling file is rewritten, no T x T mask is stored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..config import ParameterError
 from ..layers import MoDLayer, layer_output
 from ..ops.attention import attention_received, interval_attention
 from ..ops.cross_entropy import linear_cross_entropy
-from ..router import Trail
+from ..router import ForwardState, Trail
 from ..tokens import FEATURE, Packed, Task
 from .cache import KVCache
 from .layout import Layout
@@ -38,31 +38,30 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", defaul
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
-               dropout: float = 0.0, packed: Packed | None = None, cache: KVCache | None = None, trail: Trail | None = None,
-               outside: bool = False, keep: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
+               dropout: float = 0.0, unimod: ForwardState | None = None, **_: object) -> tuple[Tensor, None]:
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
-    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once. `outside` keeps it out
-    of a compiled layer's graphs, which then know nothing of the rows' lengths.
+    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once. It stays out of a
+    compiled layer's graphs, which then know nothing of the rows' lengths.
     """
-    if packed is None or attention_mask is not None:
+    if unimod is None or attention_mask is not None:
         raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's UnifiedModel, "
                            "which packs without padding, or choose another attn_implementation.")
     if dropout:
         raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
-    return (_attend_outside if outside else _attend)(module, query, key, value, scaling, packed, cache, trail, keep), None
+    return (_attend_outside if unimod.compiled else _attend)(module, query, key, value, scaling, unimod), None
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: Packed, cache: KVCache | None,
-            trail: Trail | None, keep: Tensor | None) -> Tensor:
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: ForwardState) -> Tensor:
     q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
+    packed, trail = state.packed, state.trail
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
         observer(module, q, k, packed)
     if trail is not None and trail.watched:
         trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
-    if cache is not None:
-        return cache.attend(module.layer_idx, q, k, v, packed, scaling, keep)[None]
+    if state.cache is not None:
+        return state.cache.attend(module.layer_idx, q, k, v, packed, scaling, state.keep)[None]
     memo = None if torch.compiler.is_compiling() else packed.memo
     return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None]
 
@@ -156,13 +155,13 @@ class UnifiedModel(nn.Module):
             packed.always(router.config.keep)               # host sizes, worked out once and before a layer that may be compiled
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         trail = Trail() if any(router and router.looks_back for router in routers) else None
+        state = ForwardState(packed, cache, trail, compiled=self.compiled)
         for layer, following in zip(layers, [*routers[1:], None]):
             if trail is not None:
                 if not hasattr(layer, "router"):            # a run ends at a dense layer
                     trail.routing = trail.alone = None
                 trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
-            h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, packed=packed, cache=cache, trail=trail,
-                                   outside=self.compiled))
+            h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
         if cache is not None:
             cache.fresh = False
         norm = self.decoder.final_layernorm if hasattr(self.decoder, "final_layernorm") else self.decoder.norm
