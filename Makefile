@@ -5,9 +5,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help run test lab lint clean
+.PHONY: help install run test lab lint update clean
 help:            ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
+
+install: $(INSTALLED)   ## install the versions of requirements.lock into .venv
 
 run: $(INSTALLED)   ## run notebooks 00 to 08 headlessly and print where the report is
 	$(BIN)/python -m unimod run all -f params/default.yaml $(ARGS)
@@ -21,14 +23,17 @@ lab: $(INSTALLED)   ## open JupyterLab on the notebooks
 lint: $(INSTALLED)  ## check style
 	$(BIN)/ruff check .
 
+update:             ## resolve anew within pyproject's bounds, run the tests, and rewrite requirements.lock only if they pass
+	$(PYTHON) .ci/lock.py update $(ARGS)
+
 clean:              ## remove the virtual environment and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "unimod needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12"; exit 3; }
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "unimod needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12"; exit 3; }
 	@echo "Installing into .venv; this takes some minutes, once."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e ".[notebooks,test]"
+	$(BIN)/python -m pip install -r requirements.lock -e ".[notebooks,test]"
 	@touch $@

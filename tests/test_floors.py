@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("config", "tokens"),
+    ("config", "tokens", "versions"),
     ("ops",),
     ("methods", "plan", "capacity", "router", "layers", "auxiliary"),
     ("models",),
     ("data", "flops", "capture", "generate", "train", "evaluate", "analysis", "presets"),
     ("bench", "tiny", "session", "arms", "run", "teach", "views"),
-    ("request", "execute", "report", "workbook", "__main__"),
+    ("request", "execute", "report", "workbook", "doctor", "__main__"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LOWEST = {"torch": 0, "transformers": 3, "accelerate": 4, "sklearn": 3, "scipy": 4}

@@ -1,4 +1,4 @@
-"""The command line: `python -m unimod {list,check,run,report,inspect,plan,bench,train-tiny}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,inspect,plan,bench,train-tiny,doctor}`; each command explains itself with --help.
 
     python -m unimod run all -f params/default.yaml
 """
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from . import report, workbook
-from .config import MODELS, ParameterError
+from .config import MODELS, ParameterError, SetupError, expanded
 from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .request import Request, notebooks
 from .run import RUNNERS, RunError, write
@@ -37,15 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "run":
             command.add_argument("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
     command = add(commands, "report", write_report, "write the report of runs that are done")
-    command.add_argument("runs", help="folder of all runs, or of one run")
+    command.add_argument("runs", type=expanded, help="folder of all runs, or of one run")
 
     command = add(commands, "inspect", inspect, "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing")
-    command.add_argument("folder", help="folder with config.json and the weights")
+    command.add_argument("folder", type=expanded, help="folder with config.json and the weights")
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
     command.add_argument("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and plan-highest.yaml")
-    command.add_argument("--model", required=True, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
+    command.add_argument("--model", required=True, type=expanded, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
     command.add_argument("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)")
     command.add_argument("--count", choices=("paper", "full", "time"), default="paper",
                          help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the stack's time on this "
@@ -61,21 +61,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
     command.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help="drop what is not done by then (default: none; 450 for gpu)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
-    command.add_argument("--out", metavar="FILE", help="also write the JSON object there, such as notebooks/records/bench-h200.json")
+    command.add_argument("--out", metavar="FILE", type=expanded, help="also write the JSON object there, such as notebooks/records/bench-h200.json")
 
     command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
     command.add_argument("name", choices=MODELS)
-    command.add_argument("--out", required=True, metavar="DIR", help="folder for the checkpoint; an interrupted training there goes on")
+    command.add_argument("--out", required=True, metavar="DIR", type=expanded, help="folder for the checkpoint; an interrupted training there goes on")
+
+    command = add(commands, "doctor", show_diagnosis, "versions against the tested ones, device, backends and why, what is missing and what that costs")
+    command.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs, which has to be writable (default: runs)")
+    command.add_argument("--json", action="store_true", help="as one JSON object")
 
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):                 # a bar that a terminal of another encoding cannot show is replaced, and ends nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         args.action(args)
     except (ParameterError, RunError) as error:
         return fail(2, error)
+    except SetupError as error:
+        return fail(error.code, error)
     except workbook.Stop as stop:
         return fail(stop.code, stop)
     except report.ReportError as error:
         return fail(4, error)
+    except OSError as error:
+        return fail(3, f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).")
     except KeyboardInterrupt:
         return fail(130, "Interrupted. The notebook under way counts as not done; the same command goes on from there.")
     return 0
@@ -197,6 +208,16 @@ def train_tiny(args: argparse.Namespace) -> None:
 
     card = make(args.name, args.out)
     print(f"{args.out}: questions right {card['quality']['questions']['all']:.3f}, pictures right {card['quality']['pictures']['all']:.3f}")
+
+
+def show_diagnosis(args: argparse.Namespace) -> None:
+    """Say how this installation stands. Raises `SetupError` (after saying it) when something has to be mended."""
+    from .doctor import diagnose
+
+    found = diagnose(args.runs)
+    print(json.dumps(asdict(found), indent=1) if args.json else found)
+    if found.wrong:
+        raise SetupError("not ready: " + " ".join(found.wrong))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     """
     folder = Path(folder)
     if params.resume and (folder / "arm.json").exists():
-        return json.loads((folder / "arm.json").read_text())
+        return json.loads((folder / "arm.json").read_text(encoding="utf-8"))
     model = arm.model(session.model, seed).to(device_of(params))
     batches = Batches(session.data, session.image_tokenizer, model.layout, rows_of(params), seed=1000 + seed)
 
@@ -183,7 +183,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
 
 def read_arms(folders: list[str | Path]) -> list[dict]:
     """Every finished arm below the folders, sorted by model, arm and seed. Raises `ParameterError` when there is none."""
-    found = [json.loads(path.read_text()) for folder in folders for path in sorted(Path(folder).rglob("arm.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for folder in folders for path in sorted(Path(folder).rglob("arm.json"))]
     if not found:
         raise ParameterError(f"No finished arm in {', '.join(map(str, folders)) or 'no folder'}: run notebook 07 first, or give its run folder in compare=.")
     return sorted(found, key=lambda a: (a["model"], ARMS.index(a["arm"]) if a["arm"] in ARMS else len(ARMS), a["arm"], a["seed"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -27,10 +28,30 @@ LAYERS = ("last_half", "last_half_per_task", "middle", "interleaved", "random", 
 """Plans of an arm of the grid: a maker, the two made from the model's own ARank, or capacities learned in a training of `steps` before the arm's
 own. An arm is written ROUTER.LAYERS, such as shared.last_half."""
 DEVICES = ("auto", "cpu", "cuda")
+PATHS = {"folder", "checkpoint", "routed", "plan", "compare", "runs", "run_dir"}
+"""Parameters that are, or may be, paths."""
 
 
 class ParameterError(ValueError):
     """A parameter that cannot be used: the message names the value, what is allowed and the fix."""
+
+
+class SetupError(RuntimeError):
+    """Something about the machine or the installation that no parameter mends: the message says what, and what to do."""
+
+    code = 3
+
+
+def expanded(path: str | Path) -> str:
+    """A path with ~ and ~user resolved: a shell does that for a word of its own only, not behind `folder=` or in a file.
+
+    Raises `ParameterError` for a ~ that stands for no home folder here, where it would silently become a folder of that name.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(found.split(os.sep)[0]):
+        raise ParameterError(f"{str(path)!r}: there is no home folder for {found.split(os.sep)[0]!r} here (HOME is not set, or nobody has that name). "
+                             "Write the path out.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -156,7 +177,10 @@ class Params:
                 near = difflib.get_close_matches(name, hints, n=1)
                 raise ParameterError(f"There is no parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
                                      + f" Known: {', '.join(sorted(hints))}.")
-        return cls(**{name: coerce(name, value, hints[name]) for name, value in values.items()})
+        found = {name: coerce(name, value, hints[name]) for name, value in values.items()}
+        for name in PATHS & found.keys():
+            found[name] = [*map(expanded, found[name])] if isinstance(found[name], list) else expanded(found[name])
+        return cls(**found)
 
     @classmethod
     def declared(cls, namespace: Mapping[str, object]) -> Params:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from .config import TASKS, ParameterError
+from .config import TASKS, ParameterError, expanded
 
 FLOOR = 0.05
 """Smallest capacity a maker gives: below it a layer sees almost nothing of a short sequence."""
@@ -80,13 +80,13 @@ class CapacityPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML."""
         rows = {task: {i: c for i, c in enumerate(row) if c < 1} for task, row in self.capacity.items()}
-        Path(path).write_text(yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}}, sort_keys=False))
+        Path(expanded(path)).write_text(yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}}, sort_keys=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> CapacityPlan:
         """Read a plan from YAML. Raises `ParameterError` for a missing file, a layer that does not exist or a wrong capacity."""
         try:
-            data = yaml.safe_load(Path(path).read_text())
+            data = yaml.safe_load(Path(expanded(path)).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise ParameterError(f"Cannot read the plan {str(path)!r}: {error}. Give a YAML file such as notebook 03 writes, "
                                  f"or one of the makers: {', '.join(MAKERS)}.") from None
@@ -219,7 +219,7 @@ def maker_of(name_or_file: str) -> Callable[[int, float], CapacityPlan]:
     """
     if name_or_file in MAKERS:
         return MAKERS[name_or_file]
-    if not Path(name_or_file).exists():
+    if not Path(expanded(name_or_file)).exists():
         raise ParameterError(f"plan={name_or_file!r} is neither a maker ({', '.join(MAKERS)}) nor a file.")
     plan = CapacityPlan.load(name_or_file)
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from .config import ParameterError, Params
+from .config import ParameterError, Params, SetupError, expanded
 from .plan import maker_of
-from .run import RUNNERS, home, latest, runs_folder
+from .run import RUNNERS, latest, notebook_folders, runs_folder, writable
 
 WIRES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "07_training": ("plan", "03_token_redundancy", lambda folder: str(folder / "plan.yaml")),
@@ -82,7 +82,7 @@ class Step:
         """Whether this very run is finished already."""
         if self.folder is None or not (self.folder / "done.json").exists() or not (self.folder / "run.json").exists():
             return False
-        return json.loads((self.folder / "run.json").read_text())["status"] == "ok"
+        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["status"] == "ok"
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,13 @@ class Request:
 
     @classmethod
     def of(cls, which: str, files: Sequence[str] = (), sets: Sequence[str] = (), runs: str | Path = "runs") -> Request:
-        """Find the notebooks and gather the values; `steps` then checks them. Raises `ParameterError` for a name nobody declares."""
+        """Find the notebooks and gather the values; `steps` then checks them. Raises `ParameterError` for a name nobody declares, `SetupError` where
+        there are no notebooks or runs cannot be written."""
         books = find(which)
         from_files = {name: value for file in files for name, value in _read_yaml(Path(file)).items()}
         from_line = dict(_assignment(text) for text in sets)
-        for names, where in ((from_files, {book.name: book for book in (*notebooks(), *books)}.values()), (from_line, books)):
+        known = books if which.endswith(".ipynb") else notebooks()          # a notebook given by its path needs no others
+        for names, where in ((from_files, {book.name: book for book in (*known, *books)}.values()), (from_line, books)):
             for name in names:
                 if name in RUNNERS:
                     raise ParameterError(f"{name} is set by the runner. To choose the folder of all runs use --runs DIR.")
@@ -107,9 +109,10 @@ class Request:
                     Params.of(**{name: ""})  # raises, with the nearest name
                 if not any(name in book.defaults for book in where):
                     asked = f"{books[0].name} does not declare" if len(books) == 1 else "No notebook declares"
-                    owners = [book.name for book in notebooks() if name in book.defaults]
+                    owners = [book.name for book in known if name in book.defaults]
                     raise ParameterError(f"{asked} {name!r}." + (f" It belongs to {', '.join(owners)}." if owners else "")
                                          + f" Declared: {', '.join(sorted({n for b in where for n in b.defaults} - set(RUNNERS)))}.")
+        writable(runs_folder(runs))
         return cls(books, from_files | from_line, runs_folder(runs))
 
     def step(self, book: Notebook, made: Mapping[str, Path]) -> Step:
@@ -153,23 +156,40 @@ class Request:
 
 
 def notebooks() -> tuple[Notebook, ...]:
-    """The numbered notebooks of the working folder, or of the checkout this package was installed from."""
-    places = (home() / "notebooks", Path(__file__).resolve().parents[1] / "notebooks")
-    place = next((place for place in places if place.is_dir()), places[0])
-    return tuple(Notebook.read(path) for path in sorted(place.glob("[0-9][0-9]_*.ipynb")))
+    """The workbook's numbered notebooks, of the first of `notebook_folders` that holds any; other people's are passed over.
+
+    Raises `SetupError` where there are none.
+    """
+    for place in notebook_folders():
+        found = {path: _of_the_workbook(path) for path in sorted(place.glob("[0-9][0-9]_*.ipynb"))}
+        if True in found.values():
+            return tuple(Notebook.read(path) for path, ours in found.items() if ours is not False)
+    raise SetupError("This installation of unimod carries no notebooks, and there are none in the folder notebooks/ here. They come with a checkout of "
+                     "the project, and with an installation made from one (pip install PATH/TO/CHECKOUT): call from the checkout, or install anew. A "
+                     "notebook of your own runs by its path.")
+
+
+def _of_the_workbook(path: Path) -> bool | None:
+    """Whether a notebook says that it is one of the workbook's; None: it cannot be read, so nobody knows."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tagged = ["".join(cell["source"]) for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+        return "unimod" in content["metadata"] or any("run_dir" in text for text in tagged)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def find(which: str) -> tuple[Notebook, ...]:
     """Notebooks by number (3 or 03), name, path, or all of them."""
     if which.endswith(".ipynb"):
-        return (Notebook.read(Path(which)),)
+        return (Notebook.read(Path(expanded(which))),)
     books = notebooks()
     prefix = f"{int(which):02d}_" if which.isdecimal() else which
     found = [book for book in books if which in ("all", book.name) or (which.isdecimal() and book.name.startswith(prefix))]
     if not found:
         near = difflib.get_close_matches(which, [book.name for book in books], n=1, cutoff=0.4)
         raise ParameterError(f"There is no notebook {which!r}." + (f" Did you mean {near[0]!r}?" if near else "")
-                             + f" Known: all, {', '.join(book.name for book in books) or 'none, for there is no folder notebooks/ here'}.")
+                             + f" Known: all, {', '.join(book.name for book in books)}.")
     return tuple(found)
 
 
@@ -196,7 +216,7 @@ def _literals(source: str, where: str) -> dict[str, object]:
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(expanded(path)).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ParameterError(f"The parameter file {str(path)!r} cannot be read: {error}. The folder params/ holds examples.") from None
     if not isinstance(values, dict | None):
@@ -215,7 +235,7 @@ def _layers(params: Params) -> int | None:
     """Layers of the model that a run starts from; None where its config.json does not say."""
     folder = Path(params.checkpoint or Path(__file__).parent / "checkpoints" / params.models[0])
     try:
-        return json.loads((folder / "config.json").read_text()).get("num_hidden_layers")
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers")
     except (OSError, ValueError):
         return None
 

@@ -21,17 +21,20 @@ import os
 import platform
 import re
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
-from unimod.config import Params
+from unimod.config import Params, SetupError, expanded
 
 FIGURE_BYTES = 300_000
 SAY_EVERY = 5.0
@@ -61,8 +64,9 @@ class Run:
     def open(cls, notebook: str, params: Params) -> Run:
         """Start writing to `params.run_dir`, or without one to <runs>/<notebook>/interactive, where older files stay until replaced."""
         folder = Path(params.run_dir) if params.run_dir else runs_folder(params.runs) / notebook / "interactive"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "done.json").unlink(missing_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "done.json").unlink(missing_ok=True)
         write(folder / "results.json", "[]\n")
         if not params.run_dir:
             values = {name: value for name, value in dataclasses.asdict(params).items() if name not in RUNNERS}
@@ -106,9 +110,10 @@ class Run:
         """Save a data frame as parquet for the report and give it back, so that the cell shows it."""
         self._claim("tables", name)
         path = self.dir / "tables" / f"{name}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        frame.to_parquet(path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            frame.to_parquet(path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
         return frame
 
     def path(self, name: str) -> Path:
@@ -120,7 +125,8 @@ class Run:
         if name not in self.written["files"]:
             self.written["files"].append(name)
         path = self.dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def finish(self) -> None:
@@ -153,7 +159,7 @@ def latest(runs: str | Path, notebook: str) -> Path:
     folders = [done.parent for done in (runs_folder(runs) / notebook).glob("*/done.json")]
     if not folders:
         raise RunError(f"There is no finished run of {notebook} in {runs_folder(runs)}. Make one with: python -m unimod run {notebook}")
-    return max(folders, key=lambda folder: json.loads((folder / "done.json").read_text())["finished"])
+    return max(folders, key=lambda folder: json.loads((folder / "done.json").read_text(encoding="utf-8"))["finished"])
 
 
 def home() -> Path:
@@ -164,15 +170,48 @@ def home() -> Path:
 
 def runs_folder(runs: str | Path) -> Path:
     """`runs` as an absolute path, the same one from a notebook in JupyterLab and from the command line."""
-    return home() / Path(runs).expanduser()
+    return home() / expanded(runs)
+
+
+def notebook_folders() -> tuple[Path, ...]:
+    """Where the workbook's notebooks may lie, the first that holds any counts: the working folder, the checkout that this package lies in, and
+    where an installation puts them (beside a --target, in an environment, in a user's own site)."""
+    package, user = Path(__file__).resolve().parents[1], site.getuserbase() if site.ENABLE_USER_SITE else None
+    installed = [package, Path(sysconfig.get_path("data")), *([Path(user)] if user else [])]
+    return home() / "notebooks", package / "notebooks", *(place / "share" / "unimod" / "notebooks" for place in installed)
+
+
+def records_folder() -> Path:
+    """The committed records of measurements, beside the notebooks; they need not be there."""
+    return next((folder / "records" for folder in notebook_folders() if (folder / "records").is_dir()), home() / "notebooks" / "records")
+
+
+def writable(runs: Path) -> None:
+    """Raise `SetupError` where nothing can be written under `runs`, an absolute path that need not exist; nothing is made."""
+    nearest = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise SetupError(f"The folder of runs, {runs}, cannot be made: {nearest} is not a folder. Choose another one with --runs DIR.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise SetupError(f"The folder of runs, {runs}, cannot be written: {nearest} is read-only here. Choose another one with --runs DIR.")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise `SetupError` where the disk refuses what the block writes: a full one, a read-only one, a file in a folder's place."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{path} cannot be written ({error.strerror or error}). Make room there, or choose another folder of runs with --runs DIR "
+                         "(in a notebook: runs).") from None
 
 
 def write(path: Path, text: str) -> None:
-    """Write all of a file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write all of a file or nothing. Raises `SetupError` where it cannot be written."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
 
 
 def facts() -> dict[str, object]:
@@ -246,4 +285,9 @@ def _device(asked: str) -> str:
     torch = sys.modules.get("torch")
     if asked != "cpu" and torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return describe_cpu()
+
+
+def describe_cpu() -> str:
+    """The CPU in words: the cores that this process may use."""
     return f"CPU, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"

@@ -98,5 +98,5 @@ def train_tiny(name: str, out: str | Path, seed: int = 0) -> dict:
     save_pretrained(out, model, image_tokenizer)
     card = {"name": name, "stages": [asdict(s) for s in STAGES[name]], "seed": seed, "torch": torch.__version__,
             "quality": asdict(evaluate(model, image_tokenizer, data, "test", 400))}
-    (out / "card.json").write_text(json.dumps(card, indent=1))
+    (out / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return card

@@ -182,7 +182,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
         if saved:
             _save(Path(folder), model, optimizer, settings, records)
     if folder is not None and main:
-        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
         (Path(folder) / "last.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     model.eval()

@@ -10,6 +10,7 @@ and only when a notebook is about to run.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -19,15 +20,17 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
 from . import report
-from .config import ParameterError
+from .config import ParameterError, SetupError
 from .request import Request, Step
-from .run import RUNNERS, RunError, facts, write
+from .run import RUNNERS, RunError, facts, write, writing
+from .versions import advice
 
 HEARTBEAT = 15.0
 """Seconds between two signs of life of a running cell."""
@@ -66,7 +69,10 @@ def run(request: Request, force: bool = False, timeout: float | None = None) -> 
             else:
                 print(f"{place}: {book.title} (about {book.minutes:g} min)", flush=True)
                 _run_one(step, force, timeout)
-        except (Stop, ParameterError, RunError) as error:
+        except OSError as error:
+            raise Stop(3, f"{book.name}: {error.filename or request.runs} cannot be read or written ({error.strerror or error}). Make room there, or choose "
+                          "another folder with --runs DIR.") from None
+        except (Stop, ParameterError, RunError, SetupError) as error:
             done, left = ", ".join(made) or "nothing", ", ".join(b.name for b in request.books[number:]) or "nothing"
             account = f"\nDone: {done}. Failed: {book.name}. Not run: {left}." if whole else ""
             raise Stop(getattr(error, "code", 2), f"{error}{account}") from None
@@ -79,9 +85,10 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
     folder, start = step.folder, time.monotonic()
     if force:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)  # files of an interrupted run stay: training resumes from its checkpoints
-    for name in ("done.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # files of an interrupted run stay: training resumes from its checkpoints
+        for name in ("done.json", "report.html"):
+            (folder / name).unlink(missing_ok=True)
     asked = {name: getattr(step.params, name) for name in step.book.defaults if name not in RUNNERS}
     write(folder / "params.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
     record = {"notebook": step.book.name, "title": step.book.title, "key": folder.name, "status": "running", "exit": None,
@@ -92,8 +99,11 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
         _execute(step, timeout)
         report.write_page([folder], folder / "report.html")
         code = 0
-    except Stop as stop:
+    except (Stop, SetupError) as stop:
         code = stop.code
+        raise
+    except OSError:
+        code = 3
         raise
     except report.ReportError as error:
         code = 4
@@ -103,7 +113,7 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
         raise
     finally:
         done = folder / "done.json"
-        record["device"] = json.loads(done.read_text())["device"] if done.exists() else step.params.device
+        record["device"] = json.loads(done.read_text(encoding="utf-8"))["device"] if done.exists() else step.params.device
         if code:
             done.unlink(missing_ok=True)
         end = {"end": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - start, 1)}
@@ -148,8 +158,9 @@ def _stop(name: str, cell: int | None, ename: str, evalue: str, traceback: list[
     """A failed cell as a paragraph: which, at what line, why."""
     line = re.search(r"^-+> *(\d+) (.*)$", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback)), re.MULTILINE)
     at = f", line {line[1]} ({line[2].strip()})" if line else ""
-    hint = f" {_extra(evalue)}" if ename == "ModuleNotFoundError" else ""
-    code = {"ParameterError": 2, "ModuleNotFoundError": 3}.get(ename, 4)
+    refused = re.match(rf"\[Errno ({'|'.join(str(e) for e in (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EDQUOT))})\]", evalue)
+    code = {"ParameterError": 2, "ModuleNotFoundError": 3, "SetupError": 3}.get(ename, 3 if refused else 4)
+    hint = f" {_extra(evalue)}" if ename == "ModuleNotFoundError" else f"\n{advice()}" if code == 4 and advice() else ""
     return Stop(code, f"{name} failed in cell {cell}{at}.\n{ename}: {evalue}{hint}\n{look}")
 
 
@@ -192,7 +203,7 @@ class _Log:
         self.rest = self.rest.rsplit("\r", 1)[-1]
         for line in lines:
             said = line.rstrip("\r").rsplit("\r", 1)[-1]
-            print(f"    {said}", flush=True)
+            _say(f"    {said}")
             self.file.write(f"[{time.monotonic() - self.start:7.1f}] {said}\n")
 
     def flush(self) -> None:
@@ -209,7 +220,13 @@ class _Log:
     def _beat(self) -> None:
         while not self.over.wait(HEARTBEAT):
             now = time.monotonic()
-            print(f"    ... {now - self.start:.0f} s, in cell {self.where} for {now - self.cell_start:.0f} s", flush=True)
+            _say(f"    ... {now - self.start:.0f} s, in cell {self.where} for {now - self.cell_start:.0f} s")
+
+
+def _say(line: str) -> None:
+    """A line of the log on the terminal; a terminal or pipe that is gone ends no run, the log is in log.txt, too."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _environment() -> None:

@@ -96,14 +96,14 @@ class Overview:
         columns |= {f"to_{k}": p.received[:, 0, :, j].flatten().numpy() for j, k in enumerate(NAMES)}
         columns |= {f"{q}_to_{k}": p.mass[:, 0, :, i, j].flatten().numpy() for i, q in enumerate(NAMES) for j, k in enumerate(NAMES)}
         arrays = {"even": p.even[:, 0].numpy()} | {name: getattr(self, name).numpy() for name in ("kept", "maps", "received")}
-        return write(Path(folder), {"row": {"token": self.tokens, "modality": self.modality.numpy()}, "statistics": columns}, "maps",
+        return write(Path(expanded(folder)), {"row": {"token": self.tokens, "modality": self.modality.numpy()}, "statistics": columns}, "maps",
                      arrays | ({} if self.picture is None else {"picture": self.picture}),
                      {"about": dict(self.about), "task": int(self.task), "grid": self.grid, "layers": self.layers})
 
     @classmethod
     def load(cls, folder: str | Path) -> Overview:
         """Read what `save` wrote. Raises `CaptureError` for a folder that holds none, or a damaged one."""
-        with reading(Path(folder), TABLES, "maps", "overview of attention", "Overview.save") as ((tokens, table), arrays, notes):
+        with reading(Path(expanded(folder)), TABLES, "maps", "overview of attention", "Overview.save") as ((tokens, table), arrays, notes):
             task, layers, tensors = Task(notes["task"]), tuple(notes["layers"]), {k: torch.from_numpy(arrays[k]) for k in ("kept", "maps", "received", "even")}
             read = lambda name: torch.tensor(table[name].to_numpy()).view(len(layers), 1, -1)  # noqa: E731
             mass = torch.stack([torch.stack([read(f"{q}_to_{k}") for k in NAMES], -1) for q in NAMES], -2)

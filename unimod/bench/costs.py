@@ -97,7 +97,7 @@ def costs(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConf
     path = (folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unimod" / "costs") / f"{name}.json"
     if path.exists():
         try:
-            known = json.loads(path.read_text())["table"]
+            known = json.loads(path.read_text(encoding="utf-8"))["table"]
             return CostTable(known["device"], known["tokens"], known["dense"], tuple(known["kept"]), tuple(known["seconds"]))
         except (ValueError, KeyError, TypeError):           # half-written or of another make: measured anew
             path.unlink()

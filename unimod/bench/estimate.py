@@ -25,7 +25,7 @@ def on_gpu(folder: Path) -> list[dict]:
     the capacity of every other layer, or "paper" for the paper's own plan."""
     rows = []
     for path in sorted(folder.glob("bench-*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         rows += [{"model": f"{row['preset']}, {row['tokens']} tokens", "kept": str(row["capacity"]), "way": row["backend"], "realised": row["realised"],
                   "source": f"{path.name}: {found['device']}, commit {found['commit'][:10]}"}
                  for row in found["rows"] if row["bench"] == "layer" and row["realised"] is not None and not found["device"].startswith("CPU")]

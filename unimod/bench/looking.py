@@ -149,7 +149,7 @@ def _free(device: str) -> int:
 
 def _kib(file: Path, name: str) -> int:
     """A figure that the kernel gives in KiB, in bytes."""
-    return 1024 * next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(name + ":"))
+    return 1024 * next(int(line.split()[1]) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(name + ":"))
 
 
 def _forward(model: UnifiedModel, packed: Packed) -> Way:

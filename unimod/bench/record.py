@@ -45,7 +45,7 @@ def describe(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = [line.split(":")[1].strip() for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")] if info.exists() else []
     return f"CPU ({names[0] if names else platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 

@@ -192,12 +192,12 @@ class AttentionRecord:
         Two layers of Show-o take 33 MiB for a row of 1,155 tokens in float32; what a viewer shows of them takes 352 KiB (`analysis.overview`;
         `notebooks/records/bench-cpu-looking.json`).
         """
-        return files.save(Path(folder), {i: self.layer(i) for i in (self.layers if layers is None else layers)}, self.whole, self.about)
+        return files.save(Path(expanded(folder)), {i: self.layer(i) for i in (self.layers if layers is None else layers)}, self.whole, self.about)
 
     @classmethod
     def load(cls, folder: str | Path) -> AttentionRecord:
         """Read what `save` wrote. Raises `CaptureError` for a folder that holds no record, or a damaged one."""
-        seen, whole, about = files.load(Path(folder))
+        seen, whole, about = files.load(Path(expanded(folder)))
         return cls({i: LayerAttention(*parts) for i, parts in seen.items()}, [whole], about)
 
     def _any(self) -> LayerAttention:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from unimod.config import expanded
 from unimod.data.sample import SPLITS, DataError, Question, Sample, check_request, split_of, split_words
 
 EXAMPLE = '{"image": "cats/1.png", "caption": "a cat on a mat", "questions": [{"question": "where is the cat?", "answer": "on a mat"}]}'
@@ -37,10 +38,10 @@ class Folder:
         if image_size < 8:
             raise DataError(f"image_size {image_size} is too small: use 8 or more, such as 48")
         self.image_size = image_size
-        self.path = Path(folder) / "data.jsonl"
+        self.path = Path(expanded(folder)) / "data.jsonl"
         self.skipped: list[tuple[str, str]] = []
         if not str(folder) or not self.path.is_file():
-            what = "data.jsonl in it" if str(folder) and Path(folder).is_dir() else "such folder"
+            what = "data.jsonl in it" if str(folder) and self.path.parent.is_dir() else "such folder"
             raise DataError(f"folder {str(folder)!r}: there is no {what}; give a folder with a data.jsonl of lines like\n{EXAMPLE}")
         entries = self._read()
         if strict and self.skipped:

@@ -29,6 +29,7 @@ from ..ops.attention import attention_received, interval_attention
 from ..ops.cross_entropy import linear_cross_entropy
 from ..router import ForwardState, Trail
 from ..tokens import FEATURE, Packed, Task
+from ..versions import explained, warn
 from .cache import KVCache
 from .layout import Layout
 
@@ -68,6 +69,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
 
 _attend_outside = torch.compiler.disable(_attend)
 AttentionInterface.register(ATTENTION, _attention)
+warn()                                                      # once a process: here is the first file that leans on transformers
 
 
 @contextmanager
@@ -156,12 +158,13 @@ class UnifiedModel(nn.Module):
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         trail = Trail() if any(router and router.looks_back for router in routers) else None
         state = ForwardState(packed, cache, trail, compiled=self.compiled)
-        for layer, following in zip(layers, [*routers[1:], None]):
-            if trail is not None:
-                if not hasattr(layer, "router"):            # a run ends at a dense layer
-                    trail.routing = trail.alone = None
-                trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
-            h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
+        with explained():
+            for layer, following in zip(layers, [*routers[1:], None]):
+                if trail is not None:
+                    if not hasattr(layer, "router"):        # a run ends at a dense layer
+                        trail.routing = trail.alone = None
+                    trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
+                h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
         if cache is not None:
             cache.fresh = False
         norm = self.decoder.final_layernorm if hasattr(self.decoder, "final_layernorm") else self.decoder.norm

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.initialization import no_init_weights
 
-from ..config import MODELS, ParameterError
+from ..config import MODELS, ParameterError, expanded
 from ..layers import MoDLayer, apply_mod, routed_layers
 from ..methods import RouterConfig
 from ..plan import CapacityPlan
@@ -85,7 +85,7 @@ def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None
     not say (128; 381 in the released models tuned on LLaVA). dtype: default as stored. Weights are read one tensor at a time,
     straight to `device`, after a check that they fit its memory. Raises `CheckpointError`.
     """
-    folder = Path(folder)
+    folder = Path(expanded(folder))
     family, config = _recognise(folder)
     weights = Weights(folder)
     dtype = dtype or next((d for d in weights.dtypes.values() if d.is_floating_point), torch.float32)
@@ -108,7 +108,7 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
 
     config.json is written last, so a half-written folder does not load.
     """
-    folder, family = Path(folder), next(f for f in FAMILIES if f.name == model.layout.kind)
+    folder, family = Path(expanded(folder)), next(f for f in FAMILIES if f.name == model.layout.kind)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}           # a clone each: routers may share weights
@@ -117,7 +117,7 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
     if routed:
         save_file({k: v for k, v in state.items() if ".router." in k and ".learned." not in k}, folder / "routers.safetensors")
         plan_of(model).save(folder / "plan.yaml")
-        (folder / "router.json").write_text(json.dumps(asdict(routed[0].router.config), indent=1))
+        (folder / "router.json").write_text(json.dumps(asdict(routed[0].router.config), indent=1), encoding="utf-8")
     else:
         for name in ("routers.safetensors", "plan.yaml", "router.json"):
             (folder / name).unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
         text.tokenizer.save_pretrained(folder)
     elif isinstance(text, WordTokenizer):
         config["words"] = text.words
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     return folder
 
 
@@ -151,7 +151,7 @@ def plan_of(model: UnifiedModel) -> CapacityPlan:
 
 def outline(folder: str | Path) -> tuple[UnifiedModel, Family, Weights]:
     """A folder's model on the meta device (shapes, no values), its family, and the weights it could be filled with. Raises `CheckpointError`."""
-    folder = Path(folder)
+    folder = Path(expanded(folder))
     family, config = _recognise(folder)
     weights, layout = Weights(folder), _layout(folder, config, family, None)
     with torch.device("meta"):
@@ -203,7 +203,7 @@ class Inspection:
 
 def inspect(folder: str | Path) -> Inspection:
     """Look at a folder: its kind, sizes, keys that do not fit, routers. Raises `CheckpointError` when it is not a model's."""
-    folder = Path(folder)
+    folder = Path(expanded(folder))
     model, family, weights = outline(folder)
     _, problems = compare(model.state_dict(), weights, family.ours, family.theirs)
     count = sum(p.numel() for p in model.parameters())

@@ -124,11 +124,11 @@ class ImageTokenizer(nn.Module, ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json (name and config) and tokenizer.safetensors into `folder`, made if missing."""
-        folder = Path(folder)
+        folder = Path(expanded(folder))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)                 # written last: half a folder does not load
         save_file({key: value.contiguous() for key, value in self.stored().state_dict().items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name, "config": asdict(self.config)}, indent=1) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name, "config": asdict(self.config)}, indent=1) + "\n", encoding="utf-8")
 
     def stored(self) -> nn.Module:
         """The module whose state dict is the file."""
@@ -257,7 +257,7 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
 
     Raises `CheckpointError` that names the file, what was found and what was expected.
     """
-    folder = Path(folder)
+    folder = Path(expanded(folder))
     if (folder / CONFIG_FILE).is_file():
         config = read_json(folder / CONFIG_FILE)
         try:

@@ -106,7 +106,7 @@ def _pickled(path: Path) -> Iterable[tuple[str, tuple]]:
 def read_json(path: Path) -> dict:
     """A JSON object. Raises `CheckpointError` when there is none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in path.parent.iterdir())[:12]) if path.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{path} is missing; the folder holds: {found or 'nothing'}.") from None

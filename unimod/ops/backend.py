@@ -92,13 +92,28 @@ def _choose(family: str, device: str, dtype: torch.dtype, names: tuple[str, ...]
                 raise ParameterError(f"UNIMOD_BACKEND or use_backend asks for {name!r}, but {why}. Allowed here: "
                                      f"{', '.join(n for n in FAMILIES[family] if not _MISSING[n](device, dtype))}.")
             return name
-    reasons = []
+    name, reasons = _automatic(family, device, dtype)
+    why = "; ".join(f"{other}: {reason}" for other, reason in reasons.items())
+    say(f"unimod: {family} by {name} on {device}" + (f" ({why})" if why else ""))
+    return name
+
+
+def _automatic(family: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The preferred implementation that can run, and of those before it why they cannot."""
+    reasons = {}
     for name in FAMILIES[family]:
         if not (why := _MISSING[name](device, dtype)):
             break
-        reasons.append(f"{name}: {why}")
-    say(f"unimod: {family} by {name} on {device}" + (f" ({'; '.join(reasons)})" if reasons else ""))
-    return name
+        reasons[name] = why
+    return name, reasons
+
+
+def choice(family: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The implementation that `backend` gives, and for each preferred one that is not taken the reason. Raises as `backend` does."""
+    taken = [name for name in forced() if name in FAMILIES[family]]
+    if taken:
+        return backend(family, device, dtype), {}
+    return _automatic(family, device, dtype)
 
 
 def say(line: str) -> None:
