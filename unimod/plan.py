@@ -80,7 +80,8 @@ class CapacityPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML."""
         rows = {task: {i: c for i, c in enumerate(row) if c < 1} for task, row in self.capacity.items()}
-        Path(expanded(path)).write_text(yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}}, sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}}, sort_keys=False)
+        Path(expanded(path)).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> CapacityPlan:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..capture import AttentionRecord, CaptureError, LayerAttention, reduced
 from ..capture.folder import reading, write
 from ..capture.record import edges, places
+from ..config import expanded
 from ..models.backbone import UnifiedModel
 from ..tokens import Modality, Packed, Task
 from .patterns import NAMES, Patterns, assemble, statistics

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..config import expanded
 from ..ops.attention import attention_mass
 from ..tokens import Packed, Task
 from . import files

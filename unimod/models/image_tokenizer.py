@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..config import expanded
 from .weights import CheckpointError, Weights, fill, read_json
 
 MEMBERS = {
