@@ -139,7 +139,7 @@ def _peak(device: str, reset: bool = False) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
-        STATUS.with_name("clear_refs").write_text("5")      # sets the high-water mark to what is resident now
+        STATUS.with_name("clear_refs").write_text("5", encoding="ascii")      # sets the high-water mark to what is resident now
     return _kib(STATUS, "VmHWM")
 
 
