@@ -91,8 +91,12 @@ def test_doctor_says_what_is_wrong_with_exit_3(capsys, monkeypatch, tmp_path):
     assert main(["doctor", "--runs", str(tmp_path / "file" / "runs")]) == 3
     out, err = capsys.readouterr()
     assert "is not a folder" in err and "Not ready." in out
-    monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("papermill", "scipy") else versions.installed(name))
+    known = {"papermill": None, "scipy": None, "plotly": "7.0.3"}
+    real = versions.installed
+    for module in (doctor, versions):
+        monkeypatch.setattr(module, "installed", lambda name: known[name] if name in known else real(name))
     found = doctor.diagnose(str(tmp_path))
+    assert "7.0.3" in str(found) and "not the lock's, but tested" in str(found) and "not installed" in str(found)
     assert any("papermill: no notebooks" in line for line in found.missing) and any("scipy not installed" in line for line in found.wrong)
     monkeypatch.setenv("UNIMOD_BACKEND", "varlen")
     monkeypatch.setattr(doctor, "writable", lambda runs: (_ for _ in ()).throw(SetupError("cannot be written")))

@@ -22,6 +22,9 @@ from .run import RUNNERS, RunError, write
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; what went wrong is one paragraph on stderr."""
+    for stream in (sys.stdout, sys.stderr):                 # a bar that a terminal of another encoding cannot show is replaced, and ends nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -72,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):                 # a bar that a terminal of another encoding cannot show is replaced, and ends nothing
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
         args.action(args)
     except (ParameterError, RunError) as error:

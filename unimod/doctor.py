@@ -39,6 +39,8 @@ class Diagnosis:
         lines = [f"Python {self.python} on {self.platform}", f"{'':15s}{'installed':>14s}{'locked':>12s}  tested"]
         for name, row in self.versions.items():
             mark = "" if row["fits"] else "not installed" if row["installed"] is None else "<- outside the tested range"
+            if row["fits"] and row["locked"] not in (None, row["installed"].split("+")[0]):
+                mark = "not the lock's, but tested"
             lines.append(f"{name:15s}{row['installed'] or '-':>14s}{row['locked'] or '-':>12s}  {row['tested']:22s} {mark}".rstrip())
         lines.append(f"device: {self.device}")
         for family, row in self.backends.items():

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from unimod import __main__, request, run
+from unimod import __main__, request, run, workbook
 from unimod.config import ParameterError, Params, SetupError, expanded
 from unimod.plan import CapacityPlan, last_half
 
@@ -164,6 +164,13 @@ def test_a_full_disk_ends_a_run_with_3(bench, cell):
     assert not list(bench.root.glob("runs/00_first/*/done.json"))
 
 
+def test_a_notebook_that_fails_says_when_the_releases_are_untested(bench, monkeypatch):
+    bench.notebook("00_first", "raise TypeError('unexpected keyword')")
+    assert bench.call("run", "00") == 4 and "never run with" not in bench.err
+    monkeypatch.setattr(workbook, "advice", lambda: "unimod was never run with transformers 9.0.0. Tested versions: make install.")
+    assert bench.call("run", "00") == 4 and "never run with transformers 9.0.0" in bench.err
+
+
 def test_in_a_notebook_a_refused_run_folder_says_how_to_choose_another(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match="cannot be written .* choose another folder of runs"):
@@ -177,6 +184,7 @@ def test_what_a_terminal_cannot_show_is_replaced(bench, encoding):
     for args in (("plan", "last_half", "--model", "showo-tiny"), ("run", "00"), ("list",), ("doctor",)):
         done = command(*args, cwd=bench.root, env=env)
         assert done.returncode == 0, (args, done.stderr)
+    assert command("run", "--help", cwd=bench.root, env=env).returncode == 0
     folder = bench.folder("00_first")
     assert "\u2588\u2581" in (folder / "log.txt").read_text(encoding="utf-8"), "what is kept is kept whole"
 
