@@ -18,9 +18,11 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -68,7 +70,8 @@ def run(request: Request, force: bool = False, timeout: float | None = None) -> 
                 print(f"{place}: done before, {_short(step.folder)}", flush=True)
             else:
                 print(f"{place}: {book.title} (about {book.minutes:g} min)", flush=True)
-                _run_one(step, force, timeout)
+                with _some_home():
+                    _run_one(step, force, timeout)
         except OSError as error:
             raise Stop(3, f"{book.name}: {error.filename or request.runs} cannot be read or written ({error.strerror or error}). Make room there, or choose "
                           "another folder with --runs DIR.") from None
@@ -162,6 +165,20 @@ def _stop(name: str, cell: int | None, ename: str, evalue: str, traceback: list[
     code = {"ParameterError": 2, "ModuleNotFoundError": 3, "SetupError": 3}.get(ename, 3 if refused else 4)
     hint = f" {_extra(evalue)}" if ename == "ModuleNotFoundError" else f"\n{advice()}" if code == 4 and advice() else ""
     return Stop(code, f"{name} failed in cell {cell}{at}.\n{ename}: {evalue}{hint}\n{look}")
+
+
+@contextmanager
+def _some_home() -> Iterator[None]:
+    """A home folder for the kernel where the user has none (a container's user id without an entry, HOME not set): jupyter does not start without."""
+    if os.path.expanduser("~") != "~":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="unimod-home-", ignore_cleanup_errors=True) as folder:
+        os.environ["HOME"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["HOME"]
 
 
 def _this_python() -> type:

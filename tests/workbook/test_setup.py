@@ -83,15 +83,20 @@ def test_a_home_that_nobody_has_is_refused_by_name(monkeypatch, tmp_path):
     assert expanded("~odd/x") == "~odd/x", "a folder that is really called so"
 
 
-def test_without_a_home(tmp_path):
+def test_without_a_home(tmp_path, bench):
     """No HOME, and a user id that has no entry: what needs none works, and a tilde is refused."""
     lost = "import os, pwd, sys\nos.environ.pop('HOME', None)\ndef none(*_): raise KeyError('uid')\npwd.getpwuid = none\nfrom unimod.__main__ import main\n"
-    def call(*args):
-        return subprocess.run([sys.executable, "-c", lost + "sys.exit(main(sys.argv[1:]))", *args], capture_output=True, text=True, cwd=ROOT)
+    def call(*args, cwd=ROOT):
+        return subprocess.run([sys.executable, "-c", lost + "sys.exit(main(sys.argv[1:]))", *args], capture_output=True, text=True, cwd=cwd)
     done = call("check", "03", "--runs", str(tmp_path))
     assert done.returncode == 0, done.stderr
     done = call("check", "03", "--runs", "~/runs")
     assert done.returncode == 2 and "no home folder for '~'" in done.stderr
+    bench.notebook("00_first", "import os; run.result('home', os.environ['HOME'])")
+    done = call("run", "notebooks/00_first.ipynb", cwd=bench.root)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((bench.folder("00_first") / "results.json").read_text())
+    assert "unimod-home-" in result["value"] and not Path(result["value"]).exists(), "a kernel gets one for its time"
 
 
 def test_an_installation_that_is_not_editable_runs_the_notebooks(tmp_path):
