@@ -1,0 +1,40 @@
+"""The numbers of the shipped models and the command line are what they were when frozen.json was taken (freeze.py digest)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from freeze import digest, different, take
+
+FROZEN = json.loads(Path(__file__).with_name("frozen.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def now():
+    threads = torch.get_num_threads()
+    yield take(notebook=False)
+    torch.set_num_threads(threads)
+
+
+def near(a, b):
+    """Equal but for 1e-5 in numbers, wherever they are: 1e-4 behind an optimizer that divides by a gradient's size."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(near, a, b))
+    return a == pytest.approx(b, rel=1e-5, abs=1e-5) if isinstance(a, float) else a == b
+
+
+def test_everything_is_as_it_was_frozen(now):
+    digests = {name: json.loads(json.dumps(digest(value))) for name, value in now.items()}
+    assert digests.keys() == FROZEN.keys()
+    moved = [name for name in FROZEN if not near(FROZEN[name], digests[name])]
+    assert not moved, {name: (FROZEN[name], digests[name]) for name in moved}
+
+
+def test_a_difference_is_seen(now):
+    name = "showo-tiny, unimod: hidden"
+    other = {**now, name: now[name] + 1e-6}
+    assert different(now, now) == [] and different(now, other) == [name]
+    assert not near(digest(now[name]), digest(now[name] * 1.001))
