@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from freeze import digest, different, take
+from freeze import different, digest, take
 
 FROZEN = json.loads(Path(__file__).with_name("frozen.json").read_text())
 
