@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .layers import MoDLayer, apply_mod, remove_mod
+from . import seam
+from .layers import MoDLayer, apply_mod, remove_mod, stock_parameters
 from .methods import RouterConfig
 from .models.backbone import UnifiedModel, losses
 from .models.image_tokenizer import ImageTokenizer
@@ -90,14 +91,14 @@ def count(model: UnifiedModel, packed: Packed, image_tokenizer: ImageTokenizer |
     `image_tokenizer` adds what it takes to make the codes of the rows' pictures.
     """
     stack, dense, looking, backward, kept_tokens = 0.0, 0.0, 0.0, 0.0, 0
-    flows = _trained(model.decoder.embed_tokens) or (model.projector is not None and _trained(model.projector))   # a gradient reaches this depth
+    flows = _trained(model.embedding) or (model.projector is not None and _trained(model.projector))   # a gradient reaches this depth
     for layer, following in zip(model.layers, [*model.layers[1:], None]):
         routed = isinstance(layer, MoDLayer)
         segments = list(zip(packed.segments, layer.router.kept(packed) if routed else [s.length for s in packed.segments]))
         inner = layer.layer if routed else layer
         stack += _layer(inner, segments)
         backward += _backward(inner, segments, flows)
-        flows = flows or _trained(inner)
+        flows = flows or any(p.requires_grad for p in stock_parameters(inner))
         if routed:
             scoring = layer.router.flops() * len(packed)
             stack += scoring
@@ -196,14 +197,19 @@ def _trained(module: nn.Module) -> bool:
 
 def _backward(layer: nn.Module, kept: Sequence[tuple[Segment, int]], flows: bool) -> float:
     """One product per trained weight for its own gradient, one per weight for its input's, where anything there or below is trained."""
-    if not (flows or _trained(layer)):
+    if not (flows or any(p.requires_grad for p in stock_parameters(layer))):
         return 0.0
-    weights = sum(m.weight.numel() * (1 + m.weight.requires_grad) for m in layer.modules() if isinstance(m, nn.Linear))
+    weights = sum(m.weight.numel() * (1 + m.weight.requires_grad) for m in _linears(layer))
     return 2.0 * weights * sum(k for _, k in kept) + BACKWARD * _attention(layer, kept)
 
 
+def _linears(layer: nn.Module) -> list[nn.Linear]:
+    """The products of a layer, without those of a router that shares its children."""
+    return [m for name, m in layer.named_modules() if isinstance(m, nn.Linear) and not name.startswith("router.")]
+
+
 def _layer(layer: nn.Module, kept: Sequence[tuple[Segment, int]]) -> float:
-    weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+    weights = sum(m.weight.numel() for m in _linears(layer))
     return 2.0 * weights * sum(k for _, k in kept) + _attention(layer, kept)
 
 
@@ -211,4 +217,4 @@ def _attention(layer: nn.Module, kept: Iterable[tuple[Segment, int]]) -> float:
     rows: dict[int, int] = {}
     for segment, k in kept:
         rows[segment.row] = rows.get(segment.row, 0) + k
-    return 4.0 * layer.self_attn.q_proj.out_features * sum(n * n for n in rows.values())
+    return 4.0 * seam.query_projection(layer).out_features * sum(n * n for n in rows.values())

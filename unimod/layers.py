@@ -8,7 +8,7 @@ The state dict keeps the backbone's stock keys; router keys stand beside them (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -16,7 +16,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
+from . import seam
 from .capacity import LearnedCapacity
 from .config import TASKS, ParameterError
 from .methods import RouterConfig
@@ -29,16 +32,43 @@ from .router import ForwardState, Routing, TaskRouter
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
 
 
+class HandedNorm(nn.Module):
+    """A layer's input norm that a kernel may have computed already, with the gather: it then hands out that result.
+
+    Parameters are the stock norm's own, under their names; whatever else is asked of it is the stock norm's.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["stock"] = stock
+        self._parameters, self._buffers = stock._parameters, stock._buffers
+        self.given: tuple[Tensor, Tensor] | None = None
+        """What was gathered, and its norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of x."""
+        return self.given[1] if self.given is not None and x is self.given[0] else self.stock(x)
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "stock" not in self.__dict__:                # a copy that is being made
+                raise
+            return getattr(self.stock, name)
+
+
 class MoDLayer(nn.Module):
     """A decoder layer behind a router.
 
-    The wrapped layer's children are registered under their own names and the layer itself is not, so that a wrapped layer
-    saves like an unwrapped one. With y = layer(x) on the kept tokens, the output is
+    It has one set of children with the layer that it wraps, and the router among them; the layer itself is not registered. So a wrapped layer saves
+    like an unwrapped one, and a child that is replaced, hooked, sharded or adapted through either is the one that runs. With y = layer(x) on the kept
+    tokens, the output is
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
     for kept tokens and x for all others (w * x where the router scales those that it skips). A router whose gate is for the MLP branch puts the
-    output of `layer.mlp` in place of y - x.
+    output of the layer's MLP in place of y - x.
     """
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
@@ -46,23 +76,20 @@ class MoDLayer(nn.Module):
         if hasattr(layer, "router"):
             raise ParameterError(f"{type(layer).__name__} already has a 'router'; call remove_mod before routing it again.")
         self.__dict__["layer"] = layer
-        self._parameters, self._buffers = layer._parameters, layer._buffers
-        self._modules = {**layer._modules, "router": router}
+        self._parameters, self._buffers, self._modules = layer._parameters, layer._buffers, layer._modules
+        self._non_persistent_buffers_set = layer._non_persistent_buffers_set
+        self.router = router
         self.number = number
-        self.checkpointing_of(layer)
-        layer.gradient_checkpointing = False                # it is this layer, gate included, that is recomputed
+        self.gradient_checkpointing = seam.recomputed(layer)     # transformers sets it on every module that has the attribute
+        """Whether the kept tokens' way through the layer, gate included, is recomputed in the backward pass."""
+        seam.set_recomputed(layer, False)
         self._mlp: Tensor | None = None
-        self._normed: tuple[Tensor, Tensor] | None = None
-        norm = getattr(layer, "input_layernorm", None)
-        self._hands = known_norm(norm) is not None and "forward" not in vars(norm)
-        if self._hands:
-            norm.forward = partial(self._norm, norm.forward)
-        self._tap = layer.mlp.register_forward_hook(self._keep) if router.config.branch == "mlp" else None
-
-    def checkpointing_of(self, layer: nn.Module) -> None:
-        """Recompute in the backward pass as that layer does (transformers sets both attributes on every module)."""
-        self.gradient_checkpointing = getattr(layer, "gradient_checkpointing", False)
-        self._gradient_checkpointing_func = getattr(layer, "_gradient_checkpointing_func", None)
+        self._tap: RemovableHandle | None = None
+        self._tapped: tuple[nn.Module | None] = (None,)     # in a tuple, so that it is no child of this layer
+        self._tap_mlp()
+        norm = seam.input_norm(layer)
+        if known_norm(norm) is not None:
+            seam.set_input_norm(layer, HandedNorm(norm))
 
     def train(self, mode: bool = True) -> MoDLayer:
         """Also the layer that is not registered."""
@@ -86,7 +113,10 @@ class MoDLayer(nn.Module):
         before = trail and trail.received
         inner = replace(unimod, packed=packed.take(i, routing.segments, routing.rank))
         run = partial(self._through, routing=routing, unimod=inner, position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
-        x, y, mlp = self._gradient_checkpointing_func(run, hidden_states) if self.gradient_checkpointing and self.training else run(hidden_states)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            x, y, mlp = checkpoint(run, hidden_states, use_reentrant=False)
+        else:
+            x, y, mlp = run(hidden_states)
         if trail and trail.watched:                         # skipped tokens keep what they received last
             trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
         passed, x, y = passed.squeeze(0), x.squeeze(0), y.squeeze(0)
@@ -98,7 +128,8 @@ class MoDLayer(nn.Module):
     def _alone(self, hidden_states: Tensor, state: ForwardState, **kwargs: object) -> Tensor:
         """One token of every row: all are computed, and those that the router turns away leave no trace, neither here nor in the cache."""
         judged = self.router.alone(hidden_states.squeeze(0), state.packed, state.trail)
-        y = layer_output(self.layer(hidden_states, unimod=replace(state, keep=None if judged is None else judged[0]), **kwargs))
+        self._tap_mlp()
+        y = seam.layer_output(self.layer(hidden_states, unimod=replace(state, keep=None if judged is None else judged[0]), **kwargs))
         mlp, self._mlp = self._mlp, None
         if judged is None:
             return y
@@ -109,47 +140,57 @@ class MoDLayer(nn.Module):
 
     def _through(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
         """The kept tokens, the layer's output on them, and its MLP's [K, D] where that is gated."""
+        norm = seam.input_norm(self.layer)
+        self._tap_mlp()
         try:
-            x = self._gather(hidden_states, routing)
-            y = layer_output(self.layer(x, **kwargs))
+            x = self._gather(hidden_states, routing, norm)
+            y = seam.layer_output(self.layer(x, **kwargs))
             return x, y, None if self._mlp is None else self._mlp.squeeze(0)
         finally:
-            self._mlp = self._normed = None
+            self._mlp = None
+            if isinstance(norm, HandedNorm):
+                norm.given = None
 
-    def _gather(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, `_norm` hands the layer the result."""
-        norm = known_norm(self.layer.input_layernorm) if self._hands else None
-        if norm is None or norm.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
+    def _gather(self, hidden_states: Tensor, routing: Routing, norm: nn.Module | None) -> Tensor:
+        """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the result."""
+        known = known_norm(norm.stock) if isinstance(norm, HandedNorm) else None
+        if known is None or known.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
             return hidden_states.squeeze(0).index_select(0, routing.index)[None]
-        x, n = gather_norm(hidden_states.squeeze(0), routing.index, norm, routing.rank)
-        self._normed = x[None], n[None]
-        return self._normed[0]
+        x, n = gather_norm(hidden_states.squeeze(0), routing.index, known, routing.rank)
+        norm.given = x[None], n[None]
+        return norm.given[0]
 
-    def _norm(self, stock: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The layer's input norm: what was worked out on the way for this very tensor, else its own forward."""
-        return self._normed[1] if self._normed is not None and x is self._normed[0] else stock(x)
+    def _tap_mlp(self) -> None:
+        """Have the MLP's output kept where the gate is for it: of the MLP that is there now, which may have been replaced."""
+        if self.router.config.branch != "mlp" or self._tapped[0] is seam.mlp(self.layer):
+            return
+        if self._tap:
+            self._tap.remove()
+        self._tapped = (seam.mlp(self.layer),)
+        self._tap = self._tapped[0].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         self._mlp = out
 
     def keep_norm(self) -> None:
         """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in every layer."""
-        if self._hands:
-            del self.layer.input_layernorm.forward
-        self._hands = False
+        norm = seam.input_norm(self.layer)
+        if isinstance(norm, HandedNorm):
+            seam.set_input_norm(self.layer, norm.stock)
 
     def release(self) -> nn.Module:
-        """The stock layer as it was before it was wrapped, with its present weights."""
+        """The stock layer as it was before it was wrapped, with its present children and weights."""
         if self._tap:
             self._tap.remove()
         self.keep_norm()
-        MoDLayer.checkpointing_of(self.layer, self)
+        seam.set_recomputed(self.layer, self.gradient_checkpointing)
+        del self.layer.router
         return self.layer
 
 
-def layer_output(out: Tensor | tuple) -> Tensor:
-    """What a decoder layer computed; some of transformers' wrap it in a tuple."""
-    return out[0] if isinstance(out, tuple) else out
+def stock_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a layer, without those of a router that shares its children."""
+    return (p for name, p in layer.named_parameters() if not name.startswith("router."))
 
 
 def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None) -> nn.Module:

@@ -18,10 +18,11 @@ from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
 from unimod.methods import RouterConfig
 from unimod.models import chameleon, janus
-from unimod.models.backbone import ATTENTION, losses
+from unimod.models.backbone import losses
 from unimod.models.checkpoint import inspect, save_pretrained
 from unimod.models.weights import CheckpointError
 from unimod.plan import CapacityPlan
+from unimod.seam import ATTENTION
 from unimod.tokens import IGNORE, pack
 
 PLAN = CapacityPlan({"t2i": [1, .5, .6], "mmu": [.7, .5, 1]})

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ParameterError
-from ..layers import layer_output
 from ..models.backbone import UnifiedModel, losses, without
+from ..seam import layer_output
 from ..tokens import Packed, Task
 
 Metric = Callable[[UnifiedModel, object], float]

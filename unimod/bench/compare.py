@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.backbone import ATTENTION, COEFFICIENTS, UnifiedModel, losses
+from ..models.backbone import COEFFICIENTS, UnifiedModel, losses
+from ..seam import ATTENTION, query_projection
 from ..tokens import IGNORE, Task, TokenSequence, pack
 
 
@@ -64,7 +65,7 @@ def stock_attention(model: UnifiedModel, name: str = "eager") -> Iterator[nn.Mod
 
 def against_stock(model: UnifiedModel, rows: list[TokenSequence]) -> Difference:
     """The packed forward and backward of a dense model against transformers' own, row by row with a dense mask."""
-    weight = model.layers[0].self_attn.q_proj.weight
+    weight = query_projection(model.layers[0]).weight
     packed = pack(rows).to(model.device)
     with torch.no_grad():
         ours = model.head(model(packed))

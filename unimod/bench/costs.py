@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import seam
 from ..config import TASKS, ParameterError
 from ..flops import planned
 from ..layers import MoDLayer, apply_mod
@@ -110,10 +111,9 @@ def measured(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterC
     """Time one layer with random weights: dense, and routed at each of `SHARES`, in turn."""
     one = copy.deepcopy(model).to("meta")
     one.decoder.layers = one.decoder.layers[-1:]
-    for name in ("final_layernorm", "norm"):
-        if hasattr(one.decoder, name):
-            setattr(one.decoder, name, nn.Identity())
-    one.decoder.embed_tokens, one.lm.lm_head = nn.Embedding(1, 1), nn.Linear(1, 1)      # not a part of what is timed
+    seam.set_final_norm(one.decoder, nn.Identity())         # what is not timed
+    seam.set_embedding(one.decoder, nn.Embedding(1, 1))
+    one.lm.lm_head = nn.Linear(1, 1)
     one = materialise(one, device, dtype_of(device))
     packed = pack(list(rows) * math.ceil(TOKENS[device] / sum(len(row.ids) for row in rows))).to(device)
     h = torch.randn(len(packed), model.width, device=device, dtype=dtype_of(device), requires_grad=True)

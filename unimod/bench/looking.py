@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import seam
 from ..analysis.overview import look
 from ..analysis.patterns import measure
 from ..capture import LayerAttention, observe, reduced
@@ -70,7 +71,8 @@ def looking(job: Job) -> Iterator[dict]:
 def stack(job: Job) -> tuple[UnifiedModel, list]:
     """The layers and the final norm on the meta device, and the row: no embeddings and next to no head, which would be most of the weights."""
     model, rows = job.size.outline()
-    model.decoder.embed_tokens, model.lm.lm_head = nn.Identity(), nn.Linear(model.width, 1, bias=False, device="meta")
+    seam.set_embedding(model.decoder, nn.Identity())
+    model.lm.lm_head = nn.Linear(model.width, 1, bias=False, device="meta")
     return model, rows
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import seam
 from ..layers import MoDLayer, routed_layers
 from ..models.backbone import UnifiedModel
 from ..tokens import Packed
@@ -63,8 +64,8 @@ class Attribution(TorchDispatchMode):
                 self._watch(layer, "routed")
                 self._watch(layer.router, "router")
                 self._watch(layer.layer, "layer")
-            self._watch(layer.self_attn, "attention")
-            self._watch(layer.mlp, "mlp")
+            self._watch(seam.attention(layer), "attention")
+            self._watch(seam.mlp(layer), "mlp")
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import Emu3ForCausalLM
 
+from .. import seam
 from ..models.backbone import UnifiedModel
 from ..models.emu3 import Emu3Layout, emu3_config
 from ..models.layout import Layout
@@ -99,7 +100,7 @@ def materialise(model: UnifiedModel, device: str, dtype: torch.dtype) -> Unified
                 nn.init.normal_(p, std=0.02)
             else:
                 nn.init.constant_(p, float(name == "weight"))
-    model.decoder.rotary_emb = copy.deepcopy(model.rotary).to(device)
+    seam.set_rotary(model.decoder, copy.deepcopy(model.rotary).to(device))
     return model.train()
 
 

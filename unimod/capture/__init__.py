@@ -24,8 +24,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..models.backbone import UnifiedModel, observe_attention
+from ..models.backbone import UnifiedModel
 from ..models.cache import KVCache
+from ..seam import observe_attention
 from ..tokens import Packed
 from .folder import CaptureError
 from .record import AttentionRecord, LayerAttention

@@ -16,11 +16,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from ..models.backbone import ATTENTION
+from .. import seam
 from ..tokens import IGNORE, Modality, Packed, Segment, Task
 from .folder import CaptureError
 from .record import AttentionRecord, LayerAttention
@@ -35,11 +33,10 @@ _WATCHED: dict[torch.nn.Module, Keep] = {}
 
 def _attend(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: object) -> tuple[Tensor, None]:
     _WATCHED[module](module, q, k, attention_mask, options)
-    return ALL_ATTENTION_FUNCTIONS[PLAIN](module, q, k, v, attention_mask, **options)
+    return seam.stock_attention(PLAIN)(module, q, k, v, attention_mask, **options)
 
 
-AttentionInterface.register(OBSERVED, _attend)
-AttentionMaskInterface.register(OBSERVED, ALL_MASK_ATTENTION_FUNCTIONS[PLAIN])
+seam.register_attention(OBSERVED, _attend, masks_of=PLAIN)
 
 
 @contextmanager
@@ -51,8 +48,8 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
     numbers that are added to logits, and when no layer was seen.
     """
     config = getattr(model, "config", None)
-    name = getattr(config, "_attn_implementation", None)
-    if name == ATTENTION:
+    name = seam.attention_name(config)
+    if name == seam.ATTENTION:
         raise CaptureError("This model already attends over packed tokens: use capture() on the unimod model around it.")
     if name == OBSERVED:
         raise CaptureError(f"This {type(model).__name__} is being recorded already: leave that block first.")
@@ -65,10 +62,10 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
     image = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
 
     def keep(module: torch.nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, options: dict) -> None:
-        if getattr(module, "layer_idx", None) is not None and threading.get_ident() == mine:   # the towers of a vision-language model number none
+        if (number := seam.layer_number(module)) is not None and threading.get_ident() == mine:
             causal = options.get("is_causal")
             seen = _intervals(q, k, mask, getattr(module, "is_causal", True) if causal is None else causal)
-            record.seen[module.layer_idx] = _layer(q, k, options.get("scaling"), *seen, given.get("input_ids"), image)
+            record.seen[number] = _layer(q, k, options.get("scaling"), *seen, given.get("input_ids"), image)
 
     def begin(_: torch.nn.Module, args: tuple, options: dict) -> None:
         if threading.get_ident() == mine:
@@ -76,10 +73,10 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
             given.clear()
             given["input_ids"] = options.get("input_ids", args[0] if args else None)
 
-    before, parts = _chosen(config), list(model.modules())
+    before, parts = seam.attention_names(config), list(model.modules())
     _WATCHED.update(dict.fromkeys(parts, keep))
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
-    model.set_attn_implementation(_chosen(config, {PLAIN: OBSERVED}))
+    model.set_attn_implementation(seam.attention_names(config, {PLAIN: OBSERVED}))
     try:
         yield record
     finally:
@@ -91,13 +88,6 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
         raise CaptureError(f"No layer of this {type(model).__name__} attended through transformers' registry: call it inside the block. "
                            "A model with an attention of its own cannot be recorded.")
     record.batch[:] = [record.seen[min(record.seen)].packed]
-
-
-def _chosen(config: PreTrainedConfig, instead: dict[str, str] | None = None) -> dict | str:
-    """The attention of a model and its parts, as `set_attn_implementation` takes it."""
-    own = (instead or {}).get(config._attn_implementation, config._attn_implementation)
-    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
-    return {"": own} | {name: _chosen(part, instead) for name, part in parts.items()} if parts else own
 
 
 def _intervals(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:

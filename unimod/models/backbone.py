@@ -7,86 +7,29 @@
 Two ways lead to the model's numbers: `nll` of targets, and `code_logits` where a picture's next code is asked for. A model whose
 picture codes have embeddings and a head of their own overrides these and `embed`, as Janus does.
 
-Attention is one function registered with transformers' `AttentionInterface`; it reads the intervals of the `Packed` in the `ForwardState`
-that every decoder layer hands through under the keyword `unimod`. No modelling file is rewritten, no T x T mask is stored.
+The layers are transformers' own, and attend over the intervals of the batch through `unimod.seam`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .. import seam
 from ..config import ParameterError
-from ..layers import MoDLayer, layer_output
-from ..ops.attention import attention_received, interval_attention
+from ..layers import MoDLayer
 from ..ops.cross_entropy import linear_cross_entropy
 from ..router import ForwardState, Trail
 from ..tokens import FEATURE, Packed, Task
-from ..versions import explained, warn
+from ..versions import explained
 from .cache import KVCache
 from .layout import Layout
-
-ATTENTION = "unimod_intervals"
-Observer = Callable[[nn.Module, Tensor, Tensor, Packed], None]
-_OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", default=None)
-
-
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
-               dropout: float = 0.0, unimod: ForwardState | None = None, **_: object) -> tuple[Tensor, None]:
-    """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
-
-    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once. It stays out of a
-    compiled layer's graphs, which then know nothing of the rows' lengths.
-    """
-    if unimod is None or attention_mask is not None:
-        raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's UnifiedModel, "
-                           "which packs without padding, or choose another attn_implementation.")
-    if dropout:
-        raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
-    return (_attend_outside if unimod.compiled else _attend)(module, query, key, value, scaling, unimod), None
-
-
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: ForwardState) -> Tensor:
-    q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
-    packed, trail = state.packed, state.trail
-    observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
-    if observer is not None:
-        observer(module, q, k, packed)
-    if trail is not None and trail.watched:
-        trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
-    if state.cache is not None:
-        return state.cache.attend(module.layer_idx, q, k, v, packed, scaling, state.keep)[None]
-    memo = None if torch.compiler.is_compiling() else packed.memo
-    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None]
-
-
-_attend_outside = torch.compiler.disable(_attend)
-AttentionInterface.register(ATTENTION, _attention)
-warn()                                                      # once a process: here is the first file that leans on transformers
-
-
-@contextmanager
-def observe_attention(observer: Observer) -> Iterator[None]:
-    """Call `observer(module, q, k, packed)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and RoPE. Blocks may be nested: each
-    observer is called."""
-    outer = _OBSERVER.get()
-
-    def both(*seen: object) -> None:
-        outer(*seen)
-        observer(*seen)
-
-    token = _OBSERVER.set(observer if outer is None else both)
-    try:
-        yield
-    finally:
-        _OBSERVER.reset(token)
 
 
 class UnifiedModel(nn.Module):
@@ -105,14 +48,18 @@ class UnifiedModel(nn.Module):
         """Whether `compile_layers` was called."""
         self.skipped: frozenset[int] = frozenset()
         """Layers that a forward passes by; `without` sets it."""
-        self.decoder.set_attn_implementation(ATTENTION)
-        with torch.device("cpu"):                           # kept out of the module tree: a cast of the model leaves its frequencies exact
-            self.__dict__["rotary"] = type(self.decoder.rotary_emb)(self.decoder.config)
+        self.decoder.set_attn_implementation(seam.ATTENTION)
+        self.__dict__["rotary"] = seam.fresh_rotary(self.decoder)     # out of the module tree: a cast of the model leaves its frequencies exact
 
     @property
     def decoder(self) -> PreTrainedModel:
         """The stack of decoder layers with its embedding and final norm."""
         return self.lm.model
+
+    @property
+    def embedding(self) -> nn.Module:
+        """From text ids to the residual stream."""
+        return seam.embedding(self.decoder)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -136,7 +83,7 @@ class UnifiedModel(nn.Module):
 
     def embed(self, packed: Packed) -> Tensor:
         """What enters the first layer: [T, D]. Raises ValueError for features that the model has no projector for."""
-        h = self.decoder.embed_tokens(packed.ids.clamp(min=0))
+        h = self.embedding(packed.ids.clamp(min=0))
         if packed.features is None:
             return h
         if self.projector is None:
@@ -164,11 +111,10 @@ class UnifiedModel(nn.Module):
                     if not hasattr(layer, "router"):        # a run ends at a dense layer
                         trail.routing = trail.alone = None
                     trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
-                h = layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
+                h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
         if cache is not None:
             cache.fresh = False
-        norm = self.decoder.final_layernorm if hasattr(self.decoder, "final_layernorm") else self.decoder.norm
-        return norm(h)[0]
+        return seam.final_norm(self.decoder)(h)[0]
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
 
+from .. import seam
 from ..tokens import Task, TokenSequence, prefix_hi
 from .backbone import UnifiedModel
 from .emu3 import Emu3Layout
@@ -66,7 +66,7 @@ def _layout(config: dict, text: Text) -> ChameleonLayout:
     """Ids are the vocabulary map's: the released config.json gives <s> the id of <pad>."""
     words = setting(config, "vocabulary_map")
     named = {f"{name}_token_id": words[spelled] for name, spelled in NAMES.items() if spelled in words}
-    ids = ChameleonImageVocabularyMapping(words).img2bpe
+    ids = seam.chameleon_codes(words)
     if not ids or set(ids) != set(range(len(ids))):
         raise CheckpointError(f"config.json's vocabulary_map names {len(ids)} picture codes (IMGIMG..Z); expected the codes 0, 1, ... without a gap.")
     side = math.isqrt(config.get("image_seq_length", 1024))

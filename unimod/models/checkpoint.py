@@ -23,12 +23,12 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import save_file
-from transformers.initialization import no_init_weights
 
 from ..config import MODELS, ParameterError, expanded
 from ..layers import MoDLayer, apply_mod, routed_layers
 from ..methods import RouterConfig
 from ..plan import CapacityPlan
+from ..seam import without_initial_values
 from . import chameleon, emu3, janus, showo
 from .backbone import UnifiedModel
 from .family import Family
@@ -291,7 +291,7 @@ def _empty(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device), no_init_weights():
+        with torch.device(device), without_initial_values():
             yield
     finally:
         torch.set_default_dtype(before)

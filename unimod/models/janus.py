@@ -39,7 +39,7 @@ class Janus(UnifiedModel):
         """Text by the language model's embedding, features through the aligner, codes through the generation aligner: [T, D]."""
         codes = packed.ids - self.layout.image_offset
         drawn = self.lm.model.generation_aligner(self.lm.model.generation_embeddings(codes.clamp(min=0)))
-        h = torch.where((codes >= 0)[:, None], drawn, self.decoder.embed_tokens(packed.ids.clamp(0, self.layout.image_offset - 1)))
+        h = torch.where((codes >= 0)[:, None], drawn, self.embedding(packed.ids.clamp(0, self.layout.image_offset - 1)))
         return h if packed.features is None else h.masked_scatter((packed.ids == FEATURE)[:, None], self.lm.model.aligner(packed.features.to(h.dtype)))
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
