@@ -32,6 +32,7 @@ def here(monkeypatch):
 
 
 def test_a_row_per_way(here):
+    pytest.importorskip("pyarrow", reason="what a record takes on disk needs pyarrow, of the extra notebooks")
     rows = list(looking(JOB))
     assert [row["way"] for row in rows] == list(WAYS) and {row["tokens"] for row in rows} == {100} and {row["layers"] for row in rows} == {8}
     plain, look, patterns, observed, maps, *pages = rows
@@ -46,6 +47,7 @@ def test_a_row_per_way(here):
 
 
 def test_its_own_process_and_what_becomes_of_one_that_is_ended(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("pyarrow", reason="what a record takes on disk needs pyarrow, of the extra notebooks")
     monkeypatch.setattr(module, "WAYS", {"look": WAYS["look"]})
     assert main(["bench", "looking", "--preset", "emu3-tiny", "--rounds", "5", "--json", "--out", str(tmp_path / "r.json")]) == 0
     found = json.loads(capsys.readouterr().out)
