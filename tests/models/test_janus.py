@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from tiny_emu3 import Letters
 from tiny_more import JANUS_IDS, N, inner, load, make_rows, pictures_of, save_stock, stock_model
 from transformers import JanusConfig, JanusForConditionalGeneration
@@ -58,7 +59,12 @@ def test_janus_draws_what_transformers_draws():
     stock.generation_config.pad_token_id, stock.generation_config.generation_kwargs = 1, {"boi_token_id": N + 2}
     stock.generation_config.bos_token_id = N
     for w in (0.5, 4.0):
-        theirs = stock.generate(prompt, attention_mask=torch.ones_like(prompt), generation_mode="image", do_sample=False, guidance_scale=1 + w)
+        try:
+            theirs = stock.generate(prompt, attention_mask=torch.ones_like(prompt), generation_mode="image", do_sample=False, guidance_scale=1 + w)
+        except TypeError as error:                          # 5.17 calls a method of its own with an argument too few
+            if "prefill_chunk_size" not in str(error):
+                raise
+            pytest.skip(f"Janus of transformers {transformers.__version__} cannot draw by itself: {error}")
         assert torch.equal(draw(model, ["a red circle"], guidance=w, top_k=1), theirs)
 
 
