@@ -55,8 +55,8 @@ def run(request: Request, force: bool = False, timeout: float | None = None) -> 
     steps = request.steps(force)
     _environment()
     todo = [step.book for step in steps if force or not step.done]
-    print(f"{len(steps)} notebook{'s' * (len(steps) > 1)}, {len(todo)} to run: about {sum(book.minutes for book in todo):.2g} min at the "
-          f"default parameters on 2 CPU cores. Runs go to {_short(request.runs)}.", flush=True)
+    _say(f"{len(steps)} notebook{'s' * (len(steps) > 1)}, {len(todo)} to run: about {sum(book.minutes for book in todo):.2g} min at the "
+         f"default parameters on 2 CPU cores. Runs go to {_short(request.runs)}.")
     whole = len(steps) > 1
     page = request.runs / "report" / "index.html"
     if whole:
@@ -67,9 +67,9 @@ def run(request: Request, force: bool = False, timeout: float | None = None) -> 
         try:
             step = request.step(book, made)
             if step.done and not force:
-                print(f"{place}: done before, {_short(step.folder)}", flush=True)
+                _say(f"{place}: done before, {_short(step.folder)}")
             else:
-                print(f"{place}: {book.title} (about {book.minutes:g} min)", flush=True)
+                _say(f"{place}: {book.title} (about {book.minutes:g} min)")
                 with _some_home():
                     _run_one(step, force, timeout)
         except OSError as error:
@@ -121,7 +121,7 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
             done.unlink(missing_ok=True)
         end = {"end": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(time.monotonic() - start, 1)}
         write(folder / "run.json", json.dumps(record | end | {"status": STATUS[code], "exit": code}, indent=1))
-    print(f"    done in {time.monotonic() - start:.0f} s: {_short(folder)}", flush=True)
+    _say(f"    done in {time.monotonic() - start:.0f} s: {_short(folder)}")
 
 
 def _execute(step: Step, timeout: float | None) -> None:
@@ -241,7 +241,7 @@ class _Log:
 
 
 def _say(line: str) -> None:
-    """A line of the log on the terminal; a terminal or pipe that is gone ends no run, the log is in log.txt, too."""
+    """A line on the terminal; one that is gone, or a closed pipe, ends no run: what notebooks say is in log.txt, too."""
     with suppress(OSError):
         print(line, flush=True)
 

@@ -194,6 +194,15 @@ def test_what_a_terminal_cannot_show_is_replaced(bench, encoding):
     assert "\u2588\u2581" in (folder / "log.txt").read_text(encoding="utf-8"), "what is kept is kept whole"
 
 
+def test_a_reader_that_has_gone_ends_no_run(bench):
+    bench.notebook("00_first", "for i in range(50):\n    print('line', i)", WRITE)
+    reader, writer = os.pipe()
+    os.close(reader)
+    subprocess.run([sys.executable, "-m", "unimod", "run", "00"], cwd=bench.root, stdout=writer, stderr=subprocess.DEVNULL)
+    os.close(writer)
+    assert bench.record("00_first")["status"] == "ok" and "line 49" in (bench.folder("00_first") / "log.txt").read_text()
+
+
 def test_every_text_file_is_read_and_written_as_utf8():
     """Without an encoding Python takes the machine's."""
     for path in sorted((ROOT / "unimod").rglob("*.py")):
