@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("config", "tokens", "versions"),
+    ("config", "batch", "mask", "versions"),
     ("ops",),
-    ("methods", "plan", "capacity", "router", "seam", "layers", "auxiliary"),
+    ("baselines", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),
     ("data", "flops", "capture", "generate", "train", "evaluate", "analysis", "presets"),
     ("bench", "tiny", "session", "arms", "run", "teach", "views"),

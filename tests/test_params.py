@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from unimod.baselines import PRESETS
 from unimod.config import LAYERS, ROUTERS, ParameterError, Params
-from unimod.methods import PRESETS
 from unimod.plan import MAKERS
 from unimod.run import RUNNERS
 

@@ -6,9 +6,9 @@ The names below are imported when they are first used, so that `import unimod` c
 from importlib import import_module
 
 _HOME = {
-    "pack": "tokens", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "methods", "apply_mod": "layers", "remove_mod": "layers",
+    "pack": "batch", "CapacityPlan": "plan", "make_plan": "plan", "RouterConfig": "config", "apply_mod": "layers", "remove_mod": "layers",
     "from_pretrained": "models.checkpoint", "save_pretrained": "models.checkpoint", "shipped": "models.checkpoint", "inspect": "models.checkpoint",
-    "answer": "generate", "draw": "generate", "extend": "generate", "capture": "capture", "train": "train",
+    "answer": "generate", "draw": "generate", "capture": "capture", "train": "train", "TrainConfig": "train",
 }
 __all__ = sorted(_HOME)
 

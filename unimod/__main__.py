@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--count", choices=("paper", "full", "time"), default="paper",
                          help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the stack's time on this "
                               "machine, predicted from measured layers (default paper)")
-    command.add_argument("--router", default="unimod", help="routers to count with, a name in unimod.methods.PRESETS (default unimod)")
+    command.add_argument("--router", default="unimod", help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "bench", run_bench, "what routing saves in time and memory on this machine, measured in turn with the dense model")
@@ -144,11 +144,11 @@ def inspect(args: argparse.Namespace) -> None:
 
 def show_plan(args: argparse.Namespace) -> None:
     """Print a plan and its savings. Raises `ParameterError`, for all but what depends on the model before there is one."""
+    from .baselines import PRESETS
+    from .batch import pack
     from .bench.costs import costs, predicted_seconds  # torch is not needed by most other commands
     from .flops import count, planned, savings
-    from .methods import PRESETS
     from .presets import picture_tokenizer, preset
-    from .tokens import pack
 
     make = maker_of(args.plan)
     alone = [name for name, config in PRESETS.items() if config.compete == "segment"]

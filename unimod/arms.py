@@ -27,19 +27,19 @@ import torch
 from .analysis.collapse import collapsed
 from .analysis.redundancy import shares
 from .analysis.routing import figures, routings
+from .baselines import PRESETS
+from .batch import Task
 from .capacity import LearnedCapacity
-from .config import ARMS, TASKS, ParameterError, Params
+from .config import ARMS, TASKS, ParameterError, Params, RouterConfig
 from .data.batches import Batches
 from .evaluate.quality import evaluate
 from .flops import Cost, count
 from .layers import apply_mod, learn_capacity, suits
-from .methods import PRESETS, RouterConfig
-from .models.backbone import UnifiedModel
 from .models.checkpoint import save_pretrained
+from .models.unified import UnifiedModel
 from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, make_plan, solve
 from .run import write
 from .session import Session, device_of, rows_of
-from .tokens import Task
 from .train import TrainConfig, train
 
 NEAR = 0.02

@@ -24,12 +24,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import seam
+from .batch import Batch, Segment, Task, TokenSequence, pack
+from .config import RouterConfig
 from .layers import MoDLayer, apply_mod, remove_mod, stock_parameters
-from .methods import RouterConfig
-from .models.backbone import UnifiedModel, losses
+from .losses import losses
 from .models.image_tokenizer import ImageTokenizer
+from .models.unified import UnifiedModel
 from .plan import CapacityPlan
-from .tokens import Packed, Segment, Task, TokenSequence, pack
 
 BACKWARD = 2
 """A backward pass costs twice its forward where every weight is trained."""
@@ -85,7 +86,7 @@ class Cost:
         return 1 - self.token_layers / self.dense_token_layers
 
 
-def count(model: UnifiedModel, packed: Packed, image_tokenizer: ImageTokenizer | None = None) -> Cost:
+def count(model: UnifiedModel, packed: Batch, image_tokenizer: ImageTokenizer | None = None) -> Cost:
     """Forward cost of `packed` under the model's routing (threshold segments count as dense: their number is not known before).
 
     `image_tokenizer` adds what it takes to make the codes of the rows' pictures.

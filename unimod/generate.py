@@ -7,7 +7,7 @@
     calibrate(model, packed)                                         # before draw() on a routed causal model
 
 Token by token means with a cache of keys and values, in which a routed layer writes the tokens it keeps. Text that is generated
-is kept; pictures generated token by token are routed by a calibrated threshold (see `tokens.RULES`). Masked decoding runs the
+is kept; pictures generated token by token are routed by a calibrated threshold (see `config.RULES`). Masked decoding runs the
 whole sequence at every step, so a routed layer may choose among all tokens that are known.
 """
 
@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch import IGNORE, Batch, Modality, Segment, Task, TokenSequence, pack
 from .layers import record_routing, routed_layers
-from .models.backbone import UnifiedModel
 from .models.cache import KVCache
 from .models.layout import Layout
-from .tokens import IGNORE, Modality, Packed, Segment, Task, TokenSequence, pack
+from .models.unified import UnifiedModel
 
 ROWS = 64
 """Rows per forward: answers, or captions with and without guidance."""
@@ -45,7 +45,7 @@ class Growing:
         packed = pack(rows)
         self.position = torch.stack([r.position[-1] for r in rows]) + 1
         self.hidden = model(packed.to(model.device), cache=self.cache)[(torch.tensor(packed.lengths).cumsum(0) - 1).to(model.device)]
-        self._step: Packed | None = None
+        self._step: Batch | None = None
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def push(self, ids: Tensor, live: list[int]) -> Tensor:
@@ -56,9 +56,9 @@ class Growing:
         self.position[live] += 1
         return out
 
-    def _next(self, ids: Tensor, live: list[int], static: bool = False) -> Packed:
+    def _next(self, ids: Tensor, live: list[int], static: bool = False) -> Batch:
         row, n = torch.tensor(live), torch.arange(len(live))
-        return Packed(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
+        return Batch(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
                       torch.full_like(ids, IGNORE), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live), twin=self.twin,
                       static=static)
 
@@ -269,7 +269,7 @@ def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, b
 
 
 @torch.no_grad()
-def calibrate(model: UnifiedModel, packed: Packed) -> None:
+def calibrate(model: UnifiedModel, packed: Batch) -> None:
     """Set every router's threshold to the mean score of the last token that top-k keeps, per task, on a typical batch.
 
     A token-by-token decision can then be made from the token's own score; it keeps the planned share on average.

@@ -21,8 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import seam
 from .capacity import LearnedCapacity
-from .config import TASKS, ParameterError
-from .methods import RouterConfig
+from .config import TASKS, ParameterError, RouterConfig
 from .ops.backend import backend
 from .ops.gather import gather_norm, known_norm
 from .ops.scatter import scatter, scatter_

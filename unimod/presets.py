@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
+from .batch import TokenSequence
 from .config import MODELS, ParameterError
 from .models import emu3, emu3_vq, magvit, showo
-from .models.backbone import UnifiedModel
 from .models.checkpoint import outline, shipped
 from .models.image_tokenizer import ImageTokenizer, load_image_tokenizer, stock_kind
 from .models.layout import Layout
+from .models.unified import UnifiedModel
 from .models.weights import Weights
-from .tokens import TokenSequence
 
 RELEASED = {"_class_name": "Showo", "codebook_size": 8192, "llm_vocab_size": 50295, "mask_token_id": 58497, "vocab_size": 58498}
 PRESETS = {

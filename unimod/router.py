@@ -1,7 +1,7 @@
 """Routers: one score per token, from the router of the token's task at this layer.
 
 UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (arXiv 2404.02258) has one. Both are the same
-module with `shared` off or on, and so are the other published ways to skip layers (`methods.PRESETS`). What a router returns is a `Routing`, the
+module with `shared` off or on, and so are the other published ways to skip layers (`baselines.PRESETS`). What a router returns is a `Routing`, the
 only currency between router, layer, loss and view.
 """
 
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch import Batch, Segment, Task
 from .capacity import LearnedCapacity
-from .methods import RouterConfig
+from .config import RouterConfig
 from .ops.select import prefix_count, segment_rank, select
-from .tokens import Packed, Segment, Task
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Routing:
     score: Tensor
     """float32 [T]: the raw scores."""
     segments: tuple[Segment, ...]
-    """The segments of the kept tokens, for `Packed.take`."""
+    """The segments of the kept tokens, for `Batch.take`."""
     last: Tensor
     """int64 [S]: the token that each segment took last, whose score is the segment's own threshold."""
     open: Tensor
@@ -42,7 +42,7 @@ class Routing:
     passing: Tensor | None = None
     """[T]: factor on the tokens that pass by, where it is not 1."""
     rank: Tensor | None = None
-    """int64 [T + 1]: how many kept tokens lie before each token; for `Packed.take` and the kernels."""
+    """int64 [T + 1]: how many kept tokens lie before each token; for `Batch.take` and the kernels."""
 
     @property
     def stays(self) -> Tensor:
@@ -74,7 +74,7 @@ class ForwardState:
     own never arrives there. So there is one, with our own name, and whatever else has to travel becomes a field here.
     """
 
-    packed: Packed
+    packed: Batch
     """The tokens that the layer is given."""
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
@@ -111,7 +111,7 @@ class TaskRouter(nn.Module):
         """Whether a decision depends on what earlier layers did."""
         return self.config.score == "attention" or self.config.reach != "layer"
 
-    def forward(self, h: Tensor, packed: Packed, trail: Trail | None = None) -> Routing:
+    def forward(self, h: Tensor, packed: Batch, trail: Trail | None = None) -> Routing:
         """Route h: [T, D] under `packed`. Raises RuntimeError for a threshold segment before `calibrate` was called."""
         trail = trail or Trail()
         if self.follows and trail.routing is not None:
@@ -147,8 +147,8 @@ class TaskRouter(nn.Module):
             trail.inside = torch.zeros_like(up).index_fill(0, index, True)
         return trail.routing
 
-    def alone(self, h: Tensor, packed: Packed, trail: Trail | None = None) -> tuple[Tensor, Tensor] | None:
-        """Judge one token of every row by itself, at one size and without waiting (`Packed.static`): which stay, bool [T], and the factor on each
+    def alone(self, h: Tensor, packed: Batch, trail: Trail | None = None) -> tuple[Tensor, Tensor] | None:
+        """Judge one token of every row by itself, at one size and without waiting (`Batch.static`): which stay, bool [T], and the factor on each
         one's update, float32 [T]. None where the rule keeps all. Thresholds are as `calibrate` left them."""
         if not self._chooses(packed.segments[0]):
             return None
@@ -163,7 +163,7 @@ class TaskRouter(nn.Module):
                 trail.inside = trail.alone[0]
         return trail.alone
 
-    def scores(self, h: Tensor, packed: Packed, trail: Trail) -> Tensor:
+    def scores(self, h: Tensor, packed: Batch, trail: Trail) -> Tensor:
         """One score per token: float32 [T]."""
         if self.config.score == "random":
             return torch.rand(len(packed), device=h.device)
@@ -176,11 +176,11 @@ class TaskRouter(nn.Module):
             score = score + self.config.noise * torch.rand_like(score).clamp(1e-6, 1 - 1e-6).logit()
         return score
 
-    def _of_task(self, scores: Tensor, packed: Packed) -> Tensor:
+    def _of_task(self, scores: Tensor, packed: Batch) -> Tensor:
         """[T, 1] or [T, tasks] -> [T]."""
         return scores[:, 0] if self.config.shared else scores.gather(1, packed.task[:, None])[:, 0]
 
-    def kept(self, packed: Packed, rows: set[int] | None = None) -> tuple[int, ...]:
+    def kept(self, packed: Batch, rows: set[int] | None = None) -> tuple[int, ...]:
         """Tokens of each segment that are processed, before a threshold is applied. Where whole rows compete, those of `rows` (default: the first
         ones, for counting); where the whole batch does, each segment's fair share."""
         if self.config.compete == "rows":
@@ -195,7 +195,7 @@ class TaskRouter(nn.Module):
         scorers = [part for name, part in self.named_children() if name in ("proj", "predict")]
         return 0 if self.follows else sum(2 * p.numel() for part in scorers for p in part.parameters() if p.ndim > 1)
 
-    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Packed) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Batch) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
         """The kept tokens, the token that each segment took last, how many kept ones lie before each token, and the segments of the kept ones."""
         if self.config.compete == "batch":                  # who gets how much is read from the device
             places = sum((self.capacity[int(s.task)] if self._chooses(s) else 1) * s.length for s in packed.segments)
@@ -211,7 +211,7 @@ class TaskRouter(nn.Module):
             index, last, rank = select(ranked, lengths, keep)
         return index, last, rank, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
 
-    def _rows(self, packed: Packed, drawn: bool) -> set[int]:
+    def _rows(self, packed: Batch, drawn: bool) -> set[int]:
         """Of each task's rows the share of its capacity, drawn at random or the first ones."""
         stay: set[int] = set()
         for task in Task:
@@ -228,7 +228,7 @@ class TaskRouter(nn.Module):
     def _by_threshold(self, segment: Segment) -> bool:
         return segment.rule == "threshold" and self._chooses(segment)
 
-    def passes(self, score: Tensor, predicted: Tensor | None, packed: Packed, tasks: set[Task]) -> Tensor:
+    def passes(self, score: Tensor, predicted: Tensor | None, packed: Batch, tasks: set[Task]) -> Tensor:
         """Which tokens of these tasks a decision of their own lets through: those that the predictor expects to be kept, else those above the
         threshold: bool [T]. Raises RuntimeError when there is neither."""
         if predicted is None and self.config.score == "attention":
@@ -237,10 +237,10 @@ class TaskRouter(nn.Module):
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
         return self._lets_through(score, predicted, packed)
 
-    def _lets_through(self, score: Tensor, predicted: Tensor | None, packed: Packed) -> Tensor:
+    def _lets_through(self, score: Tensor, predicted: Tensor | None, packed: Batch) -> Tensor:
         return score >= self.threshold[packed.task] if predicted is None else predicted > 0
 
-    def _apply_threshold(self, passes: Tensor, index: Tensor, packed: Packed) -> tuple[Tensor, tuple[Segment, ...]]:
+    def _apply_threshold(self, passes: Tensor, index: Tensor, packed: Batch) -> tuple[Tensor, tuple[Segment, ...]]:
         """Drop the tokens of threshold segments that do not pass; the sizes are read from the device."""
         stay, segments, at = torch.ones_like(index, dtype=torch.bool), [], 0
         for s, n in zip(packed.segments, self.kept(packed)):
@@ -258,7 +258,7 @@ class TaskRouter(nn.Module):
             return 1 + (soft - soft.detach())
         return {"sigmoid": torch.sigmoid, "raw": torch.Tensor.clone, "none": torch.ones_like}[self.config.gate](score)
 
-    def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Packed) -> Tensor:
+    def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Batch) -> Tensor:
         """Factor by which each kept token enters while capacities are learned: [K]."""
         _, always = packed.always(self.config.keep)
         places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths), output_size=len(ranked)).to(ranked.device, non_blocking=True)[index]

@@ -21,13 +21,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
 
+from .batch import Batch
 from .ops.attention import attention_received, interval_attention
 from .router import ForwardState
-from .tokens import Packed
 from .versions import warn
 
 ATTENTION = "unimod_intervals"
-Observer = Callable[[nn.Module, Tensor, Tensor, Packed], None]
+Observer = Callable[[nn.Module, Tensor, Tensor, Batch], None]
 _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", default=None)
 warn()                                                      # once a process: here is the first file that leans on transformers
 

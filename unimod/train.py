@@ -22,13 +22,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .auxiliary import budget, membership, prediction
+from .batch import Batch, Task
 from .config import ParameterError
 from .data.batches import Batches
 from .flops import count
 from .layers import record_routing
-from .models.backbone import UnifiedModel, compile_layers, losses
-from .tokens import Packed, Task
+from .losses import budget, losses, membership, prediction
+from .models.unified import UnifiedModel, compile_layers
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class TrainConfig:
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly."""
     membership: float = 0.0
-    """Weight of the auxiliary loss that pushes kept and dropped tokens' scores apart (`auxiliary.membership`)."""
+    """Weight of the auxiliary loss that pushes kept and dropped tokens' scores apart (`losses.membership`)."""
     budget: float = 0.0
-    """Weight of the loss that holds the share of tokens with sigmoid(score) > 0.5 near what the plan keeps (`auxiliary.budget`)."""
+    """Weight of the loss that holds the share of tokens with sigmoid(score) > 0.5 near what the plan keeps (`losses.budget`)."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
@@ -93,7 +93,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config or TrainConfig(steps=1)
 
-    def forward(self, packed: Packed) -> Outcome:
+    def forward(self, packed: Batch) -> Outcome:
         """The losses of a batch. Raises ValueError when it has no target."""
         with record_routing() as log:
             loss = losses(self.model, packed)

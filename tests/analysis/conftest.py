@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from unimod.batch import Modality, Task
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.models.checkpoint import build_model
 from unimod.models.image_tokenizer import build_image_tokenizer
-from unimod.tokens import Modality, Task
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from torch.utils._pytree import tree_leaves
 
 from unimod.analysis.overview import look, overview
 from unimod.analysis.patterns import measure, patterns
+from unimod.batch import Modality, pack
 from unimod.bench.sizes import materialise
 from unimod.capture import observe, record, reduced
 from unimod.ops.attention import reference
 from unimod.presets import preset
-from unimod.tokens import Modality, pack
 
 ENTRIES = 2**17
 

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from unimod.batch import Modality, Task
 from unimod.capture import AttentionRecord, CaptureError, capture, observe, reduced
 from unimod.generate import answer
 from unimod.layers import apply_mod, record_routing, remove_mod
-from unimod.models.backbone import without
+from unimod.models.unified import without
 from unimod.plan import last_half
-from unimod.tokens import Modality, Task
 
 MODELS = ("showo-tiny", "emu3-tiny")
 

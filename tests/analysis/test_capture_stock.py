@@ -21,8 +21,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from unimod.batch import Modality, Task
 from unimod.capture import CaptureError, capture_stock
-from unimod.tokens import Modality, Task
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 MODELS = {

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimod.analysis.collapse import collapsed
-from unimod.methods import GATES, RouterConfig
+from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
+from unimod.config import GATES, RouterConfig
+from unimod.mask import prefix_hi
 from unimod.router import TaskRouter
-from unimod.tokens import IGNORE, Modality, Task, TokenSequence, pack, prefix_hi
 
 TEXT, SIDE = 10, 5
 

@@ -11,9 +11,9 @@ from unimod.analysis.findings import LEAST, all_findings, arank_falls, arank_hig
 from unimod.analysis.importance import Importance
 from unimod.analysis.interactions import Competition, JointOrSingle
 from unimod.analysis.redundancy import ARank
+from unimod.batch import Task
 from unimod.config import MODELS, Params
 from unimod.session import load
-from unimod.tokens import Task
 from unimod.views.interactions import table_of_findings
 
 RECORD = json.loads((Path(__file__).parents[2] / "notebooks/records/findings.json").read_text())

@@ -7,16 +7,17 @@ import torch
 
 from unimod.analysis.importance import importance
 from unimod.analysis.interactions import compete, gradient_cosine, joint_or_single
+from unimod.baselines import PRESETS
+from unimod.batch import Task, pack
 from unimod.capture import capture
-from unimod.config import ParameterError
+from unimod.config import ParameterError, RouterConfig
 from unimod.evaluate.quality import evaluate, pictures_right, questions_right
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses, without
+from unimod.losses import losses
+from unimod.models.unified import without
 from unimod.plan import last_half
 from unimod.router import TaskRouter
-from unimod.tokens import Task, pack
 
 
 def mixed(batches, i, rows=2):

@@ -8,11 +8,11 @@ import torch
 
 from unimod.analysis.overview import Overview, look, overview
 from unimod.analysis.patterns import patterns
+from unimod.batch import Modality, Task, TokenSequence, pack
 from unimod.capture import AttentionRecord, CaptureError, observe
 from unimod.capture.record import edges
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
-from unimod.tokens import Modality, Task, TokenSequence, pack
 
 
 @pytest.fixture(scope="module", params=["showo-tiny", "emu3-tiny"])

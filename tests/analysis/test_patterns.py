@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from unimod.analysis.patterns import measure, patterns, statistics
+from unimod.batch import Modality, Task
 from unimod.capture import CaptureError, LayerAttention, observe
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
-from unimod.tokens import Modality, Task
 
 
 @pytest.mark.parametrize("name", ("showo-tiny", "emu3-tiny"))

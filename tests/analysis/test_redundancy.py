@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from unimod.analysis.redundancy import GAMMA_MOD, Reading, Spectra, arank, bootstrap, drift, mask_arank, readings, shares, spectra
+from unimod.batch import Modality, Task, TokenSequence, pack
 from unimod.capture import AttentionRecord, LayerAttention, observe
-from unimod.config import ParameterError
+from unimod.config import ParameterError, RouterConfig
 from unimod.layers import apply_mod, remove_mod
-from unimod.methods import RouterConfig
+from unimod.mask import suffix_hi
 from unimod.plan import last_half
-from unimod.tokens import Modality, Task, TokenSequence, pack, suffix_hi
 
 
 def record_of(logits_rank, n, rows=2):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from unimod.analysis.routing import choosing, diagnose, figures, histograms, kept, neighbours, overlap, positions, routings, tasks
+from unimod.baselines import PRESETS
+from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
 from unimod.layers import apply_mod, record_routing
-from unimod.methods import PRESETS
+from unimod.mask import prefix_hi
 from unimod.plan import last_half
 from unimod.router import Routing
-from unimod.tokens import IGNORE, Modality, Task, TokenSequence, pack, prefix_hi
 
 KIND = {"t": Modality.TEXT, "i": Modality.IMAGE, "s": Modality.SPECIAL}
 

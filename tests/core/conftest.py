@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_rows import WORDS, make_rows
 
+from unimod.batch import pack
 from unimod.models.checkpoint import build_model
-from unimod.tokens import pack
 
 
 @pytest.fixture(params=["showo-tiny", "emu3-tiny"])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import Emu3ForCausalLM, PhiForCausalLM
 
-from unimod.models.backbone import losses
+from unimod.batch import Task, pack
+from unimod.losses import losses
 from unimod.models.emu3 import emu3_config
 from unimod.models.showo import showo_config
 from unimod.seam import ATTENTION
-from unimod.tokens import Task, pack
 
 
 def stock_logits(model, row):

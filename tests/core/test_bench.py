@@ -2,11 +2,11 @@
 
 import torch
 
+from unimod.batch import pack
 from unimod.bench import against_stock, padded_step, saved_for_backward, time_steps, where_time_goes
 from unimod.layers import apply_mod
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.plan import last_half
-from unimod.tokens import pack
 
 
 def test_the_packed_way_equals_the_stock_way(model, rows):

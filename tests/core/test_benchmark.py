@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from unimod.__main__ import main
+from unimod.batch import Task, pack
 from unimod.bench import costs as costs_module
 from unimod.bench.clock import LEAST, OutOfTime, Times, compared, realised, rounds_of
 from unimod.bench.costs import CostTable, costs, predicted_seconds
@@ -17,14 +18,13 @@ from unimod.bench.job import Job, jobs_of
 from unimod.bench.parts import PARTS, Attribution, part_shares
 from unimod.bench.record import measure, table
 from unimod.bench.sizes import CUDA, SIZES, Size, ragged, row_of, twin
+from unimod.config import PRESETS as ROUTERS
 from unimod.config import ParameterError
 from unimod.flops import count
 from unimod.layers import apply_mod
-from unimod.methods import PRESETS as ROUTERS
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.plan import CapacityPlan, last_half, solve
 from unimod.presets import preset
-from unimod.tokens import Task, pack
 
 TABLE = CostTable("a machine", 1000, dense=10.0, kept=(0.0, 0.5, 1.0), seconds=(2.0, 7.0, 12.0))
 KEYS = {"bench", "preset", "tokens", "capacity", "backend", "realised", "note"}

@@ -5,12 +5,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from unimod.baselines import PRESETS
+from unimod.batch import pack
+from unimod.config import RouterConfig
 from unimod.generate import Growing, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
-from unimod.methods import PRESETS, RouterConfig
 from unimod.models.cache import KVCache
 from unimod.plan import CapacityPlan, last_half
-from unimod.tokens import pack
 
 PLAN = CapacityPlan({"t2i": [1, .7, .7, .5, .5, .4, .4, .4], "mmu": [1, .7, .6, .5, .5, .3, .3, .3]})
 ROUTERS = {name: config for name, config in PRESETS.items() if config.compete != "batch"} | {

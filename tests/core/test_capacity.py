@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unimod.baselines import PRESETS
 from unimod.capacity import LearnedCapacity
-from unimod.config import TASKS, ParameterError
+from unimod.config import TASKS, ParameterError, RouterConfig
 from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.plan import FLOOR, CapacityPlan, last_half
 
 BOTH = {"t2i": 1.0, "mmu": 1.0}

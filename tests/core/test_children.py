@@ -8,8 +8,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from unimod import seam
+from unimod.baselines import PRESETS
+from unimod.config import RouterConfig
 from unimod.layers import apply_mod, remove_mod
-from unimod.methods import PRESETS, RouterConfig
 from unimod.plan import last_half
 
 CONFIGS = {"unimod": RouterConfig(std=0.5), "gamma-mod": PRESETS["gamma-mod"], "p-mod": PRESETS["p-mod"]}

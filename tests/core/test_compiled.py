@@ -6,12 +6,14 @@ import pytest
 import torch
 from tiny_rows import make_rows
 
+from unimod.baselines import PRESETS
+from unimod.batch import pack
+from unimod.config import RouterConfig
 from unimod.generate import answer
 from unimod.layers import apply_mod, remove_mod
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import compile_layers, losses
+from unimod.losses import losses
+from unimod.models.unified import compile_layers
 from unimod.plan import last_half
-from unimod.tokens import pack
 
 ROWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 """Whether batches may differ in their number of rows: older compilers look at all that a batch is made of, and begin anew with each number of segments."""

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from unimod.baselines import PRESETS
+from unimod.config import RouterConfig
 from unimod.layers import apply_mod, record_routing
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.plan import last_half
 from unimod.router import ForwardState, Trail
 

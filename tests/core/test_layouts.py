@@ -3,11 +3,11 @@
 import torch
 from tiny_rows import WORDS
 
+from unimod.batch import IGNORE
 from unimod.data.batches import cosine_mask
 from unimod.models.checkpoint import build_model
 from unimod.models.showo import SPECIAL
 from unimod.models.text import WordTokenizer
-from unimod.tokens import IGNORE
 
 SHOWO = build_model("showo-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout
 EMU3 = build_model("emu3-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from unimod.config import ParameterError
+from unimod.baselines import PRESETS
+from unimod.batch import Task, pack
+from unimod.config import ParameterError, RouterConfig
 from unimod.flops import count
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.plan import CapacityPlan, interleaved, last_half
-from unimod.tokens import Task, pack
 
 PLAN = CapacityPlan({"t2i": [1, 1, .5, .5, 1, .2, .2, .6], "mmu": [1, .7, .5, 1, 1, .2, .3, .6]})
 CONFIGS = {"mod": RouterConfig(shared=True), "unimod": RouterConfig(),

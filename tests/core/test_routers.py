@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from unimod.config import ParameterError
+from unimod.baselines import PRESETS
+from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
+from unimod.config import KINDS, ParameterError, RouterConfig
 from unimod.flops import count
 from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_only
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.plan import CapacityPlan, last_half
 from unimod.router import ForwardState, TaskRouter, Trail, scorer
-from unimod.tokens import IGNORE, KINDS, Modality, Task, TokenSequence, pack
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
 """Three tokens of width 2."""

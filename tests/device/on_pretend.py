@@ -12,18 +12,19 @@ from unimod.analysis.overview import look
 from unimod.analysis.patterns import measure
 from unimod.analysis.redundancy import arank
 from unimod.analysis.routing import diagnose
+from unimod.baselines import PRESETS
+from unimod.batch import Task
 from unimod.capture import observe
+from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate.inference import in_use
 from unimod.evaluate.quality import evaluate
 from unimod.generate import Growing, answer, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity
-from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.ops.attention import flex, varlen
 from unimod.plan import last_half
-from unimod.tokens import Task
 from unimod.train import Objective, TrainConfig
 
 torch.set_num_threads(1)

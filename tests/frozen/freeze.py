@@ -38,16 +38,16 @@ def take(notebook: bool = True) -> dict[str, object]:
 
 
 def _model(name: str) -> dict[str, object]:
+    from unimod.baselines import PRESETS
+    from unimod.batch import Task
     from unimod.data import open_data
     from unimod.data.batches import Batches
     from unimod.flops import count
     from unimod.generate import answer, calibrate, draw
     from unimod.layers import apply_mod
-    from unimod.methods import PRESETS
-    from unimod.models.backbone import losses
+    from unimod.losses import losses
     from unimod.models.checkpoint import from_pretrained, shipped
     from unimod.plan import last_half
-    from unimod.tokens import Task
     from unimod.train import TrainConfig, train
 
     found: dict[str, object] = {}

@@ -8,9 +8,10 @@ import importlib.util
 import pytest
 import torch
 
+from unimod.batch import Segment, Task, TokenSequence, pack
+from unimod.mask import prefix_hi, suffix_hi
 from unimod.ops.attention import attention_mass, attention_received, interval_attention
 from unimod.ops.backend import use_backend
-from unimod.tokens import Segment, Task, TokenSequence, pack, prefix_hi, suffix_hi
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FLASH = any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))

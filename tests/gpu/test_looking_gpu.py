@@ -5,13 +5,13 @@ import torch
 
 from unimod.analysis.overview import look, overview
 from unimod.analysis.patterns import measure, patterns
+from unimod.batch import Modality, Task
 from unimod.capture import observe, reduced
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
-from unimod.tokens import Modality, Task
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

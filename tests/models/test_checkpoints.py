@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from unimod.__main__ import main
+from unimod.batch import pack
+from unimod.config import RouterConfig
 from unimod.data.batches import Batches
 from unimod.data.scenes import Scenes
 from unimod.layers import apply_mod
-from unimod.methods import RouterConfig
 from unimod.models import emu3, showo
-from unimod.models.backbone import UnifiedModel
 from unimod.models.checkpoint import CheckpointError, NoText, build_model, from_pretrained, inspect, plan_of, save_pretrained, shipped
 from unimod.models.emu3_vq import EMU3, Emu3VQ
 from unimod.models.image_tokenizer import load_image_tokenizer
+from unimod.models.unified import UnifiedModel
 from unimod.models.weights import Weights
 from unimod.plan import last_half
-from unimod.tokens import pack
 
 REAL_SHOWO = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": 8192, "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": 50295,
               "mask_token_id": 58497, "num_vq_tokens": 256, "vocab_size": 58498, "w_clip_vit": False}

@@ -7,17 +7,17 @@ import torch
 from tiny_emu3 import CODES, OFFSET, SHORT, SPECIAL, Letters, as_baai, as_baai_vision, as_split, stock_emu3, written
 from transformers import Emu3ForCausalLM
 
+from unimod.batch import IGNORE, pack
+from unimod.config import RouterConfig
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod, record_routing
-from unimod.methods import RouterConfig
+from unimod.losses import losses
 from unimod.models import emu3
-from unimod.models.backbone import losses
 from unimod.models.checkpoint import from_pretrained, inspect, save_pretrained
 from unimod.models.emu3_vq import Emu3VQConfig
 from unimod.models.image_tokenizer import load_image_tokenizer
 from unimod.models.weights import CheckpointError
 from unimod.plan import CapacityPlan
-from unimod.tokens import IGNORE, pack
 
 GRID = (3, 4)
 CAPTIONS = ["a red circle", "two", ""]

@@ -11,12 +11,12 @@ from tiny_emu3 import Letters
 from tiny_more import JANUS_IDS, N, inner, load, make_rows, pictures_of, save_stock, stock_model
 from transformers import JanusConfig, JanusForConditionalGeneration
 
+from unimod.batch import pack
 from unimod.generate import draw
+from unimod.losses import losses
 from unimod.models import janus
-from unimod.models.backbone import losses
 from unimod.models.checkpoint import inspect, save_pretrained
 from unimod.models.weights import CheckpointError
-from unimod.tokens import pack
 
 NOTHING = torch.zeros(0, dtype=torch.long)
 

@@ -11,19 +11,19 @@ from tiny_more import CODES, KINDS, NAMED, ORDER, PLACEHOLDER, SIDE, N, inner, l
 from transformers import AutoModelForImageTextToText
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
+from unimod.batch import IGNORE, pack
 from unimod.capture import observe
+from unimod.config import RouterConfig
 from unimod.data.batches import Batches
 from unimod.flops import count
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import MoDLayer, apply_mod, record_routing, remove_mod
-from unimod.methods import RouterConfig
+from unimod.losses import losses
 from unimod.models import chameleon, janus
-from unimod.models.backbone import losses
 from unimod.models.checkpoint import inspect, save_pretrained
 from unimod.models.weights import CheckpointError
 from unimod.plan import CapacityPlan
 from unimod.seam import ATTENTION
-from unimod.tokens import IGNORE, pack
 
 PLAN = CapacityPlan({"t2i": [1, .5, .6], "mmu": [.7, .5, 1]})
 

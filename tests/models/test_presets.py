@@ -8,14 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from unimod.__main__ import main
+from unimod.batch import pack
+from unimod.config import PRESETS as ROUTERS
 from unimod.config import ParameterError
 from unimod.flops import BACKWARD, count, encoding, measured, planned, savings
 from unimod.layers import apply_mod
-from unimod.methods import PRESETS as ROUTERS
 from unimod.models.image_tokenizer import build_image_tokenizer
 from unimod.plan import CapacityPlan, dense, last_half, paper_emu3, paper_showo
 from unimod.presets import PRESETS, picture_tokenizer, preset
-from unimod.tokens import pack
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "showo-tiny", "emu3-tiny"])

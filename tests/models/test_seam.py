@@ -15,14 +15,16 @@ from tiny_showo import make_model
 from transformers import AttentionInterface
 
 from unimod import versions
+from unimod.baselines import PRESETS
+from unimod.batch import pack
+from unimod.config import RouterConfig
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import compile_layers, losses
+from unimod.losses import losses
 from unimod.models.checkpoint import build_model
+from unimod.models.unified import compile_layers
 from unimod.plan import last_half
 from unimod.router import ForwardState
-from unimod.tokens import pack
 
 OURS = {field.name for field in fields(ForwardState)} | {"unimod", "outside", "mask", "plan", "routing", "observer", "batch"}
 STOCK = {"attention_mask", "position_ids", "position_embeddings"}

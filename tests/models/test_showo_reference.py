@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reference import showo as ref
 from tiny_showo import CODES, CONFIG, EOT, FEATURE_WIDTH, LAYOUT, TEXT, VOCABULARY, N, T
 
-from unimod.models.backbone import losses
-from unimod.tokens import FEATURE, IGNORE, Task, pack
+from unimod.batch import FEATURE, IGNORE, Task, pack
+from unimod.losses import losses
 
 PICTURE = torch.arange(N) * 5 % CODES
 SOME, ALL, NONE = torch.arange(N) % 3 == 1, torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.bool)

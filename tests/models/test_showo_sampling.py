@@ -7,12 +7,12 @@ import torch
 from reference import showo as ref
 from tiny_showo import CODES, CONFIG, FEATURE_WIDTH, GRID, LAYOUT, TEXT, VOCABULARY, N, T, make_model, rounds, some_rows, state_of
 
+from unimod.batch import IGNORE, Modality, pack
 from unimod.data.batches import Batches, cosine_mask
 from unimod.generate import answer, draw, extend, slots_of
 from unimod.layers import apply_mod, record_routing
 from unimod.models.showo import ShowoLayout
 from unimod.plan import CapacityPlan, last_half
-from unimod.tokens import IGNORE, Modality, pack
 
 CAPTIONS = ["a red circle", "", "there is a blue square and a red circle"]
 

@@ -6,10 +6,10 @@ import torch
 from reference import showo as ref
 from transformers import PhiForCausalLM
 
-from unimod.models.backbone import UnifiedModel
+from unimod.batch import TokenSequence
 from unimod.models.showo import ShowoLayout, clip_projector, showo_config
 from unimod.models.text import WordTokenizer
-from unimod.tokens import TokenSequence
+from unimod.models.unified import UnifiedModel
 
 T, GRID, N, CODES, FEATURE_WIDTH = 10, (3, 4), 12, 16, 24
 WORDS = ("red", "blue", "circle", "square", "is", "there", "yes", "no", "and")

@@ -3,10 +3,10 @@
 import torch
 from core.tiny_rows import TURNS, WORDS, make_rows
 
+from unimod.batch import IGNORE, Segment, Task, TokenSequence
 from unimod.models.chameleon import ChameleonLayout
 from unimod.models.checkpoint import build_model
 from unimod.models.janus import JanusLayout
-from unimod.tokens import IGNORE, Segment, Task, TokenSequence
 
 SHOWO, EMU3 = (build_model(kind, WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout for kind in ("showo-tiny", "emu3-tiny"))
 

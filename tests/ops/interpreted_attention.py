@@ -4,9 +4,9 @@ import pytest
 import torch
 from ops.attention_rows import GENERAL, ROWS, routed
 
+from unimod.batch import pack
 from unimod.ops.attention import attention_mass, attention_received, triton
 from unimod.ops.backend import use_backend
-from unimod.tokens import pack
 
 BATCHES = {name: pack(ROWS[name][-6:]) for name in ("showo", "showo features", "degenerate")}
 BATCHES |= {"causal": pack(ROWS["emu3"][3:6]), "general": pack([GENERAL, *ROWS["showo"][:2]]), "one token": pack(ROWS["degenerate"][:1])}

@@ -8,15 +8,16 @@ import pytest
 import torch
 from kernel_cases import SHAPES, check_gather, check_scatter, check_select, norm_module
 
+from unimod.baselines import PRESETS
+from unimod.batch import pack
+from unimod.config import RouterConfig
 from unimod.layers import apply_mod, record_routing, remove_mod
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.models.checkpoint import build_model
 from unimod.ops.backend import backend, use_backend
 from unimod.ops.gather import known_norm
 from unimod.plan import CapacityPlan
 from unimod.router import ForwardState
-from unimod.tokens import pack
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))
 from tiny_rows import WORDS, make_rows

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from ops.attention_rows import GENERAL, ROWS, SlowKernel, odd, routed
 
 from unimod.analysis.patterns import patterns
+from unimod.batch import Task, pack
 from unimod.capture import observe
+from unimod.config import RouterConfig
 from unimod.layers import apply_mod
-from unimod.methods import RouterConfig
+from unimod.mask import mask_kind
 from unimod.models.checkpoint import build_model
 from unimod.ops import attention
 from unimod.ops.attention import attention_mass, flex, interval_attention, reference, varlen
 from unimod.ops.backend import use_backend
 from unimod.plan import last_half
-from unimod.tokens import Task, mask_kind, pack
 
 HERE = Path(__file__).parent
 EVERY = [row for rows in ROWS.values() for row in rows]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from unimod.batch import Segment, Task, TokenSequence, pack
 from unimod.ops.backend import backend
 from unimod.ops.gather import gather_norm, known_norm
 from unimod.ops.scatter import scatter, scatter_
 from unimod.ops.select import prefix_count, select
-from unimod.tokens import Segment, Task, TokenSequence, pack
 
 HERE = Path(__file__).parent
 

@@ -17,16 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from unimod.config import ParameterError
+from unimod.baselines import PRESETS
+from unimod.batch import pack
+from unimod.config import ParameterError, RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.flops import BACKWARD, count
 from unimod.layers import apply_mod
-from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
 from unimod.tiny import fit_image_tokenizer, vocabulary
-from unimod.tokens import pack
 from unimod.train import Objective, TrainConfig, _groups, train
 
 WORLD = 2

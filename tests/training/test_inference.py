@@ -3,16 +3,17 @@
 import pytest
 import torch
 
+from unimod.baselines import PRESETS
+from unimod.batch import Task, pack
+from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate.inference import agreement, alone, cache_share, decided, guidance
 from unimod.generate import calibrate, draw
 from unimod.layers import apply_mod, record_routing
-from unimod.methods import PRESETS, RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import losses
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
-from unimod.tokens import Task, pack
 
 DATA = open_data("scenes")
 

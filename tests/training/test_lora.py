@@ -5,11 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
+from unimod.baselines import PRESETS
+from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.flops import count
 from unimod.layers import apply_mod, remove_mod
-from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
 from unimod.train import TrainConfig, train

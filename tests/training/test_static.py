@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.generate import Growing, answer, calibrate, draw
 from unimod.layers import apply_mod
-from unimod.methods import RouterConfig
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
 

@@ -8,18 +8,18 @@ import torch
 
 from unimod.analysis.redundancy import shares
 from unimod.arms import arms_of, read_arms, run_arm
+from unimod.baselines import PRESETS
+from unimod.batch import Task
 from unimod.bench import time_steps
-from unimod.config import ParameterError, Params
+from unimod.config import ParameterError, Params, RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate.quality import evaluate
 from unimod.layers import apply_mod, learn_capacity
-from unimod.methods import PRESETS, RouterConfig
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
 from unimod.session import Session
 from unimod.tiny import fit_image_tokenizer, vocabulary
-from unimod.tokens import Task
 from unimod.train import TrainConfig, train
 
 DATA = open_data("scenes")

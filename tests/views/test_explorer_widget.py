@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unimod.batch import Modality, Task, pack
 from unimod.capture import observe
 from unimod.config import ParameterError, Params
 from unimod.layers import apply_mod
@@ -18,7 +19,6 @@ from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
 from unimod.run import Run
 from unimod.session import load
-from unimod.tokens import Modality, Task, pack
 from unimod.views import attention, drawings, looking
 from unimod.views.explore import ONE, Explorer, explore
 from unimod.views.gallery import Gallery

@@ -9,8 +9,8 @@ import torch
 
 from unimod.analysis.overview import Overview
 from unimod.analysis.patterns import Patterns
+from unimod.batch import Modality, Task
 from unimod.run import drawable
-from unimod.tokens import Modality, Task
 from unimod.views import drawings, looking, style
 from unimod.views.drawings import DRAWINGS
 from unimod.views.looking import OWN, Place, Side, asked, notes

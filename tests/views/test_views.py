@@ -13,11 +13,12 @@ from unimod.analysis.importance import Importance
 from unimod.analysis.interactions import Competition, GradientCosine, JointOrSingle
 from unimod.analysis.patterns import Patterns
 from unimod.analysis.redundancy import Spectra, drift
+from unimod.batch import Modality, Task, TokenSequence, pack
 from unimod.capture import AttentionRecord, LayerAttention
+from unimod.mask import prefix_hi
 from unimod.plan import last_half
 from unimod.router import Routing
 from unimod.run import drawable
-from unimod.tokens import Modality, Task, TokenSequence, pack, prefix_hi
 from unimod.views import attention, interactions, plan, redundancy, routing, runs, style
 
 BOTH = (Task.T2I, Task.MMU)

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch import Batch, Modality, Task
 from ..router import Routing
-from ..tokens import Modality, Packed, Task
 from .routing import Log, overlap, pictures, pools
 
 TIES, POSITIONAL, ONE_SIDED, FLAT, DEAD, NEARLY_ALL = 8, 0.95, 0.01, 0.01, 0.01, 0.95
@@ -51,7 +51,7 @@ class Finding:
         return f"layer {self.layer}, {self.task}, {self.name}: {self.sentence}"
 
 
-def collapsed(log: Log, packed: Packed, gate: str) -> list[Finding]:
+def collapsed(log: Log, packed: Batch, gate: str) -> list[Finding]:
     """The collapsed routers of one batch, by layer and task. gate: the routers' (`RouterConfig.gate`). The more rows, the more can be said."""
     found = []
     for layer, routing in log.items():
@@ -68,14 +68,14 @@ class _Choice:
     """What one router chose of one task. pool: int64 [T], the segments; up, kept: bool [T], tokens of segments that dropped some."""
 
     routing: Routing
-    packed: Packed
+    packed: Batch
     task: Task
     pool: Tensor
     up: Tensor
     kept: Tensor
 
     @classmethod
-    def of(cls, routing: Routing, packed: Packed, task: Task) -> _Choice:
+    def of(cls, routing: Routing, packed: Batch, task: Task) -> _Choice:
         pool = pools(packed)
         up = routing.open & (packed.task == task)
         kept = routing.stays & up

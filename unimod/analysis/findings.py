@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from ..batch import Modality, Task
 from ..capture import observe
 from ..data.batches import Batches
-from ..models.backbone import UnifiedModel
-from ..tokens import Modality, Task
+from ..models.unified import UnifiedModel
 from .importance import Importance, importance
 from .interactions import Competition, JointOrSingle
 from .patterns import Patterns, patterns

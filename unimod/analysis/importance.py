@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..batch import Batch, Task
 from ..config import ParameterError
-from ..models.backbone import UnifiedModel, losses, without
+from ..losses import losses
+from ..models.unified import UnifiedModel, without
 from ..seam import layer_output
-from ..tokens import Packed, Task
 
 Metric = Callable[[UnifiedModel, object], float]
 """Any number that a model earns on a batch, which is whatever the metric takes."""
@@ -39,7 +40,7 @@ class Importance:
     value: Tensor
     """[L, N]: the metric without the layer."""
     cosine: Tensor
-    """[L, N]: cosine between a layer's input and output, mean over the task's tokens, all layers running; nan where a batch is not a `Packed`."""
+    """[L, N]: cosine between a layer's input and output, mean over the task's tokens, all layers running; nan where a batch is not a `Batch`."""
     metric: str = "loss"
     seeds: tuple[int, ...] = ()
     """[N]: the seed that each batch was made with; empty: one for all."""
@@ -74,7 +75,7 @@ class Importance:
 @torch.no_grad()
 def importance(model: UnifiedModel, batches: Sequence, task: Task, metric: Metric | None = None, *, name: str = "loss",
                seeds: Sequence[int] = ()) -> Importance:
-    """Skip every layer in turn on every batch and measure what `metric`, called `name` in tables, says (default: the task's loss, on `Packed`).
+    """Skip every layer in turn on every batch and measure what `metric`, called `name` in tables, says (default: the task's loss, on `Batch`).
 
     seeds: the seed that each batch was made with, so that the spread is one over seeds. Raises `ParameterError` for another number of seeds than
     batches, and ValueError when the loss is asked for and a batch has no target of the task.
@@ -83,7 +84,7 @@ def importance(model: UnifiedModel, batches: Sequence, task: Task, metric: Metri
         raise ParameterError(f"{len(seeds)} seeds for {len(batches)} batches: give one per batch, or none.")
     metric = metric or loss_of(task)
     base = [metric(model, batch) for batch in batches]
-    cosine = [_turned(model, batch, task) if isinstance(batch, Packed) else torch.full((len(model.layers),), torch.nan) for batch in batches]
+    cosine = [_turned(model, batch, task) if isinstance(batch, Batch) else torch.full((len(model.layers),), torch.nan) for batch in batches]
     value = []
     for layer in range(len(model.layers)):
         with without(model, layer):
@@ -92,9 +93,9 @@ def importance(model: UnifiedModel, batches: Sequence, task: Task, metric: Metri
 
 
 def loss_of(task: Task) -> Metric:
-    """The metric that is a task's loss on a `Packed`, in nats per target; it raises ValueError for a batch without a target of the task."""
+    """The metric that is a task's loss on a `Batch`, in nats per target; it raises ValueError for a batch without a target of the task."""
 
-    def loss(model: UnifiedModel, packed: Packed) -> float:
+    def loss(model: UnifiedModel, packed: Batch) -> float:
         if not packed.target_counts[task]:
             raise ValueError(f"A batch has no {task.name.lower()} target, so its loss cannot be measured; give batches of that task.")
         return losses(model, packed.to(model.device)).per_task[task].item()
@@ -102,7 +103,7 @@ def loss_of(task: Task) -> Metric:
     return loss
 
 
-def _turned(model: UnifiedModel, packed: Packed, task: Task) -> Tensor:
+def _turned(model: UnifiedModel, packed: Batch, task: Task) -> Tensor:
     """Cosine between every layer's input and output, mean over the task's tokens: float32 [L]."""
     packed, turned = packed.to(model.device), []
     mine = packed.task == task

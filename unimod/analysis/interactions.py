@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..baselines import PRESETS
+from ..batch import Batch, Modality, Task
 from ..layers import apply_mod, record_routing
-from ..methods import PRESETS
-from ..models.backbone import UnifiedModel, losses
+from ..losses import losses
+from ..models.unified import UnifiedModel
 from ..plan import CapacityPlan
 from ..router import Routing
-from ..tokens import Modality, Packed, Task
 
 BOTH = (Task.T2I, Task.MMU)
 
@@ -47,7 +48,7 @@ class GradientCosine:
         return rows
 
 
-def gradient_cosine(model: UnifiedModel, a: Sequence[Packed], b: Sequence[Packed]) -> GradientCosine:
+def gradient_cosine(model: UnifiedModel, a: Sequence[Batch], b: Sequence[Batch]) -> GradientCosine:
     """Cosine between the gradients of the loss on a[i] and on b[i]. Two batches of one task give the ceiling to compare with."""
     pairs = [[_gradients(model, packed) for packed in pair] for pair in zip(a, b, strict=True)]
     cosine = [[torch.cosine_similarity(x, y, dim=0).item() for x, y in zip(*pair)] for pair in pairs]
@@ -56,7 +57,7 @@ def gradient_cosine(model: UnifiedModel, a: Sequence[Packed], b: Sequence[Packed
     return GradientCosine(torch.tensor(cosine).T, first, second)
 
 
-def _gradients(model: UnifiedModel, packed: Packed) -> list[Tensor]:
+def _gradients(model: UnifiedModel, packed: Batch) -> list[Tensor]:
     """One flat gradient per layer; nothing is left in `.grad`."""
     weights = [[p for p in layer.parameters() if p.requires_grad] for layer in model.layers]
     total = losses(model, packed.to(model.device)).total
@@ -102,8 +103,8 @@ class Competition:
 
 def compete(
     model: UnifiedModel,
-    packs: Sequence[Packed],
-    held_out: Packed,
+    packs: Sequence[Batch],
+    held_out: Batch,
     *,
     steps: int = 40,
     capacity: float = 0.5,
@@ -145,11 +146,11 @@ def compete(
 
 
 @torch.no_grad()
-def _loss(model: UnifiedModel, packed: Packed) -> Tensor:
+def _loss(model: UnifiedModel, packed: Batch) -> Tensor:
     return losses(model, packed).per_task[list(BOTH)].cpu()
 
 
-def _kept(routing: Routing, packed: Packed) -> tuple[Tensor, Tensor]:
+def _kept(routing: Routing, packed: Batch) -> tuple[Tensor, Tensor]:
     """Shares kept per task [2], and per task and modality [2, 3] (nan where a task has no such token)."""
     stays = routing.stays.float()
     mine = [packed.task == t for t in BOTH]
@@ -181,7 +182,7 @@ class JointOrSingle:
 
 
 def joint_or_single(
-    model: UnifiedModel, t2i: Sequence[Packed], mmu: Sequence[Packed], held_out: Packed, *, steps: int = 16, lr: float = 3e-4, runs: int = 2
+    model: UnifiedModel, t2i: Sequence[Batch], mmu: Sequence[Batch], held_out: Batch, *, steps: int = 16, lr: float = 3e-4, runs: int = 2
 ) -> JointOrSingle:
     """Fine-tune copies of the model for `steps` steps on t2i, on mmu, and on both; run r takes batches r * steps, r * steps + 1, ...
 
@@ -199,7 +200,7 @@ def joint_or_single(
     return JointOrSingle(torch.stack(before), torch.stack(joint), torch.stack(single))
 
 
-def _tuned(model: UnifiedModel, packs: Sequence[Sequence[Packed]], held_out: Packed, lr: float) -> Tensor:
+def _tuned(model: UnifiedModel, packs: Sequence[Sequence[Batch]], held_out: Batch, lr: float) -> Tensor:
     """Held-out losses of a copy after one AdamW step per entry; the losses of an entry's batches are added."""
     tuned = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.01)

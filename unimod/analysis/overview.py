@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import Batch, Modality, Task
 from ..capture import AttentionRecord, CaptureError, LayerAttention, reduced
 from ..capture.folder import reading, write
 from ..capture.record import edges, places
 from ..config import expanded
-from ..models.backbone import UnifiedModel
-from ..tokens import Modality, Packed, Task
+from ..models.unified import UnifiedModel
 from .patterns import NAMES, Patterns, assemble, statistics
 
 TABLES = ("row", "statistics")
@@ -120,7 +120,7 @@ class Overview:
         return self.layers.index(layer)
 
 
-def look(model: UnifiedModel, packed: Packed, row: int = 0, picture: np.ndarray | None = None) -> Overview:
+def look(model: UnifiedModel, packed: Batch, row: int = 0, picture: np.ndarray | None = None) -> Overview:
     """Run the model on a batch and keep one row's overview, worked out inside the attention: memory as of one layer."""
     packed = packed.to(model.device)
     found = reduced(model, packed, lambda attention: _layer(packed, attention, row))
@@ -132,7 +132,7 @@ def overview(record: AttentionRecord, row: int, name: Callable[[int], str], grid
     return _together({i: _layer(record.whole, record.layer(i), row) for i in record.layers}, record.whole, row, record.about, name, grid, picture)
 
 
-def _layer(whole: Packed, attention: LayerAttention, row: int) -> dict[str, object]:
+def _layer(whole: Batch, attention: LayerAttention, row: int) -> dict[str, object]:
     """All that an overview holds of one layer."""
     part, all_of = attention.packed, whole.rows()[row]
     span = part.rows()[row]
@@ -147,7 +147,7 @@ def _layer(whole: Packed, attention: LayerAttention, row: int) -> dict[str, obje
     return {"kept": kept, "received": received.half(), "maps": pooled.half(), "statistics": statistics(attention, [row])}
 
 
-def _together(found: Mapping[int, dict], whole: Packed, row: int, about: Mapping[str, str], name: Callable[[int], str], grid: tuple[int, int],
+def _together(found: Mapping[int, dict], whole: Batch, row: int, about: Mapping[str, str], name: Callable[[int], str], grid: tuple[int, int],
               picture: np.ndarray | None) -> Overview:
     span, layers, task = whole.rows()[row], tuple(sorted(found)), whole.tasks[row]
     bins = max(one["maps"].shape[-1] for one in found.values())

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import Batch, Modality, Task
 from ..capture import AttentionRecord, CaptureError, LayerAttention, reduced
-from ..models.backbone import UnifiedModel
-from ..tokens import Modality, Packed, Task
+from ..models.unified import UnifiedModel
 
 NAMES = tuple(m.name.lower() for m in Modality)
 
@@ -81,7 +81,7 @@ def patterns(record: AttentionRecord, task: Task) -> Patterns:
     return assemble(task, [{i: statistics(record.layer(i), rows) for i in record.layers}])
 
 
-def measure(model: UnifiedModel, packs: Sequence[Packed], task: Task) -> Patterns:
+def measure(model: UnifiedModel, packs: Sequence[Batch], task: Task) -> Patterns:
     """`patterns` of all rows of a task in several batches, worked out inside the attention: no queries or keys are kept, so the memory is that of one
     layer and the length of rows is bounded by the model alone. Raises `CaptureError` when a batch has no row of the task."""
     found = []

@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from ..batch import Modality, Task
 from ..capture import AttentionRecord, observe
 from ..config import ParameterError
 from ..data.batches import Batches
-from ..models.backbone import UnifiedModel
-from ..tokens import Modality, Task
+from ..models.unified import UnifiedModel
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
 """Tolerances of the sensitivity analysis."""

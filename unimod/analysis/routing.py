@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import Batch, Modality, Task
 from ..data.batches import Batches
 from ..layers import record_routing
-from ..models.backbone import UnifiedModel
+from ..models.unified import UnifiedModel
 from ..router import Routing
-from ..tokens import Modality, Packed, Task
 
 Log = Mapping[int, Routing]
 Row = dict[str, object]
@@ -45,7 +45,7 @@ SIDE = 32
 
 
 @torch.no_grad()
-def routings(model: UnifiedModel, packed: Packed) -> dict[int, Routing]:
+def routings(model: UnifiedModel, packed: Batch) -> dict[int, Routing]:
     """What every routed layer decides on a batch, by layer, on the CPU, in the mode that the model is in; empty for a dense model."""
     with record_routing() as log:
         model(packed.to(model.device))
@@ -57,7 +57,7 @@ def choosing(log: Log) -> bool:
     return any(bool(routing.open.any()) for routing in log.values())
 
 
-def kept(log: Log, packed: Packed) -> list[Row]:
+def kept(log: Log, packed: Batch) -> list[Row]:
     """One row per layer, task and modality that the batch has.
 
     kept: share of the `up` tokens that were up for choice which the router kept (nan for none); processed: share of all `tokens` that go
@@ -76,7 +76,7 @@ def kept(log: Log, packed: Packed) -> list[Row]:
     return rows
 
 
-def positions(log: Log, packed: Packed, grid: tuple[int, int]) -> Tensor:
+def positions(log: Log, packed: Batch, grid: tuple[int, int]) -> Tensor:
     """Share of the rows that keep each picture token: float32 [L, 2, h, w], layers in the log's order, tasks t2i and mmu.
 
     nan where no token was up for choice. Raises ValueError when the pictures of the batch are not of this grid.
@@ -94,12 +94,12 @@ def positions(log: Log, packed: Packed, grid: tuple[int, int]) -> Tensor:
     return out
 
 
-def pools(packed: Packed) -> Tensor:
+def pools(packed: Batch) -> Tensor:
     """The segment of every token: int64 [T]."""
     return torch.repeat_interleave(torch.tensor([s.length for s in packed.segments])).to(packed.ids.device)
 
 
-def pictures(packed: Packed, task: Task) -> Tensor:
+def pictures(packed: Batch, task: Task) -> Tensor:
     """Where the picture tokens of a task's rows lie, in raster order: int64 [rows, N], [0, 0] for none.
 
     Raises ValueError for pictures of different sizes.
@@ -112,7 +112,7 @@ def pictures(packed: Packed, task: Task) -> Tensor:
     return where.view(len(sizes), -1) if len(sizes) else where.view(0, 0)
 
 
-def neighbours(log: Log, packed: Packed) -> list[Row]:
+def neighbours(log: Log, packed: Batch) -> list[Row]:
     """One row per routed layer, the `next` routed one, and task: how much they keep the same tokens, in pools that are the segments."""
     rows = []
     pool = pools(packed)
@@ -124,7 +124,7 @@ def neighbours(log: Log, packed: Packed) -> list[Row]:
     return rows
 
 
-def tasks(log: Log, packed: Packed) -> list[Row]:
+def tasks(log: Log, packed: Batch) -> list[Row]:
     """One row per layer: how much the tasks keep the same tokens of the same pictures, in pools that are the pictures.
 
     packed: rows of t2i, then the same pictures as rows of mmu, every code known, as `Batches.paired` writes them (Show-o's masked tokens have
@@ -153,7 +153,7 @@ def overlap(both: Tensor, a: Tensor, b: Tensor, n: Tensor) -> Row:
     return {"overlap": float(found), "chance": float(chance), "excess": float((found - chance) / (1 - chance)), "tokens": int(n.sum())}
 
 
-def histograms(log: Log, packed: Packed, bins: int = BINS) -> list[Row]:
+def histograms(log: Log, packed: Batch, bins: int = BINS) -> list[Row]:
     """One row per layer, task, value and bin: share of the task's tokens in it, from `low` to `high`; the bins span the task's values in the layer.
 
     value: "score" of the tokens that were up for choice, or "gate", the factor on the update of those of them that were kept.
@@ -173,7 +173,7 @@ def histograms(log: Log, packed: Packed, bins: int = BINS) -> list[Row]:
     return rows
 
 
-def figures(log: Log, packed: Packed, start: Log) -> dict[str, float]:
+def figures(log: Log, packed: Batch, start: Log) -> dict[str, float]:
     """A few flat figures of one evaluation, means over the routed layers, for curves over training; {} where no token was up for choice.
 
     routing/kept_<task>_<modality>, routing/neighbours_<task> (excess), routing/same_<task>: share of the tokens kept in `start`, the routings

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
+from ..batch import pack
 from ..ops.attention import interval_attention
 from ..ops.backend import use_backend
-from ..tokens import pack
 from .clock import columns, compared, rounds_of
 from .job import Job, available
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..models.backbone import UnifiedModel, losses
-from ..tokens import Packed
+from ..batch import Batch
+from ..losses import losses
+from ..models.unified import UnifiedModel
 
 LEAST = 5
 """Rounds below which nothing is claimed."""
@@ -102,7 +103,7 @@ def interleave(steps: dict[str, Callable[[], Tensor]], rounds: int = 7) -> dict[
     return compared(rounds_of({name: (lambda step=step: step().backward()) for name, step in steps.items()}, rounds))
 
 
-def time_steps(models: dict[str, UnifiedModel], packed: Packed, rounds: int = 7) -> dict[str, dict[str, float]]:
+def time_steps(models: dict[str, UnifiedModel], packed: Batch, rounds: int = 7) -> dict[str, dict[str, float]]:
     """`interleave` for the training losses of several models on one batch."""
     out = interleave({name: (lambda m=model: losses(m, packed).total) for name, model in models.items()}, rounds)
     for model in models.values():
@@ -110,7 +111,7 @@ def time_steps(models: dict[str, UnifiedModel], packed: Packed, rounds: int = 7)
     return out
 
 
-def saved_for_backward(model: UnifiedModel, forward: Packed | Callable[[], Tensor]) -> int:
+def saved_for_backward(model: UnifiedModel, forward: Batch | Callable[[], Tensor]) -> int:
     """Bytes of activations that autograd keeps between forward and backward, parameters not counted; of the losses of a batch, or of what
     `forward()` returns."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -123,6 +124,6 @@ def saved_for_backward(model: UnifiedModel, forward: Packed | Callable[[], Tenso
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loss = losses(model, forward).total if isinstance(forward, Packed) else forward()
+        loss = losses(model, forward).total if isinstance(forward, Batch) else forward()
     del loss
     return sum(seen.values())

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.backbone import COEFFICIENTS, UnifiedModel, losses
+from ..batch import IGNORE, Task, TokenSequence, pack
+from ..losses import COEFFICIENTS, losses
+from ..models.unified import UnifiedModel
 from ..seam import ATTENTION, query_projection
-from ..tokens import IGNORE, Task, TokenSequence, pack
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,14 @@ import torch
 from torch import nn
 
 from .. import seam
-from ..config import TASKS, ParameterError
+from ..batch import Batch, TokenSequence, pack
+from ..config import TASKS, ParameterError, RouterConfig
 from ..flops import planned
 from ..layers import MoDLayer, apply_mod
-from ..methods import RouterConfig
-from ..models.backbone import UnifiedModel
+from ..models.unified import UnifiedModel
 from ..ops.backend import backend
 from ..plan import CapacityPlan
 from ..run import facts, write
-from ..tokens import Packed, TokenSequence, pack
 from .clock import rounds_of
 from .job import dtype_of
 from .record import describe
@@ -72,7 +71,7 @@ class CostTable:
         return rising[-1]
 
 
-def predicted_seconds(model: UnifiedModel, plan: CapacityPlan, packed: Packed, table: CostTable, config: RouterConfig | None = None) -> float:
+def predicted_seconds(model: UnifiedModel, plan: CapacityPlan, packed: Batch, table: CostTable, config: RouterConfig | None = None) -> float:
     """Seconds of the layer stack under a plan, forward and backward, on a batch of `table.tokens` like `packed`; the dense model is left as it was."""
     with planned(model, plan, config):
         return sum(table.routed(sum(layer.router.kept(packed)) / len(packed)) if isinstance(layer, MoDLayer) else table.dense for layer in model.layers)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import ParameterError
-from ..models.backbone import UnifiedModel
+from ..models.unified import UnifiedModel
 from ..ops.backend import FAMILIES, backend, use_backend
 from .sizes import Size
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from .. import seam
 from ..analysis.overview import look
 from ..analysis.patterns import measure
+from ..batch import Batch, pack
 from ..capture import LayerAttention, observe, reduced
 from ..config import ParameterError
-from ..models.backbone import UnifiedModel
+from ..models.unified import UnifiedModel
 from ..ops.backend import use_backend
-from ..tokens import Packed, pack
 from .clock import OutOfTime, Times, columns, compared, rounds_of
 from .job import Job
 from .sizes import materialise
@@ -99,7 +99,7 @@ def _child(job: Job, way: str, pipe: Connection) -> None:
         pipe.send(({}, f"not measured: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
 
 
-def built(job: Job) -> tuple[UnifiedModel, Packed]:
+def built(job: Job) -> tuple[UnifiedModel, Batch]:
     """`stack` with random weights and hidden states, the same in every process."""
     torch.manual_seed(0)
     model, rows = stack(job)
@@ -154,11 +154,11 @@ def _kib(file: Path, name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(name + ":"))
 
 
-def _forward(model: UnifiedModel, packed: Packed) -> Way:
+def _forward(model: UnifiedModel, packed: Batch) -> Way:
     return Way(lambda: (model(packed), (0, None))[1])
 
 
-def _look(model: UnifiedModel, packed: Packed) -> Way:
+def _look(model: UnifiedModel, packed: Batch) -> Way:
     def run() -> tuple[int, Callable]:
         found = look(model, packed)
         return _size(found.kept, found.maps, found.received) + _size(*_tensors(found.patterns)), found.save
@@ -166,11 +166,11 @@ def _look(model: UnifiedModel, packed: Packed) -> Way:
     return Way(run)
 
 
-def _measure(model: UnifiedModel, packed: Packed) -> Way:
+def _measure(model: UnifiedModel, packed: Batch) -> Way:
     return Way(lambda: (_size(*_tensors(measure(model, [packed], packed.tasks[0]))), None))
 
 
-def _observe(model: UnifiedModel, packed: Packed) -> Way:
+def _observe(model: UnifiedModel, packed: Batch) -> Way:
     def run() -> tuple[int, Callable]:
         record = observe(model, packed)
         return record.nbytes, record.save
@@ -178,7 +178,7 @@ def _observe(model: UnifiedModel, packed: Packed) -> Way:
     return Way(run)
 
 
-def _maps(model: UnifiedModel, packed: Packed) -> Way:
+def _maps(model: UnifiedModel, packed: Batch) -> Way:
     """Each layer's maps as one float32 [H, n, n], what `output_attentions` hands back; its own copies of logits and weights are not counted."""
     n, heads = len(packed), model.decoder.config.num_attention_heads
     one = 4 * n * n * len(model.layers)
@@ -198,8 +198,8 @@ def full(layer: LayerAttention, heads: int) -> Tensor:
     return out
 
 
-def _bertviz(name: str) -> Callable[[UnifiedModel, Packed], Way]:
-    def prepare(model: UnifiedModel, packed: Packed) -> Way:
+def _bertviz(name: str) -> Callable[[UnifiedModel, Batch], Way]:
+    def prepare(model: UnifiedModel, packed: Batch) -> Way:
         """Of the first layer as many heads as `ENTRIES` allow, of a longer row one head over its first tokens."""
         try:
             import bertviz
@@ -231,6 +231,6 @@ def _size(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-WAYS: dict[str, Callable[[UnifiedModel, Packed], Way]] = {
+WAYS: dict[str, Callable[[UnifiedModel, Batch], Way]] = {
     "plain forward": _forward, "look": _look, "measure": _measure, "observe": _observe, "full maps": _maps,
     "bertviz head_view": _bertviz("head_view"), "bertviz model_view": _bertviz("model_view")}

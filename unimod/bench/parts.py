@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import seam
+from ..batch import Batch
 from ..layers import MoDLayer, routed_layers
-from ..models.backbone import UnifiedModel
-from ..tokens import Packed
+from ..models.unified import UnifiedModel
 from .clock import wait
 
 PARTS = ("router", "select", "gather", "attention", "mlp", "scatter", "head", "optimiser", "other")
@@ -118,7 +118,7 @@ class Attribution(TorchDispatchMode):
 
 
 @torch.no_grad()
-def where_time_goes(model: UnifiedModel, packed: Packed, rounds: int = 5) -> dict[str, float]:
+def where_time_goes(model: UnifiedModel, packed: Batch, rounds: int = 5) -> dict[str, float]:
     """Median milliseconds per forward inside the routed layers: router and selection, decoder layer, and the rest (gather,
     new intervals, scatter). Empty for a dense model."""
     routed = routed_layers(model)

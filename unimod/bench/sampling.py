@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..batch import pack
 from ..generate import answer, calibrate, draw
 from ..layers import apply_mod
-from ..models.backbone import UnifiedModel
+from ..models.unified import UnifiedModel
 from ..ops.backend import use_backend
-from ..tokens import pack
 from .clock import Times, columns, compared, rounds_of, wait
 from .job import Job
 from .sizes import twin

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import Emu3ForCausalLM
 
 from .. import seam
-from ..models.backbone import UnifiedModel
+from ..batch import TokenSequence
 from ..models.emu3 import Emu3Layout, emu3_config
 from ..models.layout import Layout
+from ..models.unified import UnifiedModel
 from ..plan import CapacityPlan, interleaved, paper_emu3, paper_showo
 from ..presets import Words, preset
-from ..tokens import TokenSequence
 
 ANSWER = "x" * 8
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..batch import pack
 from ..flops import count
 from ..layers import apply_mod
-from ..models.backbone import UnifiedModel, losses
+from ..losses import losses
+from ..models.unified import UnifiedModel
 from ..ops.backend import use_backend
-from ..tokens import pack
 from .clock import columns, compared, realised, rounds_of, saved_for_backward, wait
 from .compare import Padded, padded_step
 from .job import Job

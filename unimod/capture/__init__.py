@@ -24,10 +24,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..models.backbone import UnifiedModel
+from ..batch import Batch
 from ..models.cache import KVCache
+from ..models.unified import UnifiedModel
 from ..seam import observe_attention
-from ..tokens import Packed
 from .folder import CaptureError
 from .record import AttentionRecord, LayerAttention
 from .stock import capture_stock
@@ -37,18 +37,18 @@ R = TypeVar("R")
 
 
 @contextmanager
-def _watch(model: UnifiedModel, begin: Callable[[Packed], None], look: Callable[[int, LayerAttention], None]) -> Iterator[None]:
+def _watch(model: UnifiedModel, begin: Callable[[Batch], None], look: Callable[[int, LayerAttention], None]) -> Iterator[None]:
     """Call `begin` with every batch the model is given, then `look` with the number and attention of each layer. Other models may run meanwhile, and this
     one on other threads (a notebook's widgets have one): what they do is not looked at."""
     if not isinstance(model, UnifiedModel):
         raise CaptureError(f"capture() looks into unimod's models, and this is a {type(model).__name__}: for a transformers model use capture_stock().")
     number, mine = {part: i for i, layer in enumerate(model.layers) for part in layer.modules()}, threading.get_ident()
 
-    def see(module: nn.Module, q: Tensor, k: Tensor, packed: Packed) -> None:
+    def see(module: nn.Module, q: Tensor, k: Tensor, packed: Batch) -> None:
         if module in number:
             look(number[module], LayerAttention(q.detach(), k.detach(), module.scaling, packed))
 
-    def enter(packed: Packed, cache: KVCache | None = None) -> None:
+    def enter(packed: Batch, cache: KVCache | None = None) -> None:
         if threading.get_ident() != mine:                      # the observer below belongs to this thread by itself, a hook does not
             return
         if cache is not None and not cache.fresh:
@@ -71,7 +71,7 @@ def capture(model: UnifiedModel) -> Iterator[AttentionRecord]:
     """
     record = AttentionRecord(about={"model": model.layout.kind} if isinstance(model, UnifiedModel) else {})
 
-    def begin(packed: Packed) -> None:
+    def begin(packed: Batch) -> None:
         record.seen.clear()
         record.batch[:] = [packed]
 
@@ -80,7 +80,7 @@ def capture(model: UnifiedModel) -> Iterator[AttentionRecord]:
 
 
 @torch.no_grad()
-def observe(model: UnifiedModel, packed: Packed) -> AttentionRecord:
+def observe(model: UnifiedModel, packed: Batch) -> AttentionRecord:
     """Run the model on a batch and hand back its record. Raises `CaptureError` for a model that attends otherwise."""
     with capture(model) as record:
         model(packed.to(model.device))
@@ -88,7 +88,7 @@ def observe(model: UnifiedModel, packed: Packed) -> AttentionRecord:
 
 
 @torch.no_grad()
-def reduced(model: UnifiedModel, packed: Packed, reduce: Callable[[LayerAttention], R]) -> dict[int, R]:
+def reduced(model: UnifiedModel, packed: Batch, reduce: Callable[[LayerAttention], R]) -> dict[int, R]:
     """Run the model on a batch and keep, per layer, only what `reduce` makes of its attention. It is called inside the attention: queries and keys of a
     layer are gone when the next one runs, so the memory is that of one layer. Raises `CaptureError` for a model that attends otherwise."""
     found: dict[int, R] = {}

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokens import Packed, Segment, Task
+from ..batch import Batch, Segment, Task
 from .folder import reading, write
 
 COLUMNS = ("ids", "row", "position", "task", "modality", "lo", "hi", "target")
 
 
-def save(folder: Path, layers: dict, whole: Packed, about: dict[str, str]) -> Path:
+def save(folder: Path, layers: dict, whole: Batch, about: dict[str, str]) -> Path:
     """Write the layers (number -> LayerAttention) and the batch."""
     host = whole.to("cpu")
     each = {i: {"scale": a.scale, "segments": _plain(a.packed.segments), "dtype": str(a.q.dtype).removeprefix("torch.")} for i, a in layers.items()}
@@ -29,7 +29,7 @@ def save(folder: Path, layers: dict, whole: Packed, about: dict[str, str]) -> Pa
                  {"about": about, "masks": host.masks, "segments": _plain(host.segments), "layers": each})
 
 
-def load(folder: Path) -> tuple[dict[int, tuple[Tensor, Tensor, float, Packed]], Packed, dict[str, str]]:
+def load(folder: Path) -> tuple[dict[int, tuple[Tensor, Tensor, float, Batch]], Batch, dict[str, str]]:
     """Layers (q, k, scale, packed), batch, and what is known of the model. Raises `CaptureError`."""
     with reading(folder, ["tokens"], "attention", "attention record", "AttentionRecord.save") as ((table,), arrays, notes):
         whole = _packed({name: table[name].to_numpy() for name in COLUMNS}, notes["segments"], notes["masks"])
@@ -45,9 +45,9 @@ def _plain(segments: tuple[Segment, ...]) -> list[list]:
     return [[s.row, int(s.task), s.length, s.rule] for s in segments]
 
 
-def _packed(columns: dict[str, np.ndarray], segments: list[list], masks: list[str]) -> Packed:
+def _packed(columns: dict[str, np.ndarray], segments: list[list], masks: list[str]) -> Batch:
     tensors = {name: torch.from_numpy(np.array(x)) for name, x in columns.items()}
-    return Packed(**tensors, segments=tuple(Segment(row, Task(task), n, rule) for row, task, n, rule in segments), masks=tuple(masks))
+    return Batch(**tensors, segments=tuple(Segment(row, Task(task), n, rule) for row, task, n, rule in segments), masks=tuple(masks))
 
 
 def _bytes(x: Tensor) -> np.ndarray:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..batch import Batch, Task
 from ..config import expanded
 from ..ops.attention import attention_mass
-from ..tokens import Packed, Task
 from . import files
 from .folder import CaptureError
 
@@ -31,7 +31,7 @@ class LayerAttention:
     q: Tensor
     k: Tensor
     scale: float
-    packed: Packed
+    packed: Batch
 
     def weights(self, span: slice, queries: Tensor, heads: slice = slice(None)) -> Tensor:
         """softmax_j(q_i . k_j * scale) over lo_i <= j < hi_i: float32 [H, m, n]. span: the row in packed order; queries: int64 [m], counted in the row."""
@@ -91,7 +91,7 @@ class AttentionRecord:
     """Queries and keys of the last forward, per layer. Every method raises `CaptureError` outside the ranges it holds."""
 
     seen: dict[int, LayerAttention] = field(default_factory=dict)
-    batch: list[Packed] = field(default_factory=list)
+    batch: list[Batch] = field(default_factory=list)
     """The batch as the model was given it (one entry)."""
     about: dict[str, str] = field(default_factory=dict)
     """What is known of the model: its `model` kind."""
@@ -108,7 +108,7 @@ class AttentionRecord:
         return self._any().q.shape[0]
 
     @property
-    def whole(self) -> Packed:
+    def whole(self) -> Batch:
         """The batch as the model was given it, before any layer dropped tokens."""
         self._any()
         return self.batch[0]
@@ -118,7 +118,7 @@ class AttentionRecord:
         """Size of all queries and keys in bytes."""
         return sum(x.numel() * x.element_size() for layer in self.seen.values() for x in (layer.q, layer.k))
 
-    def packed(self, layer: int) -> Packed:
+    def packed(self, layer: int) -> Batch:
         """The tokens this layer processed, with their intervals."""
         return self.layer(layer).packed
 
@@ -216,7 +216,7 @@ class AttentionRecord:
             raise CaptureError(f"{name} {value} does not exist here; allowed: 0 to {end - 1}.")
 
 
-def places(whole: Packed, part: Packed) -> Tensor:
+def places(whole: Batch, part: Batch) -> Tensor:
     """Where the tokens of `part`, some of those of `whole` in their order, lie in it: int64 [K]."""
     span = int(whole.position.max()) + 1
     key = whole.row * span + whole.position

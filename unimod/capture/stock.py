@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import seam
-from ..tokens import IGNORE, Modality, Packed, Segment, Task
+from ..batch import IGNORE, Batch, Modality, Segment, Task
 from .folder import CaptureError
 from .record import AttentionRecord, LayerAttention
 
@@ -123,6 +123,6 @@ def _layer(q: Tensor, k: Tensor, scale: float | None, real: Tensor, low: Tensor,
     asks = [bool(pictures[row == b].any()) for b in range(len(real))]
     task = torch.tensor([int(Task.MMU if a else Task.LM) for a in asks], device=row.device)
     segments = tuple(Segment(b, Task.MMU if a else Task.LM, n) for b, (a, n) in enumerate(zip(asks, real.sum(1).tolist())))
-    packed = Packed(ids=ids, row=row, position=position, task=task[row], modality=torch.where(pictures, int(Modality.IMAGE), int(Modality.TEXT)), lo=lo,
+    packed = Batch(ids=ids, row=row, position=position, task=task[row], modality=torch.where(pictures, int(Modality.IMAGE), int(Modality.TEXT)), lo=lo,
                     hi=lo + count[real], target=torch.full_like(row, IGNORE), segments=segments)
     return LayerAttention(kept(q), kept(k), q.shape[-1] ** -0.5 if scale is None else scale, packed)

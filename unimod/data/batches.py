@@ -1,4 +1,4 @@
-"""From data to packed batches: picture and text -> codes and sequences -> `Packed`.
+"""From data to packed batches: picture and text -> codes and sequences -> `Batch`.
 
     batches = Batches(data, image_tokenizer, model.layout, rows=(16, 16, 2), seed=0)
     packed = batches.train(step)                  # the same batch for the same (seed, step), so a run can resume
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokens import Packed, Task, TokenSequence, pack
+from ..batch import Batch, Task, TokenSequence, pack
 from .sample import Dataset, Sample
 
 
@@ -44,16 +44,16 @@ class Batches:
         pictures = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
         return self.image_tokenizer.encode(pictures).flatten(1)
 
-    def train(self, step: int) -> Packed:
+    def train(self, step: int) -> Batch:
         """The training batch of a step."""
         count = sum(self.rows)
         return self.mixed(self.samples("train", step * count, count), self.rows, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
-    def held_out(self, split: str, count: int) -> Packed:
+    def held_out(self, split: str, count: int) -> Batch:
         """A fixed batch of a held-out split, for losses and analyses: `count` rows of t2i and of mmu, one of lm."""
         return self.mixed(self.samples(split, 0, 2 * count + 1, seed=0), (count, count, 1), torch.Generator().manual_seed(0), drop=False)
 
-    def mixed(self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator, drop: bool = True) -> Packed:
+    def mixed(self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator, drop: bool = True) -> Batch:
         """Pack samples, in this order, as `rows` sequences of t2i, mmu and lm."""
         codes, (t2i, mmu, _) = self.codes(samples), rows
         sequences = self.t2i([s.caption for s in samples[:t2i]], codes[:t2i], generator, drop)
@@ -81,14 +81,14 @@ class Batches:
         turns = [(q.text, q.answer) for q in sample.questions] or [("describe the picture", sample.caption)]
         return self.layout.mmu(codes, turns)
 
-    def paired(self, split: str, count: int) -> Packed:
+    def paired(self, split: str, count: int) -> Batch:
         """The same pictures in both tasks: `count` rows of t2i with every code known (nothing masked), then `count` of mmu."""
         samples = self.samples(split, 0, count, seed=0)
         codes = self.codes(samples)
         masked = None if self.layout.causal_images else torch.zeros_like(codes, dtype=torch.bool)
         return pack(self._t2i([s.caption for s in samples], codes, masked) + [self.mmu(s, c) for s, c in zip(samples, codes)])
 
-    def single_task(self, task: Task, split: str, count: int, start: int = 0) -> Packed:
+    def single_task(self, task: Task, split: str, count: int, start: int = 0) -> Batch:
         """`count` rows of one task from a split, without caption dropout."""
         samples = self.samples(split, start, count, seed=0)
         if task == Task.LM:

@@ -18,25 +18,26 @@ from dataclasses import replace
 import torch
 
 from ..analysis.routing import choosing, routings
+from ..batch import Batch, Modality, Task, TokenSequence, pack
 from ..data.batches import Batches
 from ..data.sample import Sample
 from ..generate import calibrate, draw
 from ..layers import record_routing, routed_layers
-from ..models.backbone import UnifiedModel, losses
+from ..losses import losses
 from ..models.cache import KVCache
 from ..models.image_tokenizer import ImageTokenizer
-from ..tokens import Modality, Packed, Task, TokenSequence, pack
+from ..models.unified import UnifiedModel
 from .detector import detect, matches
 from .quality import to_pictures
 
 
-def alone(packed: Packed) -> Packed:
+def alone(packed: Batch) -> Batch:
     """The batch with every segment of top-k decided token by token instead."""
     return replace(packed, segments=tuple(replace(s, rule="threshold") if s.rule == "topk" else s for s in packed.segments))
 
 
 @torch.no_grad()
-def agreement(model: UnifiedModel, packed: Packed) -> list[dict[str, object]]:
+def agreement(model: UnifiedModel, packed: Batch) -> list[dict[str, object]]:
     """One row per routed layer and task with tokens up for choice, all judged on the hidden states of the top-k forward: `agree`, the share of
     tokens that a decision alone treats as top-k does; `kept`, the share it keeps; `planned`, the share that top-k keeps; `by`, what decides.
 
@@ -58,7 +59,7 @@ def agreement(model: UnifiedModel, packed: Packed) -> list[dict[str, object]]:
 
 
 @torch.no_grad()
-def decided(model: UnifiedModel, packed: Packed) -> list[dict[str, object]]:
+def decided(model: UnifiedModel, packed: Batch) -> list[dict[str, object]]:
     """One row per task of the batch: `loss` in nats per target and the share of token-layers `kept` in the routed layers, by top-k and alone."""
     packed, rows = packed.to(model.device), []
     for way, batch in (("top-k", packed), ("alone", alone(packed))):

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
+from ..batch import Task
 from ..data.batches import Batches
 from ..data.sample import Dataset, Sample
 from ..generate import answer, calibrate, draw
 from ..layers import routed_layers
-from ..models.backbone import UnifiedModel, losses
+from ..losses import losses
 from ..models.image_tokenizer import ImageTokenizer
-from ..tokens import Task
+from ..models.unified import UnifiedModel
 from .detector import detect, matches
 
 TASK_NAMES = tuple(t.name.lower() for t in Task)

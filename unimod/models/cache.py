@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import Batch
 from ..ops.attention import interval_attention
-from ..tokens import Packed
 
 
 class KVCache:
@@ -32,7 +32,7 @@ class KVCache:
         """Tokens of each row that a layer holds: int64 [B], on the model's device."""
         self._most: dict[int, int] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, keep: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Batch, scale: float, keep: Tensor | None = None) -> Tensor:
         """Write k and v and attend: by the intervals when the layer runs first, else over everything its row has.
 
         q: [H, T, d]; k, v: [H_kv, T, d]. keep: bool [B], in a static step the rows whose token stays in this layer (None: all). Returns

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from .. import seam
-from ..tokens import Task, TokenSequence, prefix_hi
-from .backbone import UnifiedModel
+from ..batch import Task, TokenSequence
+from ..mask import prefix_hi
 from .emu3 import Emu3Layout
 from .family import Family, Shapes, setting, special_ids
 from .layout import Layout, Turns, shifted
 from .text import Text
+from .unified import UnifiedModel
 from .weights import CheckpointError
 
 NAMES = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "boi": "<racm3:break>", "eoi": "<eoss>", "sep": "<reserved08706>"}

@@ -24,17 +24,16 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from ..config import MODELS, ParameterError, expanded
+from ..config import MODELS, ParameterError, RouterConfig, expanded
 from ..layers import MoDLayer, apply_mod, routed_layers
-from ..methods import RouterConfig
 from ..plan import CapacityPlan
 from ..seam import without_initial_values
 from . import chameleon, emu3, janus, showo
-from .backbone import UnifiedModel
 from .family import Family
 from .image_tokenizer import CONFIG_FILE, ImageTokenizer, load_image_tokenizer, stock_image_tokenizer, stock_kind
 from .layout import Layout
 from .text import HubText, Text, WordTokenizer
+from .unified import UnifiedModel
 from .weights import CheckpointError, Weights, compare, fill, read_json
 
 FAMILIES = (showo.FAMILY, emu3.FAMILY, chameleon.FAMILY, janus.FAMILY)

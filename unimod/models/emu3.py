@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import Emu3ForCausalLM, Emu3TextConfig
 
-from ..tokens import Modality, Task, TokenSequence, prefix_hi
-from .backbone import UnifiedModel
+from ..batch import Modality, Task, TokenSequence
+from ..mask import prefix_hi
 from .family import Family, Shapes, settings, special_ids
 from .layout import Layout, Turns, shifted
 from .text import Text
+from .unified import UnifiedModel
 
 SPECIAL = ("pad", "eol", "eof", "bos", "eos", "img", "boi", "eoi")
 """Special tokens between the text vocabulary and the visual tokens (Emu3 has 211 such places; these are the ones it uses)."""

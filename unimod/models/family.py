@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from .backbone import UnifiedModel
 from .layout import Layout
 from .text import Text
+from .unified import UnifiedModel
 from .weights import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]

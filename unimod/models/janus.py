@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedModel
 
-from ..tokens import FEATURE, Packed, Task, TokenSequence, prefix_hi
-from .backbone import UnifiedModel
+from ..batch import FEATURE, Batch, Task, TokenSequence
+from ..mask import prefix_hi
 from .emu3 import Emu3Layout
 from .family import Family, Shapes, special_ids
 from .layout import Layout, Turns, shifted
 from .text import Text
+from .unified import UnifiedModel
 
 NAMES = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "boi": "<begin_of_image>", "eoi": "<end_of_image>"}
 RELEASED = {"bos": 100000, "eos": 100001, "boi": 100016, "eoi": 100593}     # where neither config.json nor a tokenizer says them
@@ -35,7 +36,7 @@ class Janus(UnifiedModel):
         """The language model."""
         return self.lm.model.language_model
 
-    def embed(self, packed: Packed) -> Tensor:
+    def embed(self, packed: Batch) -> Tensor:
         """Text by the language model's embedding, features through the aligner, codes through the generation aligner: [T, D]."""
         codes = packed.ids - self.layout.image_offset
         drawn = self.lm.model.generation_aligner(self.lm.model.generation_embeddings(codes.clamp(min=0)))

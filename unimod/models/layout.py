@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..tokens import FEATURE, IGNORE, Modality, Task, TokenSequence
+from ..batch import FEATURE, IGNORE, Modality, Task, TokenSequence
 from .text import Text
 
 Turns = Seq[tuple[str, str]]

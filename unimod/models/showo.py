@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PhiConfig, PhiForCausalLM
 
-from ..tokens import FEATURE, IGNORE, Modality, Task, TokenSequence, prefix_hi, suffix_hi
-from .backbone import UnifiedModel
+from ..batch import FEATURE, IGNORE, Modality, Task, TokenSequence
+from ..mask import prefix_hi, suffix_hi
 from .family import Family, Shapes, agree, setting, settings
 from .layout import Layout, Turns, shifted
 from .text import Text
+from .unified import UnifiedModel
 
 SPECIAL = ("pad", "soi", "eoi", "sov", "eov", "t2i_task", "mmu_task", "t2v", "v2v", "lvg")
 """Special tokens in the order in which they follow the text vocabulary; the image codes come next, the mask token is last."""

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..batch import Batch, Modality
 from ..capture import AttentionRecord
 from ..capture.record import edges
-from ..tokens import Modality, Packed
 from .style import AMOUNT, DASH, DIFFERENCE, MODALITY, TASK, bytes_of, lines, paper, plain, require, root_ticks, slider, words
 
 HEAD_VALUES = {
@@ -31,7 +31,7 @@ HEAD_VALUES = {
 }
 
 
-def token_labels(packed: Packed, span: slice, name: Callable[[int], str]) -> list[tuple[str, str]]:
+def token_labels(packed: Batch, span: slice, name: Callable[[int], str]) -> list[tuple[str, str]]:
     """(text, modality) of every token of a row."""
     return [(name(i), Modality(m).name.lower()) for i, m in zip(packed.ids[span].tolist(), packed.modality[span].tolist())]
 

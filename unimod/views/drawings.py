@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import torch
 
 from ..analysis.patterns import NAMES
-from ..tokens import Modality
+from ..batch import Modality
 from .attention import HEAD_VALUES
 from .looking import Drawing, Place, Side, asked, known, token
 from .style import AMOUNT, DIFFERENCE, MODALITY, OVERLAY, paper, plain, put_picture

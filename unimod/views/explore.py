@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import ipywidgets as w
 import plotly.graph_objects as go
 
+from ..batch import Modality, Task
 from ..capture import CaptureError
 from ..config import ParameterError
 from ..run import Run
-from ..tokens import Modality, Task
 from . import drawings, looking
 from .attention import HEAD_VALUES
 from .drawings import DRAWINGS

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from ..analysis.overview import Overview, overview
+from ..batch import Task, pack
 from ..capture import AttentionRecord, CaptureError, observe
 from ..config import ParameterError
 from ..data.folder import read_picture
-from ..models.backbone import UnifiedModel
+from ..models.unified import UnifiedModel
 from ..session import Session
-from ..tokens import Task, pack
 from .looking import Side
 from .style import words
 

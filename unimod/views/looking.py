@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..analysis.overview import Overview
 from ..analysis.patterns import NAMES
+from ..batch import Modality, Task
 from ..capture import AttentionRecord
 from ..run import FIGURE_BYTES
-from ..tokens import Modality, Task
 from .style import slider
 
 OWN = "own"

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..batch import Batch, Modality
 from ..plan import CapacityPlan
 from ..router import Routing
-from ..tokens import Modality, Packed
 from .style import SHARE, paper, put_picture, require, slider, words
 
 
@@ -60,7 +60,7 @@ def capacities(data: pd.DataFrame) -> go.Figure:
     return fig.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(dtick=1, showgrid=False)
 
 
-def kept_frame(log: Mapping[int, Routing], packed: Packed, row: int, grid: tuple[int, int]) -> pd.DataFrame:
+def kept_frame(log: Mapping[int, Routing], packed: Batch, row: int, grid: tuple[int, int]) -> pd.DataFrame:
     """Which picture tokens of a row every routed layer kept: layer, row, column, kept (0 or 1), score, and the task."""
     span = packed.rows()[row]
     where = span.start + (packed.modality[span] == Modality.IMAGE).nonzero()[:, 0]

@@ -13,7 +13,7 @@ ENTRIES = 2**23
 
 
 class Rows:
-    """Packed rows as a batch of n slots each. `place`: where each packed token lies among the slots of all rows."""
+    """Batch rows as a batch of n slots each. `place`: where each packed token lies among the slots of all rows."""
 
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
         self.lengths, self.n = lengths, max(lengths)

@@ -13,7 +13,7 @@ LONGEST = 2**14
 
 
 def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """`segment_topk`, and with it the prefix count of what is kept, from which `Packed.take` reads the new intervals.
+    """`segment_topk`, and with it the prefix count of what is kept, from which `Batch.take` reads the new intervals.
 
     Returns `index` (int64 [K]), `last` (int64 [S]; of a segment without tokens, any token) and `rank` (int64 [T + 1]): how many kept tokens lie
     before each token. Raises ValueError on sizes that do not fit.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import seam
+from ..batch import FEATURE, Batch
 from ..config import ParameterError
 from ..layers import MoDLayer
 from ..ops.cross_entropy import linear_cross_entropy
 from ..router import ForwardState, Trail
-from ..tokens import FEATURE, Packed, Task
 from ..versions import explained
 from .cache import KVCache
 from .layout import Layout
@@ -77,11 +76,16 @@ class UnifiedModel(nn.Module):
         return self.lm.lm_head
 
     @property
+    def one_head(self) -> bool:
+        """Whether `nll` is of one plain linear head, not one that an adapter wraps or a model has of its own."""
+        return type(self).nll is UnifiedModel.nll and type(self.head) is nn.Linear
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.head.weight.device
 
-    def embed(self, packed: Packed) -> Tensor:
+    def embed(self, packed: Batch) -> Tensor:
         """What enters the first layer: [T, D]. Raises ValueError for features that the model has no projector for."""
         h = self.embedding(packed.ids.clamp(min=0))
         if packed.features is None:
@@ -90,7 +94,7 @@ class UnifiedModel(nn.Module):
             raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture codes, or load its CLIP-ViT variant.")
         return h.masked_scatter((packed.ids == FEATURE)[:, None], self.projector(packed.features.to(h.dtype)).to(h.dtype))
 
-    def forward(self, packed: Packed, cache: KVCache | None = None) -> Tensor:
+    def forward(self, packed: Batch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm: [T, D]. `cache` is read and written.
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
@@ -165,41 +169,3 @@ def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
             getattr(layer, "layer", layer).compile(dynamic=True, **options)
     model.compiled = True
     return model
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Mean cross entropy per task (nan where the batch has no target of it), their weighted sum, and targets per task."""
-
-    total: Tensor
-    per_task: Tensor
-    targets: tuple[int, ...]
-
-
-CHUNKED = 2**28
-"""Logits of a batch from which on the loss is made in chunks: 1 GiB in float32."""
-COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
-"""Loss weights of Show-o: t2i 1, lm 0.1, mmu 1."""
-
-
-def losses(model: UnifiedModel, packed: Packed) -> Losses:
-    """Loss of a batch; the head sees labelled tokens only. A task without targets contributes nothing.
-
-    Raises ValueError when no token of the batch has a target.
-    """
-    counts = packed.target_counts
-    if not sum(counts):
-        raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
-    where = packed.labelled
-    hidden, target, task = model(packed)[where], packed.target[where], packed.task[where]
-    coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
-                          for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
-    one_head = type(model).nll is UnifiedModel.nll and type(model.head) is nn.Linear        # not one that an adapter wraps
-    chunked = one_head and len(where) * model.head.out_features > CHUNKED
-    if chunked:                                             # the sum that is learned from is made chunk by chunk, and never seen by its parts
-        total, entropy = model.weighted_nll(hidden, target, (coefficient * scale)[task])
-    else:
-        entropy = model.nll(hidden, target)
-    per_task = torch.zeros(len(Task), device=entropy.device).index_add(0, task, entropy) * scale
-    total = total if chunked else (per_task * coefficient).sum()
-    return Losses(total, torch.where(scale > 0, per_task.detach(), torch.nan), counts)

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from unimod.auxiliary import accuracy, budget, membership, prediction
+from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.generate import draw
 from unimod.layers import apply_mod, record_routing
-from unimod.methods import RouterConfig
-from unimod.models.backbone import losses
+from unimod.losses import accuracy, budget, losses, membership, prediction
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
 from unimod.router import Routing

@@ -1,4 +1,4 @@
-"""Losses on routers themselves, beside the model's own.
+"""Losses: the model's own per task, and those on routers beside it.
 
     with record_routing() as log:
         loss = losses(model, packed).total
@@ -10,12 +10,51 @@ A token is a member of its segment's top-k or not; only tokens that were up for 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .batch import Batch, Task
 from .router import Routing
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross entropy per task (nan where the batch has no target of it), their weighted sum, and targets per task."""
+
+    total: Tensor
+    per_task: Tensor
+    targets: tuple[int, ...]
+
+
+CHUNKED = 2**28
+"""Logits of a batch from which on the loss is made in chunks: 1 GiB in float32."""
+COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
+"""Loss weights of Show-o: t2i 1, lm 0.1, mmu 1."""
+
+
+def losses(model: nn.Module, packed: Batch) -> Losses:
+    """Loss of a `UnifiedModel` on a batch; the head sees labelled tokens only. A task without targets contributes nothing.
+
+    Raises ValueError when no token of the batch has a target.
+    """
+    counts = packed.target_counts
+    if not sum(counts):
+        raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
+    where = packed.labelled
+    hidden, target, task = model(packed)[where], packed.target[where], packed.task[where]
+    coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
+                          for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
+    chunked = model.one_head and len(where) * model.head.out_features > CHUNKED
+    if chunked:                                             # the sum that is learned from is made chunk by chunk, and never seen by its parts
+        total, entropy = model.weighted_nll(hidden, target, (coefficient * scale)[task])
+    else:
+        entropy = model.nll(hidden, target)
+    per_task = torch.zeros(len(Task), device=entropy.device).index_add(0, task, entropy) * scale
+    total = total if chunked else (per_task * coefficient).sum()
+    return Losses(total, torch.where(scale > 0, per_task.detach(), torch.nan), counts)
 
 
 def membership(log: Mapping[int, Routing]) -> Tensor:

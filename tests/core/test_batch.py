@@ -1,4 +1,4 @@
-"""Packed intervals against dense masks written here from the rules of the reference models, pads and all."""
+"""Batch intervals against dense masks written here from the rules of the reference models, pads and all."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_rows import CAPTIONS, TURNS, WORDS, make_rows
 
+from unimod.batch import Segment, Task, pack
 from unimod.models.checkpoint import build_model
 from unimod.ops.attention import attention_received, interval_attention
 from unimod.ops.select import segment_rank, segment_topk
-from unimod.tokens import Segment, Task, pack
 
 SHOWO = build_model("showo-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout
 EMU3 = build_model("emu3-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout

@@ -21,6 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .config import RULES
+from .mask import mask_kind
+
 IGNORE = -100
 """Target of a token that predicts nothing (torch's own convention)."""
 
@@ -43,18 +46,6 @@ class Modality(IntEnum):
     IMAGE = 1
     SPECIAL = 2
 
-
-RULES = ("topk", "keep", "threshold")
-"""How a routed layer chooses among the tokens of a segment.
-
-topk: the k best of the segment, k known on the host; every token of the segment must be known when the layer runs.
-keep: all of them; text that is generated one token at a time, so that decoding sees what training saw.
-threshold: each token for itself against a calibrated score; causal, for pictures that are generated token by token.
-"""
-
-
-KINDS = ("image", "text", "special", "question", "labelled")
-"""Kinds of tokens that a router may be told never to drop: of a modality, the text of an mmu row, or those that have a target."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ class TokenSequence:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Batch:
     """A batch: int64 tensors [T] and, on the host, the segments they are made of.
 
     `lo`, `hi`: token i may attend to packed tokens lo[i] .. hi[i] - 1. `segments` are in packed order; their lengths add up
@@ -181,7 +172,7 @@ class Packed:
             mask |= _KIND[kind](self)
         return mask
 
-    def take(self, idx: Tensor, segments: Seq[Segment], rank: Tensor | None = None) -> Packed:
+    def take(self, idx: Tensor, segments: Seq[Segment], rank: Tensor | None = None) -> Batch:
         """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
 
         Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)), looked up in `rank`
@@ -189,12 +180,12 @@ class Packed:
         Features stay behind: they have been embedded before any layer runs. So do twins: they are for routers, which see the whole batch.
         """
         lo, hi = (torch.searchsorted(idx, x[idx]) if rank is None else rank[x[idx]] for x in (self.lo, self.hi))
-        return Packed(
+        return Batch(
             **{name: getattr(self, name)[idx] for name in ("ids", "row", "position", "task", "modality", "target")},
             lo=lo, hi=hi, segments=tuple(segments), masks=self.masks,
         )
 
-    def paired(self) -> Packed:
+    def paired(self) -> Batch:
         """The batch whose second half of rows has its picture tokens judged like those of the first half, one by one: guidance branches, which have
         the same picture."""
         pictures = (self.modality == Modality.IMAGE).nonzero()[:, 0].view(2, -1)
@@ -205,7 +196,7 @@ class Packed:
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         return [slice(end - n, end) for end, n in zip(ends, self.lengths)]
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
         up = torch.device(device).type == "cuda"            # the other way the host would read before the copy is there
         tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
@@ -231,14 +222,14 @@ _KIND = {
 }
 
 
-def pack(sequences: Seq[TokenSequence]) -> Packed:
+def pack(sequences: Seq[TokenSequence]) -> Batch:
     """Lay the sequences behind one another. Raises ValueError when there is none."""
     if not sequences:
         raise ValueError("pack() needs at least one sequence.")
     lengths = torch.tensor([len(s.ids) for s in sequences])
     start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     features = [s.features for s in sequences if s.features is not None]
-    return Packed(
+    return Batch(
         ids=torch.cat([s.ids for s in sequences]),
         row=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
         position=torch.cat([s.position for s in sequences]),
@@ -251,29 +242,3 @@ def pack(sequences: Seq[TokenSequence]) -> Packed:
         features=torch.cat(features) if features else None,
         masks=tuple(mask_kind(s.hi) for s in sequences),
     )
-
-
-def prefix_hi(prefix: int, total: int) -> Tensor:
-    """Upper ends of a sequence whose first `prefix` tokens see one another and whose rest is causal (0: all causal): int64 [n]."""
-    hi = torch.arange(1, total + 1)
-    return hi.clamp(min=prefix)
-
-
-def suffix_hi(causal: int, total: int) -> Tensor:
-    """Upper ends of a sequence whose first `causal` tokens are causal and whose rest sees everything: int64 [n]."""
-    hi = torch.arange(1, total + 1)
-    hi[causal:] = total
-    return hi
-
-
-def mask_kind(hi: Tensor) -> str:
-    """How the upper ends of a sequence (int64 [n], on the host, lo = 0) are made. A sorted gather keeps the kind.
-
-    causal: every token sees itself and what is before it; prefix: as causal, but the first tokens see one and the same number of tokens;
-    suffix: as causal, but the last tokens see all; general: anything else.
-    """
-    own = torch.arange(1, len(hi) + 1)
-    early, late = int((hi > own).sum()), int((hi < len(hi)).sum())
-    if torch.equal(hi[early:], own[early:]) and bool((hi[:early] == hi[0]).all()):
-        return "prefix" if early else "causal"
-    return "suffix" if torch.equal(hi, own.where(own <= late, len(hi))) else "general"
