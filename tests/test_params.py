@@ -9,7 +9,7 @@ import yaml
 from unimod.baselines import PRESETS
 from unimod.config import LAYERS, ROUTERS, ParameterError, Params
 from unimod.plan import MAKERS
-from unimod.run import RUNNERS
+from unimod.workbook.run_folder import RUNNERS
 
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).resolve().parents[1] / "params").glob("*.yaml"))}
 

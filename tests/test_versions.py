@@ -11,9 +11,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from unimod import doctor, versions
+from unimod import versions
 from unimod.__main__ import main
 from unimod.config import SetupError
+from unimod.workbook import doctor
 
 ROOT = Path(__file__).parents[1]
 LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from . import report, workbook
 from .config import MODELS, ParameterError, SetupError, expanded
+from .files import write
 from .plan import MAKERS, CapacityPlan, maker_of, solve
-from .request import Request, notebooks
-from .run import RUNNERS, RunError, write
+from .workbook import report, runner
+from .workbook.request import Request, notebooks
+from .workbook.run_folder import RUNNERS, RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(2, error)
     except SetupError as error:
         return fail(error.code, error)
-    except workbook.Stop as stop:
+    except runner.Stop as stop:
         return fail(stop.code, stop)
     except report.ReportError as error:
         return fail(4, error)
@@ -123,7 +124,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run and say where the report is."""
-    page = workbook.run(Request.of(args.notebook, args.file, args.param, args.runs), args.force, args.timeout)
+    page = runner.run(Request.of(args.notebook, args.file, args.param, args.runs), args.force, args.timeout)
     print(f"report: {page}")
 
 
@@ -212,7 +213,7 @@ def train_tiny(args: argparse.Namespace) -> None:
 
 def show_diagnosis(args: argparse.Namespace) -> None:
     """Say how this installation stands. Raises `SetupError` (after saying it) when something has to be mended."""
-    from .doctor import diagnose
+    from .workbook.doctor import diagnose
 
     found = diagnose(args.runs)
     print(json.dumps(asdict(found), indent=1) if args.json else found)

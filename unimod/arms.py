@@ -33,12 +33,12 @@ from .capacity import LearnedCapacity
 from .config import ARMS, TASKS, ParameterError, Params, RouterConfig
 from .data.batches import Batches
 from .evaluate.quality import evaluate
+from .files import write
 from .flops import Cost, count
 from .layers import apply_mod, learn_capacity, suits
 from .models.checkpoint import save_pretrained
 from .models.unified import UnifiedModel
 from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, make_plan, solve
-from .run import write
 from .session import Session, device_of, rows_of
 from .train import TrainConfig, train
 

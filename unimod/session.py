@@ -14,10 +14,10 @@ from .config import ParameterError, Params
 from .data import open_data
 from .data.batches import Batches
 from .data.sample import Dataset
+from .files import runs_folder
 from .models.checkpoint import from_pretrained, shipped
 from .models.image_tokenizer import ImageTokenizer
 from .models.unified import UnifiedModel
-from .run import runs_folder
 from .tiny import fit_image_tokenizer
 
 

@@ -11,8 +11,8 @@ import pytest
 from plots import changed, drag_slider, drawn, layout, traces, values, wait_until
 
 from unimod.config import Params
-from unimod.report import write_page, write_report
-from unimod.run import Run
+from unimod.workbook.report import write_page, write_report
+from unimod.workbook.run_folder import Run
 
 ROOT = Path(__file__).parents[2]
 EVIL = "</script><script>alert(1)</script><b>&"

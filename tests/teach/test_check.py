@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from unimod.teach import Stage, check, shown
+from unimod.workbook.teach import Stage, check, shown
 
 NUMBERS = (Stage("Twice.", (2,)), Stage("Negative, too.", (-3,)))
 X = torch.arange(12.0).view(3, 4)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from unimod.config import ParameterError
-from unimod.views import quiz as room
-from unimod.views.quiz import Question, clickable, quiz, written
+from unimod.workbook import teach as room
+from unimod.workbook.teach import Question, clickable, quiz, written
 
 ASKED = (Question("Is 2 < 3 for `a & b`?", "b", ["no", "<b>yes</b>", "sometimes"], "Because 3 - 2 > 0."),
          Question("How many?", "a", ["one", "two " * 60], "One is " + "very " * 60 + "enough."))
@@ -29,7 +29,7 @@ def test_without_a_front_end_or_without_widgets_it_prints(capsys, monkeypatch):
 
 
 def test_the_module_needs_no_widgets():
-    code = "import sys; sys.modules['ipywidgets'] = None; from unimod.views.quiz import Question, quiz; quiz(True, Question('?', 'a', ['x', 'y'], 'so'))"
+    code = "import sys; sys.modules['ipywidgets'] = None; from unimod.workbook.teach import Question, quiz; quiz(True, Question('?', 'a', ['x', 'y'], 'so'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0 and "1. a: so" in done.stdout, done.stderr
 

@@ -17,11 +17,11 @@ from unimod.config import ParameterError, Params
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
-from unimod.run import Run
 from unimod.session import load
 from unimod.views import attention, drawings, looking
 from unimod.views.explore import ONE, Explorer, explore
 from unimod.views.gallery import Gallery
+from unimod.workbook.run_folder import Run
 
 
 @pytest.fixture(scope="module")

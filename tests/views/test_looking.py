@@ -10,10 +10,10 @@ import torch
 from unimod.analysis.overview import Overview
 from unimod.analysis.patterns import Patterns
 from unimod.batch import Modality, Task
-from unimod.run import drawable
 from unimod.views import drawings, looking, style
 from unimod.views.drawings import DRAWINGS
 from unimod.views.looking import OWN, Place, Side, asked, notes
+from unimod.workbook.run_folder import drawable
 
 
 def made(task=Task.MMU, L=8, H=4, grid=(6, 6), words=20, skip=()):

@@ -18,8 +18,8 @@ from unimod.capture import AttentionRecord, LayerAttention
 from unimod.mask import prefix_hi
 from unimod.plan import last_half
 from unimod.router import Routing
-from unimod.run import drawable
 from unimod.views import attention, interactions, plan, redundancy, routing, runs, style
+from unimod.workbook.run_folder import drawable
 
 BOTH = (Task.T2I, Task.MMU)
 MODELS = ("showo-tiny", "emu3-tiny")

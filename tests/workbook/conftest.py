@@ -8,7 +8,7 @@ import pytest
 from unimod.__main__ import main
 
 SETUP = """from unimod.config import Params
-from unimod.run import Run
+from unimod.workbook.run_folder import Run
 params = Params.declared(globals())
 run = Run.open({name!r}, params)"""
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import pytest
 
 from unimod.config import Params
-from unimod.report import ReportError, write_page
-from unimod.run import Run
+from unimod.workbook.report import ReportError, write_page
+from unimod.workbook.run_folder import Run
 
 EVIL = "</script><script>alert(1)</script><b>&"
 FIGURES = {

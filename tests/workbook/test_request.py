@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from unimod.request import Request
+from unimod.workbook.request import Request
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pandas
 import plotly.graph_objects as go
 import pytest
 
-from unimod import run as module
 from unimod.config import Params
-from unimod.run import Run, RunError, drawable, latest, progress
+from unimod.workbook import run_folder as module
+from unimod.workbook.run_folder import Run, RunError, drawable, latest, progress
 
 BAR = go.Figure(go.Bar(y=[1, 2]))
 

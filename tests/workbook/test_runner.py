@@ -8,8 +8,8 @@ import nbformat
 import pytest
 import yaml
 
-from unimod import workbook
-from unimod.run import latest
+from unimod.workbook import runner
+from unimod.workbook.run_folder import latest
 
 WRITE = "run.result('answer', params.seed + 41, unit='points', n=3, seed=params.seed)"
 
@@ -63,7 +63,7 @@ def test_failures(bench, cells, options, code, words):
     assert all(word in bench.err for word in ["00_first", *words]), bench.err
     folder, record = bench.folder("00_first"), bench.record("00_first")
     assert not (folder / "done.json").exists() and not (folder / "report.html").exists()
-    assert record["exit"] == code and record["status"] == workbook.STATUS[code] != "ok"
+    assert record["exit"] == code and record["status"] == runner.STATUS[code] != "ok"
     assert (folder / "log.txt").exists() and not bench.folders("01_second")
     if code == 138:
         assert "Done: nothing. Failed: 00_first. Not run: 01_second." in bench.err
@@ -71,7 +71,7 @@ def test_failures(bench, cells, options, code, words):
 
 
 def test_timeout_and_heartbeat(bench, monkeypatch):
-    monkeypatch.setattr(workbook, "HEARTBEAT", 0.5)
+    monkeypatch.setattr(runner, "HEARTBEAT", 0.5)
     bench.notebook("00_first", "# a comment\nimport time\ntime.sleep(60)", setup=False)
     start = time.monotonic()
     assert bench.call("run", "00", "--timeout", "4") == 124
@@ -115,11 +115,11 @@ def test_all_wires_outputs_to_inputs(bench):
 
 def test_missing_package(bench, monkeypatch):
     bench.notebook("00_first", WRITE)
-    monkeypatch.setattr(workbook, "NEEDED", ("papermill_is_not_here", "papermill"))
+    monkeypatch.setattr(runner, "NEEDED", ("papermill_is_not_here", "papermill"))
     assert bench.call("run", "00") == 3
     assert "papermill_is_not_here" in bench.err and "pip install" in bench.err and not (bench.root / "runs").exists()
-    assert workbook._extra("pyarrow") == "Install it with: pip install -e '.[notebooks]'"
-    assert workbook._extra("torch") == "Install it with: pip install -e ."
+    assert runner._extra("pyarrow") == "Install it with: pip install -e '.[notebooks]'"
+    assert runner._extra("torch") == "Install it with: pip install -e ."
 
 
 def test_bare_papermill_runs_the_same_notebook(bench):

@@ -13,9 +13,10 @@ import nbformat
 import pytest
 from PIL import Image
 
-from unimod import __main__, request, run, workbook
+from unimod import __main__
 from unimod.config import ParameterError, Params, SetupError, expanded
 from unimod.plan import CapacityPlan, last_half
+from unimod.workbook import request, run_folder, runner
 
 ROOT = Path(__file__).parents[2]
 WRITE = "run.result('answer', 42)"
@@ -172,14 +173,14 @@ def test_a_full_disk_ends_a_run_with_3(bench, cell):
 def test_a_notebook_that_fails_says_when_the_releases_are_untested(bench, monkeypatch):
     bench.notebook("00_first", "raise TypeError('unexpected keyword')")
     assert bench.call("run", "00") == 4 and "never run with" not in bench.err
-    monkeypatch.setattr(workbook, "advice", lambda: "unimod was never run with transformers 9.0.0. Tested versions: make install.")
+    monkeypatch.setattr(runner, "advice", lambda: "unimod was never run with transformers 9.0.0. Tested versions: make install.")
     assert bench.call("run", "00") == 4 and "never run with transformers 9.0.0" in bench.err
 
 
 def test_in_a_notebook_a_refused_run_folder_says_how_to_choose_another(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match="cannot be written .* choose another folder of runs"):
-        run.Run.open("03_token_redundancy", Params(runs=str(tmp_path / "file")))
+        run_folder.Run.open("03_token_redundancy", Params(runs=str(tmp_path / "file")))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])

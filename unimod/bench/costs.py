@@ -26,12 +26,12 @@ from torch import nn
 from .. import seam
 from ..batch import Batch, TokenSequence, pack
 from ..config import TASKS, ParameterError, RouterConfig
+from ..files import facts, write
 from ..flops import planned
 from ..layers import MoDLayer, apply_mod
 from ..models.unified import UnifiedModel
 from ..ops.backend import backend
 from ..plan import CapacityPlan
-from ..run import facts, write
 from .clock import rounds_of
 from .job import dtype_of
 from .record import describe

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..run import facts
+from ..files import facts
 from .clock import OutOfTime
 from .job import Job
 from .parts import PARTS

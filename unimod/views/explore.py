@@ -19,7 +19,6 @@ import plotly.graph_objects as go
 from ..batch import Modality, Task
 from ..capture import CaptureError
 from ..config import ParameterError
-from ..run import Run
 from . import drawings, looking
 from .attention import HEAD_VALUES
 from .drawings import DRAWINGS
@@ -33,7 +32,7 @@ ASKING = (("what the task asks", OWN), ("picture tokens", Modality.IMAGE), ("tex
 HINT = "Click a patch of the picture or a word to ask with it, and a square of layers and heads to go there."
 
 
-def explore(gallery: Gallery, run: Run, layer: int = 0, head: int | None = None) -> object:
+def explore(gallery: Gallery, run, layer: int = 0, head: int | None = None) -> object:
     """The explorer of a gallery: shown as a widget, or written as figures of `run`. Returns the `Explorer`, or the figures by name."""
     if run.params.interactive:
         from IPython.display import display
@@ -44,7 +43,7 @@ def explore(gallery: Gallery, run: Run, layer: int = 0, head: int | None = None)
     return headless(gallery, run, layer, head)
 
 
-def headless(gallery: Gallery, run: Run, layer: int = 0, head: int | None = None) -> dict[str, go.Figure]:
+def headless(gallery: Gallery, run, layer: int = 0, head: int | None = None) -> dict[str, go.Figure]:
     """The same figures with sliders over layers: drawing beside answering, and dense beside routed where there is a routed model."""
     names, figures = list(gallery.models), {}
     pairs = {"tasks": [gallery.side(names[0], task, 0) for task in TASKS]}

@@ -24,8 +24,7 @@ from ..analysis.overview import Overview
 from ..analysis.patterns import NAMES
 from ..batch import Modality, Task
 from ..capture import AttentionRecord
-from ..run import FIGURE_BYTES
-from .style import slider
+from .style import FIGURE_BYTES, slider
 
 OWN = "own"
 """Query: picture tokens while drawing, text tokens while answering or writing."""

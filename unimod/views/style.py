@@ -34,6 +34,8 @@ AMOUNT, SHARE, DIFFERENCE = "Viridis", "Cividis", "RdBu"
 OVERLAY = [[0, "rgba(68,1,84,0.30)"], [0.25, "rgba(59,82,139,0.45)"], [0.5, "rgba(33,145,140,0.62)"], [0.75, "rgba(94,201,98,0.8)"],
            [1, "rgba(253,231,37,0.95)"]]
 """Amounts over a picture: little attention leaves it visible."""
+FIGURE_BYTES = 300_000
+"""The largest figure, as JSON, that a run folder takes: a report stays light."""
 
 
 class ViewError(ValueError):

@@ -3,7 +3,7 @@
     python -m unimod run 03 -p data=digits -p samples=8
     python -m unimod run all -f params/default.yaml
 
-What is asked is read and checked by `unimod.request` before any kernel starts; what is done is not done again. Exit codes: 0 ok,
+What is asked is read and checked by `unimod.workbook.request` before any kernel starts; what is done is not done again. Exit codes: 0 ok,
 2 parameters, 3 environment, 4 error in a notebook, 124 timeout, 130 interrupted, 138 kernel died. papermill is imported here alone,
 and only when a notebook is about to run.
 """
@@ -28,11 +28,12 @@ from pathlib import Path
 
 import yaml
 
+from ..config import ParameterError, SetupError
+from ..files import facts, write, writing
+from ..versions import advice
 from . import report
-from .config import ParameterError, SetupError
 from .request import Request, Step
-from .run import RUNNERS, RunError, facts, write, writing
-from .versions import advice
+from .run_folder import RUNNERS, RunError
 
 HEARTBEAT = 15.0
 """Seconds between two signs of life of a running cell."""

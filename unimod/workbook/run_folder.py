@@ -13,30 +13,25 @@ from __future__ import annotations
 import array
 import base64
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import platform
 import re
-import shutil
 import site
-import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
-from unimod.config import Params, SetupError, expanded
+from ..config import Params
+from ..files import describe_cpu, home, runs_folder, write, writing
 
-FIGURE_BYTES = 300_000
 SAY_EVERY = 5.0
 """Seconds between two progress lines where no bar can be drawn."""
 RUNNERS = ("run_dir", "interactive", "runs")
@@ -90,6 +85,8 @@ class Run:
 
     def figure(self, fig, name: str, caption: str, alt: str):
         """Save a plotly figure for the report and give it back, so that the cell shows it."""
+        from ..views.style import FIGURE_BYTES  # plotly is imported with it: not before there is a figure
+
         self._claim("figures", name)
         for what, text in (("caption", caption), ("alt", alt)):
             if not text.strip():
@@ -162,21 +159,10 @@ def latest(runs: str | Path, notebook: str) -> Path:
     return max(folders, key=lambda folder: json.loads((folder / "done.json").read_text(encoding="utf-8"))["finished"])
 
 
-def home() -> Path:
-    """The folder that relative run folders start from: JupyterLab works in notebooks/, everything else one folder above."""
-    here = Path.cwd()
-    return here.parent if here.name == "notebooks" else here
-
-
-def runs_folder(runs: str | Path) -> Path:
-    """`runs` as an absolute path, the same one from a notebook in JupyterLab and from the command line."""
-    return home() / expanded(runs)
-
-
 def notebook_folders() -> tuple[Path, ...]:
     """Where the workbook's notebooks may lie, the first that holds any counts: the working folder, the checkout that this package lies in, and
     where an installation puts them (beside a --target, in an environment, in a user's own site)."""
-    package, user = Path(__file__).resolve().parents[1], site.getuserbase() if site.ENABLE_USER_SITE else None
+    package, user = Path(__file__).resolve().parents[2], site.getuserbase() if site.ENABLE_USER_SITE else None
     installed = [package, Path(sysconfig.get_path("data")), *([Path(user)] if user else [])]
     return home() / "notebooks", package / "notebooks", *(place / "share" / "unimod" / "notebooks" for place in installed)
 
@@ -184,50 +170,6 @@ def notebook_folders() -> tuple[Path, ...]:
 def records_folder() -> Path:
     """The committed records of measurements, beside the notebooks; they need not be there."""
     return next((folder / "records" for folder in notebook_folders() if (folder / "records").is_dir()), home() / "notebooks" / "records")
-
-
-def writable(runs: Path) -> None:
-    """Raise `SetupError` where nothing can be written under `runs`, an absolute path that need not exist; nothing is made."""
-    nearest = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise SetupError(f"The folder of runs, {runs}, cannot be made: {nearest} is not a folder. Choose another one with --runs DIR.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise SetupError(f"The folder of runs, {runs}, cannot be written: {nearest} is read-only here. Choose another one with --runs DIR.")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise `SetupError` where the disk refuses what the block writes: a full one, a read-only one, a file in a folder's place."""
-    try:
-        yield
-    except OSError as error:
-        raise SetupError(f"{path} cannot be written ({error.strerror or error}). Make room there, or choose another folder of runs with --runs DIR "
-                         "(in a notebook: runs).") from None
-
-
-def write(path: Path, text: str) -> None:
-    """Write all of a file or nothing. Raises `SetupError` where it cannot be written."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-
-
-def facts() -> dict[str, object]:
-    """What ran this: code, versions, machine."""
-    root = Path(__file__).resolve().parents[1]
-    git = {"sha": None, "dirty": None}
-    if (root / ".git").exists() and shutil.which("git"):
-        say = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
-        git = {"sha": say("rev-parse", "--verify", "-q", "HEAD") or None, "dirty": bool(say("status", "--porcelain"))}
-    versions = {"python": platform.python_version()}
-    for name in ("unimod", "torch", "transformers", "triton", "plotly", "papermill"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"git": git, "versions": versions, "platform": platform.platform()}
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
@@ -286,8 +228,3 @@ def _device(asked: str) -> str:
     if asked != "cpu" and torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return describe_cpu()
-
-
-def describe_cpu() -> str:
-    """The CPU in words: the cores that this process may use."""
-    return f"CPU, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"

@@ -11,9 +11,10 @@ import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from .config import ParameterError, SetupError
-from .run import describe_cpu, notebook_folders, runs_folder, writable
-from .versions import CHECKOUT, advice, fits, installed, locked, remedy, tested
+from ..config import ParameterError, SetupError
+from ..files import describe_cpu, runs_folder, writable
+from ..versions import CHECKOUT, advice, fits, installed, locked, remedy, tested
+from .run_folder import notebook_folders
 
 CORE = ("torch", "transformers", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "pillow", "pyyaml", "psutil", "packaging")
 NOTEBOOKS = ("jupyterlab", "ipykernel", "ipywidgets", "anywidget", "plotly", "papermill", "nbformat", "nbconvert", "pandas", "pyarrow")
@@ -82,7 +83,7 @@ def diagnose(runs: str = "runs") -> Diagnosis:
 def _look_at_device(found: Diagnosis) -> None:
     import torch
 
-    from .ops.backend import FAMILIES, choice
+    from ..ops.backend import FAMILIES, choice
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from .run import RunError, drawable, latest, runs_folder, write
+from ..files import runs_folder, write
+from .run_folder import RunError, drawable, latest
 
 ROWS = 200
 """Rows of a table shown on the page; all of them are in the parquet file."""

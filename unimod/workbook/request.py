@@ -22,9 +22,10 @@ from pathlib import Path
 
 import yaml
 
-from .config import ParameterError, Params, SetupError, expanded
-from .plan import maker_of
-from .run import RUNNERS, latest, notebook_folders, runs_folder, writable
+from ..config import ParameterError, Params, SetupError, expanded
+from ..files import runs_folder, writable
+from ..plan import maker_of
+from .run_folder import RUNNERS, latest, notebook_folders
 
 WIRES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "07_training": ("plan", "03_token_redundancy", lambda folder: str(folder / "plan.yaml")),
@@ -233,7 +234,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _layers(params: Params) -> int | None:
     """Layers of the model that a run starts from; None where its config.json does not say."""
-    folder = Path(params.checkpoint or Path(__file__).parent / "checkpoints" / params.models[0])
+    folder = Path(params.checkpoint or Path(__file__).parents[1] / "checkpoints" / params.models[0])
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers")
     except (OSError, ValueError):
@@ -262,7 +263,7 @@ def _fingerprint(path: Path) -> str:
 @functools.cache
 def _package() -> str:
     """All of this package's files, the shipped checkpoints included, by content."""
-    root, digest = Path(__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
