@@ -13,7 +13,7 @@ import torch
 from .config import ParameterError, Params
 from .data import open_data
 from .data.batches import Batches
-from .data.sample import Dataset
+from .data.sources import Dataset
 from .files import runs_folder
 from .models.checkpoint import from_pretrained, shipped
 from .models.image_tokenizer import ImageTokenizer

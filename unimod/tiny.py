@@ -16,7 +16,7 @@ import torch
 
 from .data import open_data
 from .data.batches import Batches
-from .data.sample import Dataset
+from .data.sources import Dataset
 from .evaluate.quality import evaluate
 from .models.checkpoint import build_model, from_pretrained, save_pretrained
 from .models.image_tokenizer import CONFIG_FILE, ImageTokenizer, build_image_tokenizer, load_image_tokenizer

@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from unimod.data import SPLITS, DataError, Digits, open_data, split_words
-from unimod.data.digits import NAMES
+from unimod.data.sources import DIGITS as NAMES
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from unimod.data import SPLITS, DataError, Folder, open_data
-from unimod.data.folder import EXAMPLE, read_picture
+from unimod.data.sources import EXAMPLE, read_picture
 
 ASKED = [{"question": "what color is it?", "answer": "red"}]
 

@@ -1,9 +1,9 @@
-"""From data to packed batches: picture and text -> codes and sequences -> `Batch`.
+"""From data to packed batches: picture and text -> image tokens and sequences -> `Batch`.
 
     batches = Batches(data, image_tokenizer, model.layout, rows=(16, 16, 2), seed=0)
-    packed = batches.train(step)                  # the same batch for the same (seed, step), so a run can resume
+    batch = batches.train(step)                   # the same batch for the same (seed, step), so a run can resume
 
-A training batch holds `rows` sequences of t2i, mmu and lm, all in one forward.
+A training batch holds `rows` sequences of text-to-image (t2i), understanding (mmu) and text (lm), all in one forward.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Task, TokenSequence, pack
-from .sample import Dataset, Sample
+from .sources import Dataset, Sample
 
 
 def cosine_mask(u_ratio: Tensor, u_slots: Tensor) -> Tensor:
     """Show-o's masking noise. u_ratio: [B], u_slots: [B, N], both uniform on [0, 1). Returns bool [B, N].
 
-    r = cos(pi/2 * t), n = max(1, round(N * r)); slot j is masked iff argsort(u)[j] < n (the permutation's value, as in the
-    reference).
+    r = cos(pi/2 * t), n = max(1, round(N * r)); slot j is masked iff argsort(u)[j] < n.
     """
     n = (u_slots.shape[1] * torch.cos(math.pi / 2 * u_ratio)).round().clamp(min=1)
+    # the permutation's values, not ranks, are compared with n: as in Show-o's code
     return u_slots.argsort(-1) < n[:, None]
 
 
 class Batches:
     """Makes sequences in the layout of one model from the samples of one data set."""
 
-    def __init__(self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object, rows: tuple[int, int, int] = (16, 16, 2),
-                 seed: int = 0) -> None:
+    def __init__(
+        self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object,
+        rows: tuple[int, int, int] = (16, 16, 2), seed: int = 0,
+    ) -> None:
         self.data, self.image_tokenizer, self.layout, self.rows, self.seed = data, image_tokenizer, layout, rows, seed
 
     def samples(self, split: str, start: int, count: int, seed: int | None = None) -> list[Sample]:
@@ -40,32 +42,39 @@ class Batches:
         return [self.data.sample(split, start + i, self.seed if seed is None else seed) for i in range(count)]
 
     def codes(self, samples: list[Sample]) -> Tensor:
-        """Picture codes: int64 [B, N] in raster order."""
+        """Image tokens of the samples' pictures: int64 [B, N] in raster order."""
         pictures = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
         return self.image_tokenizer.encode(pictures).flatten(1)
 
     def train(self, step: int) -> Batch:
         """The training batch of a step."""
         count = sum(self.rows)
-        return self.mixed(self.samples("train", step * count, count), self.rows, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return self.mixed(self.samples("train", step * count, count), self.rows, generator)
 
     def held_out(self, split: str, count: int) -> Batch:
         """A fixed batch of a held-out split, for losses and analyses: `count` rows of t2i and of mmu, one of lm."""
-        return self.mixed(self.samples(split, 0, 2 * count + 1, seed=0), (count, count, 1), torch.Generator().manual_seed(0), drop=False)
+        samples = self.samples(split, 0, 2 * count + 1, seed=0)
+        return self.mixed(samples, (count, count, 1), torch.Generator().manual_seed(0), drop=False)
 
-    def mixed(self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator, drop: bool = True) -> Batch:
-        """Pack samples, in this order, as `rows` sequences of t2i, mmu and lm."""
+    def mixed(
+        self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator, drop: bool = True
+    ) -> Batch:
+        """Pack samples, in this order, as `rows` sequences of t2i, mmu and lm; `drop`: with caption dropout."""
         codes, (t2i, mmu, _) = self.codes(samples), rows
         sequences = self.t2i([s.caption for s in samples[:t2i]], codes[:t2i], generator, drop)
-        sequences += [self.mmu(s, c) for s, c in zip(samples[t2i:t2i + mmu], codes[t2i:])]
-        sequences += [self.layout.lm(s.caption) for s in samples[t2i + mmu:]]
+        sequences += [self.mmu(s, c) for s, c in zip(samples[t2i : t2i + mmu], codes[t2i:])]
+        sequences += [self.layout.lm(s.caption) for s in samples[t2i + mmu :]]
         return pack(sequences)
 
-    def t2i(self, captions: list[str], codes: Tensor, generator: torch.Generator, drop: bool = True) -> list[TokenSequence]:
-        """Training rows of text to image. Draws: ratios [B], slots [B, N] (masked models), then caption dropout [B]."""
+    def t2i(
+        self, captions: list[str], codes: Tensor, generator: torch.Generator, drop: bool = True
+    ) -> list[TokenSequence]:
+        """Training rows of text-to-image. Draws ratios [B], slots [B, N] (masked models), then caption dropout [B]."""
         masked = None
         if not self.layout.causal_images:
-            masked = cosine_mask(torch.rand(len(captions), generator=generator), torch.rand(codes.shape, generator=generator))
+            u_ratio = torch.rand(len(captions), generator=generator)
+            masked = cosine_mask(u_ratio, torch.rand(codes.shape, generator=generator))
         dropped = torch.rand(len(captions), generator=generator) < self.layout.drop_caption * drop
         texts = ["" if d else c for d, c in zip(dropped.tolist(), captions)]
         return self._t2i(texts, codes, masked)
@@ -82,11 +91,12 @@ class Batches:
         return self.layout.mmu(codes, turns)
 
     def paired(self, split: str, count: int) -> Batch:
-        """The same pictures in both tasks: `count` rows of t2i with every code known (nothing masked), then `count` of mmu."""
+        """The same pictures in both tasks: `count` rows of t2i with all image tokens known, then `count` of mmu."""
         samples = self.samples(split, 0, count, seed=0)
         codes = self.codes(samples)
         masked = None if self.layout.causal_images else torch.zeros_like(codes, dtype=torch.bool)
-        return pack(self._t2i([s.caption for s in samples], codes, masked) + [self.mmu(s, c) for s, c in zip(samples, codes)])
+        rows = self._t2i([s.caption for s in samples], codes, masked)
+        return pack(rows + [self.mmu(s, c) for s, c in zip(samples, codes)])
 
     def single_task(self, task: Task, split: str, count: int, start: int = 0) -> Batch:
         """`count` rows of one task from a split, without caption dropout."""
@@ -96,4 +106,5 @@ class Batches:
         codes = self.codes(samples)
         if task == Task.MMU:
             return pack([self.mmu(s, c) for s, c in zip(samples, codes)])
-        return pack(self.t2i([s.caption for s in samples], codes, torch.Generator().manual_seed(start), drop=False))
+        generator = torch.Generator().manual_seed(start)
+        return pack(self.t2i([s.caption for s in samples], codes, generator, drop=False))

@@ -28,7 +28,7 @@ from functools import cache
 
 import numpy as np
 
-from unimod.data.sample import DataError, Question, Sample, Thing, check_request, split_of, split_words
+from unimod.data.sources import DataError, Question, Sample, Thing, check_request, split_of, vocabulary
 
 COLORS = {"red": (214, 40, 40), "green": (30, 150, 70), "blue": (40, 80, 210), "yellow": (250, 200, 30)}
 SHAPES = ("circle", "square", "triangle")
@@ -50,7 +50,7 @@ QUESTIONS_PER_SAMPLE = 8
 Content = tuple[tuple[int, str, str], ...]  # (cell, color, shape), ordered by cell
 _DRAWS = [(category, count) for category, counts in CATEGORIES.items() for count in counts]
 _WEIGHTS = [weight for counts in CATEGORIES.values() for weight in counts.values()]
-_KINDS_OF_THING = [(color, shape) for color in COLORS for shape in SHAPES]
+COLORED_SHAPES = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,16 @@ class Level:
         if not self.sizes or not all(14 <= size <= 24 for size in self.sizes):
             raise DataError(f"sizes {self.sizes} must hold at least one side, each from 14 to 24 pixels")
         if not 0 <= self.jitter <= (24 - max(self.sizes)) // 2:
-            raise DataError(f"jitter {self.jitter} must be from 0 to {(24 - max(self.sizes)) // 2}, or objects leave their cells")
+            most = (24 - max(self.sizes)) // 2
+            raise DataError(f"jitter {self.jitter} must be from 0 to {most}, or objects leave their cells")
         if not self.backgrounds or not set(self.backgrounds) <= set(BACKGROUNDS):
             raise DataError(f"backgrounds {self.backgrounds} must be one or more of {', '.join(BACKGROUNDS)}")
         if self.placement not in ("cells", "free"):
             raise DataError(f'placement {self.placement!r} must be "cells" or "free"')
         if self.placement == "free" and max(self.sizes) > 18:
-            raise DataError(f"free placement needs sizes of at most 18 pixels, or four objects may not fit; got {self.sizes}")
+            raise DataError(
+                f"free placement needs sizes of at most 18 pixels, or four objects may not fit; got {self.sizes}"
+            )
 
 
 LEVELS = {
@@ -103,7 +106,9 @@ class Scenes:
 
     def __init__(self, image_size: int = 48, level: str | Level = "default", seed: int = 0):
         if image_size < 48 or image_size % 16:
-            raise DataError(f"image_size {image_size} does not suit scenes: use a multiple of 16 from 48, such as 48, 64 or 96")
+            raise DataError(
+                f"image_size {image_size} does not suit scenes: use a multiple of 16 from 48, such as 48, 64 or 96"
+            )
         if isinstance(level, str) and level not in LEVELS:
             raise DataError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
         self.image_size = image_size
@@ -112,9 +117,8 @@ class Scenes:
 
     def words(self) -> tuple[str, ...]:
         """Every word of the grammar, sorted."""
-        fixed = "a at the and , left of right of above below is there ? what color shape how many shapes are where yes no"
-        texts = [fixed, *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *CELLS, *NUMBERS]
-        return tuple(sorted(set(split_words(" ".join(texts)))))
+        fixed = "a at the and , left of right above below is are there ? what color shape how many shapes where yes no"
+        return vocabulary(fixed, *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *CELLS, *NUMBERS)
 
     def size(self, split: str) -> None:
         """None: scenes never run out."""
@@ -144,16 +148,11 @@ def draw_content(rng: random.Random, category: str, count: int) -> Content:
     cells = sorted(rng.sample(range(4), count))
     while True:
         alike = category == "counting"
-        looks = rng.choices(_KINDS_OF_THING, k=1 if alike else count) * (count if alike else 1)
-        colors, shapes = (len(set(values)) for values in zip(*looks))
-        fits = {
-            "two_objects": colors + shapes == 3,
-            "attribute_binding": colors + shapes == 4,
-            "position": colors + shapes > 2,
-            "color": colors + shapes > 2,
-        }
-        if fits.get(category, True):
-            return tuple((cell, color, shape) for cell, (color, shape) in zip(cells, looks))
+        drawn = rng.choices(COLORED_SHAPES, k=1 if alike else count) * (count if alike else 1)
+        colors, shapes = (len(set(values)) for values in zip(*drawn))
+        allowed = {"two_objects": (3,), "attribute_binding": (4,), "position": (3, 4), "color": range(3, 8)}
+        if colors + shapes in allowed.get(category, (2,)):
+            return tuple((cell, color, shape) for cell, (color, shape) in zip(cells, drawn))
 
 
 def listed(parts: list[str]) -> str:
@@ -182,22 +181,23 @@ def caption_of(content: Content, category: str, rng: random.Random) -> str:
 
 
 def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
-    """Eight questions in random order: existence twice, color and shape of up to two things, position where one is unique, and counts."""
-    looks = Counter((color, shape) for _, color, shape in content)
-    absent = [look for look in _KINDS_OF_THING if look not in looks]
-    near = [look for look in absent if any((look[0] == color) != (look[1] == shape) for color, shape in looks)]
-    asked, told = [], set()
+    """Eight in random order: existence twice, color and shape of up to two objects, position of a unique one, counts."""
+    present = Counter((color, shape) for _, color, shape in content)
+    absent = [kind for kind in COLORED_SHAPES if kind not in present]
+    near = [kind for kind in absent if any((kind[0] == color) != (kind[1] == shape) for color, shape in present)]
+    asked, named = [], set()
     for _ in range(2):
-        there = rng.random() < 0.5 and not looks.keys() <= told
-        pool = list(looks) if there else near if rng.random() < 0.8 else absent
-        color, shape = rng.choice([look for look in pool if look not in told])
-        told.add((color, shape))
+        there = rng.random() < 0.5 and not present.keys() <= named
+        # four of five negatives share the color or the shape of an object, so that neither alone gives the answer
+        pool = list(present) if there else near if rng.random() < 0.8 else absent
+        color, shape = rng.choice([kind for kind in pool if kind not in named])
+        named.add((color, shape))
         asked.append(Question(f"is there a {color} {shape}?", "yes" if there else "no", "existence"))
     for cell, color, _ in rng.sample(content, min(2, len(content))):
         asked.append(Question(f"what color is the shape at the {CELLS[cell]}?", color, "color"))
     for cell, _, shape in rng.sample(content, min(2, len(content))):
         asked.append(Question(f"what shape is at the {CELLS[cell]}?", shape, "shape"))
-    unique = [thing for thing in content if looks[thing[1:]] == 1]
+    unique = [thing for thing in content if present[thing[1:]] == 1]
     if unique:
         cell, color, shape = rng.choice(unique)
         asked.append(Question(f"where is the {color} {shape}?", CELLS[cell], "position"))
@@ -214,10 +214,11 @@ def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
 @cache
 def shape_mask(shape: str, height: int, width: int) -> np.ndarray:
     """The pixels of a shape that fills its box and touches all four sides: bool [height, width]."""
-    # whole numbers, so that every machine agrees: twice the distance of a pixel's center from the middle, and from the top
-    x, middle, top = np.abs(2 * np.arange(width) + 1 - width), np.abs(2 * np.arange(height) + 1 - height), 2 * np.arange(height) + 1
+    # whole numbers, so that every machine agrees: twice the distances of a pixel's center
+    x, y = (np.abs(2 * np.arange(n) + 1 - n) for n in (width, height))  # from the middle column and row
+    top = 2 * np.arange(height) + 1
     if shape == "circle":
-        return (x * height) ** 2 + (middle[:, None] * width) ** 2 <= (height * width) ** 2
+        return (x * height) ** 2 + (y[:, None] * width) ** 2 <= (height * width) ** 2
     if shape == "triangle":
         return 2 * x * height <= np.maximum(top[:, None] * width, 2 * height)  # at least the tip in every row
     return np.ones((height, width), bool)
@@ -236,7 +237,9 @@ def draw(content: Content, level: Level, image_size: int, rng: random.Random) ->
     return image, tuple(things)
 
 
-def place(cells: list[int], sides: list[int], level: Level, image_size: int, rng: random.Random) -> list[tuple[int, int]]:
+def place(
+    cells: list[int], sides: list[int], level: Level, image_size: int, rng: random.Random
+) -> list[tuple[int, int]]:
     """The top left corner (x, y) of each object's square; no two squares overlap, each center is in its cell."""
     half = image_size // 2
     if level.placement == "cells":
@@ -246,10 +249,13 @@ def place(cells: list[int], sides: list[int], level: Level, image_size: int, rng
             for cell, side in zip(cells, sides)
         ]
 
-    def along(second: int, side: int) -> int:  # keeps the center two pixels clear of the picture's middle line
-        return rng.randint(half + 2 - side // 2, image_size - side) if second else rng.randint(0, half - 2 - (side + 1) // 2)
+    def along(second: int, side: int) -> int:
+        # the center stays two pixels clear of the picture's middle line, so that its quarter is never in doubt
+        if second:
+            return rng.randint(half + 2 - side // 2, image_size - side)
+        return rng.randint(0, half - 2 - (side + 1) // 2)
 
-    while True:
+    while True:  # drawn anew until no two squares overlap
         corners = [(along(cell % 2, side), along(cell // 2, side)) for cell, side in zip(cells, sides)]
         squares = list(zip(corners, sides))
         apart = all(

@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 from scipy import ndimage
 
-from unimod.data.sample import Sample, Thing
 from unimod.data.scenes import BACKGROUNDS, COLORS, SHAPES, shape_mask
+from unimod.data.sources import Sample, Thing
 
 SMALLEST, LARGEST = 1 / 8, 0.55  # allowed side of an object's box, as a share of the picture's side
 LONGEST = 1.6  # allowed ratio of the box's sides

@@ -20,7 +20,7 @@ import torch
 from ..analysis.routing import choosing, routings
 from ..batch import Batch, Modality, Task, TokenSequence, pack
 from ..data.batches import Batches
-from ..data.sample import Sample
+from ..data.sources import Sample
 from ..generate import calibrate, draw
 from ..layers import record_routing, routed_layers
 from ..losses import losses

@@ -14,7 +14,7 @@ import torch
 
 from ..batch import Task
 from ..data.batches import Batches
-from ..data.sample import Dataset, Sample
+from ..data.sources import Dataset, Sample
 from ..generate import answer, calibrate, draw
 from ..layers import routed_layers
 from ..losses import losses

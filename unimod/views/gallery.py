@@ -23,7 +23,7 @@ from ..analysis.overview import Overview, overview
 from ..batch import Task, pack
 from ..capture import AttentionRecord, CaptureError, observe
 from ..config import ParameterError
-from ..data.folder import read_picture
+from ..data.sources import read_picture
 from ..models.unified import UnifiedModel
 from ..session import Session
 from .looking import Side
