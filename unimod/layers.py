@@ -23,8 +23,7 @@ from . import seam
 from .capacity import LearnedCapacity
 from .config import TASKS, ParameterError, RouterConfig
 from .ops.backend import backend
-from .ops.gather import gather_norm, known_norm
-from .ops.scatter import scatter, scatter_
+from .ops.gather_scatter import gather_norm, scatter, scatter_
 from .plan import CapacityPlan
 from .router import ForwardState, Routing, TaskRouter
 
@@ -87,7 +86,7 @@ class MoDLayer(nn.Module):
         self._tapped: tuple[nn.Module | None] = (None,)     # in a tuple, so that it is no child of this layer
         self._tap_mlp()
         norm = seam.input_norm(layer)
-        if known_norm(norm) is not None:
+        if seam.known_norm(norm) is not None:
             seam.set_input_norm(layer, HandedNorm(norm))
 
     def train(self, mode: bool = True) -> MoDLayer:
@@ -152,7 +151,7 @@ class MoDLayer(nn.Module):
 
     def _gather(self, hidden_states: Tensor, routing: Routing, norm: nn.Module | None) -> Tensor:
         """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the result."""
-        known = known_norm(norm.stock) if isinstance(norm, HandedNorm) else None
+        known = seam.known_norm(norm.stock) if isinstance(norm, HandedNorm) else None
         if known is None or known.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
             return hidden_states.squeeze(0).index_select(0, routing.index)[None]
         x, n = gather_norm(hidden_states.squeeze(0), routing.index, known, routing.rank)

@@ -23,6 +23,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocab
 
 from .batch import Batch
 from .ops.attention import attention_received, interval_attention
+from .ops.gather_scatter import Norm
 from .router import ForwardState
 from .versions import warn
 
@@ -48,6 +49,15 @@ def input_norm(layer: nn.Module) -> nn.Module | None:
 def set_input_norm(layer: nn.Module, norm: nn.Module) -> None:
     """Put another norm in its place."""
     layer.input_layernorm = norm
+
+
+def known_norm(module: nn.Module | None) -> Norm | None:
+    """What `gather_norm` needs of a norm; None for a module that computes something else."""
+    if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
+        return Norm(module.weight, module.bias, module.eps, "layer")
+    if type(module).__name__ in ("LlamaRMSNorm", "Emu3RMSNorm", "ChameleonRMSNorm"):
+        return Norm(module.weight, None, module.variance_epsilon, "rms")
+    return None
 
 
 def mlp(layer: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from tiny_rows import CAPTIONS, TURNS, WORDS, make_rows
 from unimod.batch import Segment, Task, pack
 from unimod.models.checkpoint import build_model
 from unimod.ops.attention import attention_received, interval_attention
-from unimod.ops.select import segment_rank, segment_topk
+from unimod.ops.select import segment_rank, select
 
 SHOWO = build_model("showo-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout
 EMU3 = build_model("emu3-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout
@@ -94,13 +94,13 @@ def test_interval_attention_equals_softmax_over_the_dense_mask(kv_heads, ragged)
 
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_segment_topk_keeps_the_best_of_each_segment(sizes, seed):
+def test_select_keeps_the_best_of_each_segment(sizes, seed):
     lengths = tuple(n for n, _ in sizes)
     keep = tuple(min(n, k) for n, k in sizes)
     if not sum(lengths):
         return
     score = torch.randint(5, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).float()       # ties on purpose
-    index, last = segment_topk(score, lengths, keep)
+    index, last, _ = select(score, lengths, keep)
     expected, start = [], 0
     for s, (n, k) in enumerate(zip(lengths, keep)):
         best = sorted(range(start, start + n), key=lambda i: (-float(score[i]), i))[:k]
@@ -110,9 +110,9 @@ def test_segment_topk_keeps_the_best_of_each_segment(sizes, seed):
     assert index.tolist() == expected
 
 
-def test_segment_topk_refuses_sizes_that_do_not_fit():
+def test_select_refuses_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="keep=\\(4,\\) does not fit lengths=\\(3,\\)"):
-        segment_topk(torch.zeros(3), (3,), (4,))
+        select(torch.zeros(3), (3,), (4,))
 
 
 def test_packing_nothing_is_refused():

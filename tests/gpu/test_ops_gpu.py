@@ -41,9 +41,9 @@ def test_select(lengths, keep, dtype):
 
 def test_nothing_waits_for_the_device():
     """Select, gather and scatter, forward and backward, with torch's detector of synchronisations on."""
-    from unimod.ops.gather import gather_norm, known_norm
-    from unimod.ops.scatter import scatter
+    from unimod.ops.gather_scatter import gather_norm, scatter
     from unimod.ops.select import select
+    from unimod.seam import known_norm
     h = torch.randn(TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     norm = known_norm(torch.nn.LayerNorm(WIDTH, device="cuda", dtype=torch.bfloat16))
     torch.cuda.set_sync_debug_mode("error")

@@ -6,19 +6,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from unimod.ops.gather import triton as gather
-from unimod.ops.launch import row_block
-from unimod.ops.scatter import triton as scatter
-from unimod.ops.select import triton as select
+from unimod.ops import kernels_triton as kernels
 
 ROWS, COUNTS = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "dx", "dn", "weight", "bias", "score"}, {"rank", "index", "last"}
 FLOATS = {"dweight", "dbias"}
 KERNELS = [
-    (select.select_kernel, {"BLOCK": 2**14, "num_warps": 32}),
-    (scatter.forward_kernel, {"GATED": False, "INPLACE": False}), (scatter.forward_kernel, {"GATED": True, "INPLACE": True}),
-    (scatter.backward_kernel, {"GATED": False, "LEARNED": True}), (scatter.backward_kernel, {"GATED": True, "LEARNED": False}),
-    (gather.forward_kernel, {"CENTRED": True, "BIAS": True}), (gather.forward_kernel, {"CENTRED": False, "BIAS": False}),
-    (gather.backward_kernel, {"CENTRED": True, "BIAS": True}), (gather.backward_kernel, {"CENTRED": False, "BIAS": False}),
+    (kernels.select_kernel, {"BLOCK": 2**14, "num_warps": 32}),
+    (kernels.scatter_kernel, {"GATED": False, "INPLACE": False}), (kernels.scatter_kernel, {"GATED": True, "INPLACE": True}),
+    (kernels.scatter_backward_kernel, {"GATED": False, "LEARNED": True}), (kernels.scatter_backward_kernel, {"GATED": True, "LEARNED": False}),
+    (kernels.gather_kernel, {"CENTRED": True, "BIAS": True}), (kernels.gather_kernel, {"CENTRED": False, "BIAS": False}),
+    (kernels.gather_backward_kernel, {"CENTRED": True, "BIAS": True}), (kernels.gather_backward_kernel, {"CENTRED": False, "BIAS": False}),
 ]
 
 
@@ -38,7 +35,7 @@ def types(kernel, constants, dtype):
 
 for target in map(int, sys.argv[1:]):
     for kernel, constants in KERNELS:
-        constants = {**row_block(4096), **constants}
+        constants = {**kernels.row_block(4096), **constants}
         warps = constants.pop("num_warps")
         for dtype in ("bf16", "fp32") if target == 90 else ("bf16",):
             source = ASTSource(kernel, dict(types(kernel, constants, dtype)), constants)

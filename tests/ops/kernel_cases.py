@@ -2,15 +2,16 @@
 float64, outputs and all gradients."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
 
 from unimod.ops.backend import use_backend
-from unimod.ops.gather import gather_norm, known_norm
-from unimod.ops.scatter import scatter, scatter_
-from unimod.ops.select import prefix_count, reference, select
+from unimod.ops.gather_scatter import gather_norm, scatter, scatter_
+from unimod.ops.select import prefix_count, reference_select, select
+from unimod.seam import known_norm
 
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Relative error allowed: a few roundings of the dtype; for float32 of a sum. Triton's interpreter cuts bfloat16 off instead: twice as much."""
@@ -92,7 +93,7 @@ def check_gather(device, dtype, tokens, width, kept, kind):
     def run(h, *parameters):
         given = dict(zip(names, parameters))
         norm = known_norm(module)
-        norm = type(norm)(given["weight"], given.get("bias"), norm.eps, norm.centred)
+        norm = replace(norm, weight=given["weight"], bias=given.get("bias"))
         return gather_norm(h, index, norm, prefix_count(index, tokens))
     near(*both(run, [h, *module.parameters()], 30), dtype, ("x", "n", "dh", *(f"d{n}" for n in names)))
     with use_backend("triton"), torch.no_grad():
@@ -107,7 +108,7 @@ def check_gather(device, dtype, tokens, width, kept, kind):
 def check_select(score, lengths, keep):
     with use_backend("triton"), poisoned():
         index, last, rank = select(score, lengths, keep)
-    expected = reference.select(score.cpu(), lengths, keep)
+    expected = reference_select(score.cpu(), lengths, keep)
     assert torch.equal(index.cpu(), expected[0]) and torch.equal(rank.cpu(), expected[2])
     there = torch.tensor(lengths) > 0
     assert torch.equal(last.cpu()[there], expected[1][there])

@@ -15,9 +15,9 @@ from unimod.layers import apply_mod, record_routing, remove_mod
 from unimod.losses import losses
 from unimod.models.checkpoint import build_model
 from unimod.ops.backend import backend, use_backend
-from unimod.ops.gather import known_norm
 from unimod.plan import CapacityPlan
 from unimod.router import ForwardState
+from unimod.seam import known_norm
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))
 from tiny_rows import WORDS, make_rows
@@ -56,7 +56,7 @@ def test_select(lengths, keep, dtype):
 def test_select_takes_what_the_kernel_cannot_to_the_reference(monkeypatch):
     import unimod.ops.select as module
     monkeypatch.setattr(module, "LONGEST", 4)
-    monkeypatch.setitem(sys.modules, "unimod.ops.select.triton", None)
+    monkeypatch.setitem(sys.modules, "unimod.ops.kernels_triton", None)
     assert module.select(torch.arange(5.0), (5,), (2,))[0].tolist() == [3, 4]
     assert backend("kernels", "cpu", torch.float64) == "reference"
     with pytest.raises(ValueError, match="does not fit"):
@@ -65,22 +65,20 @@ def test_select_takes_what_the_kernel_cannot_to_the_reference(monkeypatch):
 
 def test_opcheck():
     """Schemas, fake tensors, and gradients under aot with dynamic shapes, of every op."""
-    from unimod.ops.gather import triton as gather
-    from unimod.ops.scatter import triton as scattering
-    from unimod.ops.select import triton as selecting
+    from unimod.ops import kernels_triton as kernels
     h, y, w, index = torch.randn(6, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True), torch.rand(2, requires_grad=True), torch.tensor([1, 4])
     rank, m, weight = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.randn(2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
     check = torch.library.opcheck
-    check(selecting._select, (torch.rand(6), [4, 2], [1, 1]))
-    check(scattering.scatter, (h, y, None, w, rank))
-    check(scattering.scatter, (h, y, m, w, rank))
-    check(scattering.scatter_, (h.detach().clone(), y.detach(), None, w.detach(), rank))
+    check(kernels.select, (torch.rand(6), [4, 2], [1, 1]))
+    check(kernels.scatter, (h, y, None, w, rank))
+    check(kernels.scatter, (h, y, m, w, rank))
+    check(kernels.scatter_, (h.detach().clone(), y.detach(), None, w.detach(), rank))
     plain = [t.detach() for t in (h, y, m, w)]
-    check(scattering.scatter_backward, (plain[0], plain[0], plain[1], None, plain[3], rank, plain[1][:0, 0], False))
-    check(scattering.scatter_backward, (plain[0], None, None, plain[2], plain[3], rank, plain[1][:0, 0], True))
+    check(kernels.scatter_backward, (plain[0], plain[0], plain[1], None, plain[3], rank, plain[1][:0, 0], False))
+    check(kernels.scatter_backward, (plain[0], None, None, plain[2], plain[3], rank, plain[1][:0, 0], True))
     for bias, centred in ((torch.rand(8, requires_grad=True), True), (None, False)):
-        check(gather.gather_norm, (h, index, weight, bias, rank, 1e-5, centred))
-        check(gather.gather_norm_backward, (plain[1], plain[2], plain[1], weight.detach(), rank, 1e-5, centred, centred))
+        check(kernels.gather_norm, (h, index, weight, bias, rank, 1e-5, centred))
+        check(kernels.gather_norm_backward, (plain[1], plain[2], plain[1], weight.detach(), rank, 1e-5, centred, centred))
 
 
 @pytest.fixture(params=["showo-tiny", "emu3-tiny"])
@@ -178,5 +176,5 @@ def test_export_keeps_the_ops_and_the_numbers(layer, name, ops):
 
 def test_norms_that_compute_something_else_are_left_alone():
     module = norm_module("layer", 8, "cpu", torch.float32)
-    assert known_norm(module).centred and not known_norm(norm_module("rms", 8, "cpu", torch.float32)).centred
+    assert known_norm(module).kind == "layer" and known_norm(norm_module("rms", 8, "cpu", torch.float32)).kind == "rms"
     assert known_norm(torch.nn.LayerNorm(8, elementwise_affine=False)) is None and known_norm(torch.nn.RMSNorm(8)) is None and known_norm(None) is None

@@ -67,7 +67,7 @@ def test_a_models_losses_are_the_same_in_chunks(name, monkeypatch):
     packed = pack([model.layout.t2i("a red circle", codes, *masked), model.layout.mmu(codes, [("is there a circle", "yes")]), model.layout.lm("a red circle")])
     found = []
     for limit in (2**28, 0):
-        monkeypatch.setattr("unimod.models.unified.CHUNKED", limit)
+        monkeypatch.setattr("unimod.losses.CHUNKED", limit)
         monkeypatch.setattr(reference, "LOGITS", 1000)
         loss = losses(model, packed)
         loss.total.backward()
@@ -84,5 +84,5 @@ def test_a_head_that_an_adapter_wraps_is_asked_itself(monkeypatch):
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False), model.lm)
     packed = pack([model.layout.t2i("a red circle", torch.arange(12))])
     whole = losses(model, packed).total
-    monkeypatch.setattr("unimod.models.unified.CHUNKED", 0)
+    monkeypatch.setattr("unimod.losses.CHUNKED", 0)
     torch.testing.assert_close(losses(model, packed).total, whole)

@@ -10,9 +10,9 @@ import torch
 
 from unimod.batch import Segment, Task, TokenSequence, pack
 from unimod.ops.backend import backend
-from unimod.ops.gather import gather_norm, known_norm
-from unimod.ops.scatter import scatter, scatter_
+from unimod.ops.gather_scatter import gather_norm, scatter, scatter_
 from unimod.ops.select import prefix_count, select
+from unimod.seam import known_norm
 
 HERE = Path(__file__).parent
 
@@ -89,6 +89,6 @@ def test_the_prefix_count_gives_the_intervals():
 def test_float64_and_machines_without_triton_take_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend("kernels", "cpu", torch.float64) == "reference"
-    code = ("import sys; sys.modules['triton'] = None\nimport torch, unimod.layers, unimod.ops.gather\nfrom unimod.ops.scatter import scatter\n"
-            "assert 'unimod.ops.scatter.triton' not in sys.modules\nscatter(torch.ones(2, 2), torch.ones(1, 2), torch.tensor([0]), torch.ones(1))")
+    code = ("import sys; sys.modules['triton'] = None\nimport torch, unimod.layers\nfrom unimod.ops.gather_scatter import scatter\n"
+            "assert 'unimod.ops.kernels_triton' not in sys.modules\nscatter(torch.ones(2, 2), torch.ones(1, 2), torch.tensor([0]), torch.ones(1))")
     run("-c", code)
