@@ -13,7 +13,7 @@ FLOORS = [
     ("ops",),
     ("baselines", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),
-    ("data", "flops", "capture", "generate", "train", "evaluate", "analysis", "presets"),
+    ("data", "flops", "attention_record", "capture", "generate", "train", "evaluate", "analysis", "presets"),
     ("bench", "tiny", "session", "arms", "views"),
     ("workbook",),
     ("__main__",),

@@ -5,11 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unimod.analysis.overview import look, overview
-from unimod.analysis.patterns import measure, patterns
+from unimod import attention_record
+from unimod.analysis.attention import capture_overview, capture_patterns, overview, patterns
 from unimod.batch import Modality, pack
 from unimod.bench.sizes import materialise
-from unimod.capture import observe, record, reduced
+from unimod.capture import capture_batch, capture_summary
 from unimod.ops.attention import reference
 from unimod.presets import preset
 
@@ -45,16 +45,16 @@ def largest(function):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(record, "ENTRIES", ENTRIES)
+    monkeypatch.setattr(attention_record, "ENTRIES", ENTRIES)
     monkeypatch.setattr(reference, "ENTRIES", ENTRIES)
 
 
 WAYS = {
-    "measure": lambda model, packed: measure(model, [packed], packed.tasks[0]),
-    "look": lambda model, packed: look(model, packed),
-    "mass": lambda model, packed: reduced(model, packed, lambda a: a.mass(a.packed.modality, 3)),
-    "tile": lambda model, packed: reduced(model, packed, lambda a: a.tile(a.packed.rows()[0])),
-    "received": lambda model, packed: reduced(model, packed, lambda a: a.received(a.packed.rows()[0], a.packed.modality == Modality.TEXT)),
+    "patterns": lambda model, packed: capture_patterns(model, [packed], packed.tasks[0]),
+    "overview": lambda model, packed: capture_overview(model, packed),
+    "mass": lambda model, packed: capture_summary(model, packed, lambda a: a.mass(a.batch.modality, 3)),
+    "tile": lambda model, packed: capture_summary(model, packed, lambda a: a.tile(a.batch.rows()[0])),
+    "received": lambda model, packed: capture_summary(model, packed, lambda a: a.received(a.batch.rows()[0], a.batch.modality == Modality.TEXT)),
 }
 
 
@@ -79,9 +79,9 @@ def test_the_largest_tensor_of_a_reducer_grows_with_the_row_and_not_with_its_squ
 
 def test_small_blocks_say_the_same(monkeypatch):
     model, packed, part = long_row("emu3-tiny", 12)
-    found, seen = observe(model, packed), []
+    found, seen = capture_batch(model, packed), []
     for entries in (ENTRIES // 64, 2**23):
-        monkeypatch.setattr(record, "ENTRIES", entries)
+        monkeypatch.setattr(attention_record, "ENTRIES", entries)
         monkeypatch.setattr(reference, "ENTRIES", entries)
         pooled = overview(found, 0, str, part.grid)
         seen.append([pooled.maps, pooled.received, *(x for x in vars(patterns(found, packed.tasks[0])).values() if isinstance(x, torch.Tensor))])
@@ -92,4 +92,4 @@ def test_small_blocks_say_the_same(monkeypatch):
 def test_a_full_map_would_be_noticed():
     model, packed, _ = long_row("emu3-tiny", 44)
     n = len(packed)
-    assert largest(lambda: reduced(model, packed, lambda a: a.weights(slice(0, n), torch.arange(n)).mean())) == 4 * n * n
+    assert largest(lambda: capture_summary(model, packed, lambda a: a.weights(slice(0, n), torch.arange(n)).mean())) == 4 * n * n

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from unimod.analysis.overview import Overview, look, overview
-from unimod.analysis.patterns import patterns
+from unimod.analysis.attention import Overview, capture_overview, overview, patterns
+from unimod.attention_record import edges
 from unimod.batch import Modality, Task, TokenSequence, pack
-from unimod.capture import AttentionRecord, CaptureError, observe
-from unimod.capture.record import edges
+from unimod.capture import AttentionRecord, CaptureError, capture_batch
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
 
@@ -23,7 +22,7 @@ def seen(request, world):
     apply_mod(model, CapacityPlan({"mmu": [1.0] * 6 + [0.4, 1.0]}))
     try:
         picture = batches.samples("validation", 1, 1, seed=0)[0].image
-        yield observe(model, packed), look(model, packed, 1, picture), model.layout
+        yield capture_batch(model, packed), capture_overview(model, packed, 1, picture), model.layout
     finally:
         remove_mod(model)
 
@@ -34,21 +33,21 @@ def test_it_is_what_the_record_says(seen):
     assert torch.equal(found.maps, again.maps) and torch.equal(found.kept, again.kept) and found.tokens == again.tokens
     for layer in (0, 6):
         span = record.span(1, layer)
-        kept, modality = found.kept[layer], record.packed(layer).modality[span]
+        kept, modality = found.kept[layer], record.batch(layer).modality[span]
         assert kept.sum() == span.stop - span.start == (len(kept) if layer == 0 else kept.sum())
-        text = record.maps([1], layer)[0][:, modality == Modality.TEXT].mean(1)
-        torch.testing.assert_close(found.looks(layer, 2, Modality.TEXT)[kept], text[2], atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(found.looks(layer, None, Modality.TEXT)[kept], text.mean(0), atol=1e-3, rtol=1e-3)
-        assert found.looks(layer, None, Modality.TEXT)[~kept].isnan().all()
-        torch.testing.assert_close(found.blocks(layer, 1), patterns(record, Task.MMU).mass[layer, 1, 1], equal_nan=True)
+        text = record.map(1, layer)[:, modality == Modality.TEXT].mean(1)
+        torch.testing.assert_close(found.attention_from(layer, 2, Modality.TEXT)[kept], text[2], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.attention_from(layer, None, Modality.TEXT)[kept], text.mean(0), atol=1e-3, rtol=1e-3)
+        assert found.attention_from(layer, None, Modality.TEXT)[~kept].isnan().all()
+        torch.testing.assert_close(found.modality_mass(layer, 1), patterns(record, Task.MMU).mass[layer, 1, 1], equal_nan=True)
         asked = int(kept.nonzero()[20])
-        one = found.looks(layer, 1, asked)
+        one = found.attention_from(layer, 1, asked)
         assert one[kept].sum().item() == pytest.approx(1, abs=1e-2)
         bins = edges(int(kept.sum()))
         mine = next(i for i in range(len(bins)) if bins[i] <= 20 < bins[i + 1])
         sums = torch.stack([one[kept][a:b].sum() for a, b in zip(bins, bins[1:])])
         torch.testing.assert_close(sums, record.tile(1, layer, head=1)[0, mine].cpu(), atol=1e-3, rtol=1e-2)
-    assert not found.kept[6].all() and found.looks(6, 0, int((~found.kept[6]).nonzero()[0])).isnan().all()
+    assert not found.kept[6].all() and found.attention_from(6, 0, int((~found.kept[6]).nonzero()[0])).isnan().all()
     assert found.on_picture(found.kept[0]).shape == (6, 6)
 
 
@@ -82,18 +81,22 @@ def test_the_grid_is_that_of_the_rows_own_picture_tokens(world, pictures, grid):
     ids = torch.arange(pictures + 2)
     modality = torch.tensor([Modality.TEXT] + [Modality.IMAGE] * pictures + [Modality.TEXT])
     row = TokenSequence(Task.LM, ids, ids, modality, ids + 1, torch.full_like(ids, -100), ((len(ids), "topk"),))
-    found = overview(observe(model, pack([row])), 0, model.layout.token, (4, 9))
+    found = overview(capture_batch(model, pack([row])), 0, model.layout.token, (4, 9))
     assert found.grid == grid and found.on_picture(found.kept[0]).shape == grid
 
 
 def test_what_is_not_there_is_named(seen, tmp_path):
     _, found, _ = seen
-    for arguments, message in {(8, 0, 0): "layer 8 was not seen", (0, 4, 0): "head 4 .* 0 to 3", (0, 0, 10_000): "token 10000"}.items():
+    for arguments, message in {(8, 0, 0): "layer 8 was not captured", (0, 4, 0): "head 4 .* 0 to 3", (0, 0, 10_000): "token 10000"}.items():
         with pytest.raises(CaptureError, match=message):
-            found.looks(*arguments)
-    with pytest.raises(CaptureError, match=r"row.parquet, statistics.parquet, maps.npz missing"):
+            found.attention_from(*arguments)
+    with pytest.raises(CaptureError, match=r"holds no overview of attention: overview.safetensors missing"):
         Overview.load(tmp_path)
     folder = found.save(tmp_path / "row")
-    (folder / "maps.npz").write_bytes((folder / "maps.npz").read_bytes()[:500])
+    (folder / "overview.safetensors").write_bytes((folder / "overview.safetensors").read_bytes()[:500])
     with pytest.raises(CaptureError, match="cannot be read as an overview"):
         Overview.load(folder)
+    (tmp_path / "former").mkdir()
+    (tmp_path / "former" / "maps.npz").touch()
+    with pytest.raises(CaptureError, match=r"of an earlier version \(maps.npz\).* write it with Overview.save"):
+        Overview.load(tmp_path / "former")

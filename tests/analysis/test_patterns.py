@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unimod.analysis.patterns import measure, patterns, statistics
+from unimod.analysis.attention import capture_patterns, patterns, statistics
 from unimod.batch import Modality, Task
-from unimod.capture import CaptureError, LayerAttention, observe
+from unimod.capture import CaptureError, LayerAttention, capture_batch
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import CapacityPlan
 
@@ -18,7 +18,7 @@ from unimod.plan import CapacityPlan
 def test_statistics_equal_loops_over_dense_maps(world, dense_maps, name, task):
     model, batches = world[name]
     packed = batches.single_task(task, "validation", 3)
-    found = patterns(observe(model, packed), task)
+    found = patterns(capture_batch(model, packed), task)
     dense = dense_maps(model, packed)
     for layer in (0, 5):
         for row, span in enumerate(packed.rows()):
@@ -50,7 +50,7 @@ def test_flat_attention_is_even(world):
     for layer in model.layers:
         layer.self_attn.scaling = 0.0
     try:
-        found = patterns(observe(model, batches.single_task(Task.MMU, "validation", 2)), Task.MMU)
+        found = patterns(capture_batch(model, batches.single_task(Task.MMU, "validation", 2)), Task.MMU)
     finally:
         for layer, scaling in zip(model.layers, kept):
             layer.self_attn.scaling = scaling
@@ -60,8 +60,8 @@ def test_flat_attention_is_even(world):
 
 def test_a_layer_without_any_token_knows_nothing(world):
     model, batches = world["showo-tiny"]
-    whole = observe(model, batches.single_task(Task.MMU, "validation", 2)).layer(0)
-    nothing = whole.packed.take(torch.empty(0, dtype=torch.long), [replace(s, length=0) for s in whole.packed.segments])
+    whole = capture_batch(model, batches.single_task(Task.MMU, "validation", 2)).layer(0)
+    nothing = whole.batch.take(torch.empty(0, dtype=torch.long), [replace(s, length=0) for s in whole.batch.segments])
     found = statistics(LayerAttention(whole.q[:, :0], whole.k[:, :0], whole.scale, nothing), [0, 1])
     assert all(len(x) == 2 and x.isnan().all() for x in found.values())
 
@@ -71,12 +71,12 @@ def test_batches_worked_out_inside_the_attention_are_the_records_numbers(world):
     packs = [batches.held_out("validation", 2), batches.single_task(Task.MMU, "validation", 3, start=2)]
     apply_mod(model, CapacityPlan({"mmu": [1.0] * 7 + [0.5]}))
     try:
-        found, parts = measure(model, packs, Task.MMU), [patterns(observe(model, p), Task.MMU) for p in packs]
-        assert observe(model, packs[1]).packed(7).lengths[0] / packs[1].lengths[0] < 1
+        found, parts = capture_patterns(model, packs, Task.MMU), [patterns(capture_batch(model, p), Task.MMU) for p in packs]
+        assert capture_batch(model, packs[1]).batch(7).lengths[0] / packs[1].lengths[0] < 1
     finally:
         remove_mod(model)
     assert found.mass.shape == (8, 5, 4, 3, 3) and found.received[7].isfinite().all()
     for name in ("mass", "received", "even", "entropy", "evenness", "sink", "distance"):
         torch.testing.assert_close(getattr(found, name), torch.cat([getattr(p, name) for p in parts], 1), equal_nan=True)
     with pytest.raises(CaptureError, match="no lm row"):
-        measure(model, packs[1:], Task.LM)
+        capture_patterns(model, packs[1:], Task.LM)

@@ -8,7 +8,7 @@ import torch
 
 from unimod.analysis.redundancy import GAMMA_MOD, Reading, Spectra, arank, bootstrap, drift, mask_arank, readings, shares, spectra
 from unimod.batch import Modality, Task, TokenSequence, pack
-from unimod.capture import AttentionRecord, LayerAttention, observe
+from unimod.capture import AttentionRecord, LayerAttention, capture_batch
 from unimod.config import ParameterError, RouterConfig
 from unimod.layers import apply_mod, remove_mod
 from unimod.mask import suffix_hi
@@ -22,7 +22,7 @@ def record_of(logits_rank, n, rows=2):
     packed = pack([sequence] * rows)
     k = torch.randn(2, rows * n, 16, generator=torch.Generator().manual_seed(0))
     q = torch.randn(2, logits_rank, 16, generator=torch.Generator().manual_seed(1))[:, torch.arange(rows * n) % logits_rank]
-    return AttentionRecord({0: LayerAttention(q, k, 1.0, packed)}, [packed])
+    return AttentionRecord({0: LayerAttention(q, k, 1.0, packed)}, packed)
 
 
 @pytest.mark.parametrize("known", (1, 3, 7))
@@ -34,20 +34,20 @@ def test_known_ranks(known):
 
 def test_it_equals_torchs_matrix_rank(world):
     model, batches = world["emu3-tiny"]
-    record = observe(model, batches.single_task(Task.MMU, "validation", 3))
+    record = capture_batch(model, batches.single_task(Task.MMU, "validation", 3))
     for tolerance in (1e-1, 1e-2):
         found = arank(record, Task.MMU, tolerance)
         for layer in (0, 4):
             for row in range(3):
-                want = torch.linalg.matrix_rank(record.maps([row], layer)[0], rtol=tolerance).float().mean()
+                want = torch.linalg.matrix_rank(record.map(row, layer), rtol=tolerance).float().mean()
                 assert found.rank[layer, row] == want
-    want = torch.linalg.matrix_rank(record.maps([1], 2)[0]).float().mean()
+    want = torch.linalg.matrix_rank(record.map(1, 2)).float().mean()
     assert arank(record, Task.MMU, None).rank[2, 1] == want
 
 
 def test_tolerance_and_samples(world):
     model, batches = world["showo-tiny"]
-    record = observe(model, batches.held_out("validation", 4))
+    record = capture_batch(model, batches.held_out("validation", 4))
     found = spectra(record, Task.MMU)
     ranks = [found.arank(t).rank for t in (1e-1, 1e-2, 1e-3, None)]
     assert all((a <= b).all() for a, b in pairwise(ranks))
@@ -69,7 +69,7 @@ def test_shares_of_every_task_are_those_of_its_own_training_rows(world):
     model, batches = world["emu3-tiny"]
     found = shares(model, batches, 3, 0.05)
     assert list(found) == ["t2i", "mmu", "lm"] and all(len(row) == 8 and all(0 < a <= 1 for a in row) for row in found.values())
-    record = observe(model, batches.single_task(Task.LM, "train", 3))
+    record = capture_batch(model, batches.single_task(Task.LM, "train", 3))
     assert found["lm"] == arank(record, Task.LM, 0.05).share.mean(1).tolist()
 
 
@@ -114,9 +114,9 @@ def test_a_reading_that_is_not_known_is_refused():
 
 def test_gamma_mods_count_from_the_maps_themselves(world):
     model, batches = world["showo-tiny"]
-    record = observe(model, batches.single_task(Task.T2I, "validation", 2))
+    record = capture_batch(model, batches.single_task(Task.T2I, "validation", 2))
     found = arank(record, Task.T2I, None, GAMMA_MOD)
-    maps = record.maps([1], 3)[0]
+    maps = record.map(1, 3)
     want = torch.linalg.matrix_rank(maps.tril(-1)).float().mean()           # torch's default tolerance; below the diagonal
     assert found.rank[3, 1] == want and found.length[3, 1] == maps.shape[-1]
     image = arank(record, Task.T2I, 1e-2, Reading(tokens="image"))
@@ -144,16 +144,16 @@ def test_a_bootstrap_interval_holds_the_mean_and_ignores_what_is_missing():
 def test_drift_is_the_paired_change_and_routed_layers_hold_the_kept_tokens(world):
     model, batches = world["emu3-tiny"]
     packed = batches.single_task(Task.T2I, "validation", 4)
-    before = arank(observe(model, packed), Task.T2I)
+    before = arank(capture_batch(model, packed), Task.T2I)
     assert all(row["change"] == row["low"] == row["high"] == 0 and row["before"] == row["after"] for row in drift(before, before))
     routed = apply_mod(copy.deepcopy(model), last_half(8, 0.4), RouterConfig()).eval()
-    after = arank(observe(routed, packed), Task.T2I)
+    after = arank(capture_batch(routed, packed), Task.T2I)
     assert (after.length[4:] < before.length[4:]).all() and torch.equal(after.length[:4], before.length[:4])
     rows = drift(before, after)
     assert [row["change"] == 0 for row in rows[:4]] == [True] * 4 and all(row["low"] <= row["change"] <= row["high"] for row in rows)
     assert rows[6]["change"] == pytest.approx(float((after.share - before.share)[6].mean())) and rows[6]["samples"] == 4
-    assert all(row["change"] == 0 for row in drift(before, arank(observe(remove_mod(routed), packed), Task.T2I)))
+    assert all(row["change"] == 0 for row in drift(before, arank(capture_batch(remove_mod(routed), packed), Task.T2I)))
     with pytest.raises(ParameterError, match="tolerance was 0.01 before and is 0.1 after"):
-        drift(before, arank(observe(model, packed), Task.T2I, 0.1))
+        drift(before, arank(capture_batch(model, packed), Task.T2I, 0.1))
     with pytest.raises(ParameterError, match="same rows"):
-        drift(before, spectra(observe(model, packed), Task.T2I).arank(samples=2))
+        drift(before, spectra(capture_batch(model, packed), Task.T2I).arank(samples=2))

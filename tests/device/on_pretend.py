@@ -6,15 +6,14 @@ import pytest
 import torch
 from pretend import DEVICE, On, Pretend, there
 
+from unimod.analysis.attention import capture_overview, capture_patterns
 from unimod.analysis.importance import importance
 from unimod.analysis.interactions import gradient_cosine
-from unimod.analysis.overview import look
-from unimod.analysis.patterns import measure
 from unimod.analysis.redundancy import arank
 from unimod.analysis.routing import diagnose
 from unimod.baselines import PRESETS
 from unimod.batch import Task
-from unimod.capture import observe
+from unimod.capture import capture_batch
 from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
@@ -147,9 +146,9 @@ def test_what_looks_at_a_model_looks_there_too(name, router):
 
     def figures():
         t2i, mmu = ([batches.single_task(task, "validation", 2)] for task in (Task.T2I, Task.MMU))
-        record = observe(model, mmu[0])
-        yield from (record.map(0, 5, 1), record.row_weights(0, 5, None, 3), record.tile(0, 5), record.maps([1], 5))
-        yield from (look(model, mmu[0], 1).maps[5], measure(model, t2i, Task.T2I).mass, arank(record, Task.MMU).rank)
+        record = capture_batch(model, mmu[0])
+        yield from (record.map(0, 5, 1), record.row_weights(0, 5, None, 3), record.tile(0, 5), record.map(1, 5))
+        yield from (capture_overview(model, mmu[0], 1).maps[5], capture_patterns(model, t2i, Task.T2I).mass, arank(record, Task.MMU).rank)
         yield importance(model, mmu, Task.MMU).damage
         yield gradient_cosine(model, t2i, mmu).cosine
         yield torch.tensor(list(evaluate(model, tokenizer, DATA, "test", 4).flat().values()))

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from unimod.batch import IGNORE, pack
-from unimod.capture import observe
+from unimod.capture import capture_batch
 from unimod.config import RouterConfig
 from unimod.data.batches import Batches
 from unimod.flops import count
@@ -108,12 +108,12 @@ def test_the_vision_parts_keep_their_own_attention(kind, stock, model):
 def test_captured_maps_are_those_of_eager_attention(stock, model, rows):
     eager = copy.deepcopy(inner(stock))
     eager.set_attn_implementation("eager")
-    before, record = model(pack(rows)), observe(model, pack(rows))
+    before, record = model(pack(rows)), capture_batch(model, pack(rows))
     assert record.layers == (0, 1, 2) and record.heads == 4 and torch.equal(before, model(pack(rows)))
     for b, row in enumerate(rows):
         theirs = eager(inputs_embeds=model.embed(pack([row]))[None], output_attentions=True).attentions
         for layer in record.layers:
-            torch.testing.assert_close(record.maps([b], layer)[0], theirs[layer][0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(record.map(b, layer), theirs[layer][0], atol=1e-5, rtol=0)
 
 
 # sequences

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.attention_rows import GENERAL, ROWS, SlowKernel, odd, routed
 
-from unimod.analysis.patterns import patterns
+from unimod.analysis.attention import patterns
 from unimod.batch import Task, pack
-from unimod.capture import observe
+from unimod.capture import capture_batch
 from unimod.config import RouterConfig
 from unimod.layers import apply_mod
 from unimod.mask import mask_kind
@@ -212,13 +212,13 @@ def test_streamed_statistics_are_those_of_the_maps(kind, entries, monkeypatch):
     torch.manual_seed(0)
     model = apply_mod(build_model(kind, WORDS, codebook_size=16, grid=(3, 4), text_budget=24), last_half(8), RouterConfig(std=0.5)).eval()
     packed = pack(ROWS[kind.removesuffix("-tiny")])
-    record = observe(model, packed)
+    record = capture_batch(model, packed)
     found = patterns(record, Task.MMU)
     for layer in (0, 6):
-        seen, part = record.seen[layer], record.packed(layer)
+        seen, part = record.captured[layer], record.batch(layer)
         mass, entropy, distance = attention_mass(seen.q, seen.k, part.lo, part.hi, part.modality, 3, part.lengths, seen.scale, part.position)
         for row, where in enumerate(part.rows()):
-            maps, at = record.maps([row], layer)[0], part.position[where].float()
+            maps, at = record.map(row, layer), part.position[where].float()
             for label in range(3):
                 torch.testing.assert_close(mass[:, where, label], maps[..., part.modality[where] == label].sum(-1))
             torch.testing.assert_close(entropy[:, where], -torch.xlogy(maps, maps).sum(-1))

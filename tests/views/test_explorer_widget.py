@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from unimod.batch import Modality, Task, pack
-from unimod.capture import observe
+from unimod.capture import capture_batch
 from unimod.config import ParameterError, Params
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import build_model
@@ -69,10 +69,10 @@ def test_layer_head_query_and_value_move_the_figures(explorer):
     for head in ("mean", 2):
         for layer in (4, 7):
             explorer.layer.value, explorer.head.value = layer, head
-            want = side.overview.on_picture(side.overview.looks(layer, None if head == "mean" else head, Modality.IMAGE))
+            want = side.overview.on_picture(side.overview.attention_from(layer, None if head == "mean" else head, Modality.IMAGE))
             assert np.allclose(shown(explorer)[0], want, atol=1e-5) and f"layer {layer}" in explorer.message.value
     choose(explorer.query, "special tokens")
-    assert np.allclose(shown(explorer)[0], side.overview.on_picture(side.overview.looks(7, 2, Modality.SPECIAL)), atol=1e-5)
+    assert np.allclose(shown(explorer)[0], side.overview.on_picture(side.overview.attention_from(7, 2, Modality.SPECIAL)), atol=1e-5)
     choose(explorer.value, attention.HEAD_VALUES["entropy"])
     assert np.allclose(shown(explorer, "heads")[0], side.overview.patterns.entropy[:, 0], atol=1e-4)
     assert "entropy" in explorer.figures["heads"].layout.title.text
@@ -155,7 +155,7 @@ def test_news_of_two_threads_are_heard_one_after_the_other(explorer):
     other.join(60)
     assert not other.is_alive() and "layer 6" in explorer.message.value
     want = explorer.sides[0].overview
-    assert np.allclose(shown(explorer)[0], want.on_picture(want.looks(6, None, Modality.IMAGE)), atol=1e-5)
+    assert np.allclose(shown(explorer)[0], want.on_picture(want.attention_from(6, None, Modality.IMAGE)), atol=1e-5)
 
 
 def test_a_mistake_of_the_explorer_is_said_and_not_hidden(explorer, monkeypatch):
@@ -181,12 +181,12 @@ def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_pa
     explorer.layer.value = 6
     assert "nothing to show at layer 6" in explorer.message.value and np.isnan(shown(explorer)[1]).all(), "the record holds layers 2 and 3"
     foreign = build_model("showo-tiny", sessions["showo-tiny"].data.words(), codebook_size=500, grid=(8, 8), text_budget=120)
-    observe(foreign, _row(foreign)).save(tmp_path / "foreign")
-    janus = observe(foreign, _row(foreign))
+    capture_batch(foreign, _row(foreign)).save(tmp_path / "foreign")
+    janus = capture_batch(foreign, _row(foreign))
     janus.about["model"] = "janus"
     janus.save(tmp_path / "janus")
     shutil.copytree(tmp_path / "overview", tmp_path / "broken")
-    (tmp_path / "broken" / "maps.npz").write_bytes(b"nothing")
+    (tmp_path / "broken" / "overview.safetensors").write_bytes(b"nothing")
     for folder, words in {"foreign": "record of another showo model", "janus": "record of a janus model", "broken": "cannot be read as an overview",
                           "nowhere": "is not a folder", "~nobody-of-this-name": "is not a folder", "": "is not a folder"}.items():
         explorer.folder.value = folder if not folder or folder.startswith("~") else str(tmp_path / folder)

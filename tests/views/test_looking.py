@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from unimod.analysis.overview import Overview
-from unimod.analysis.patterns import Patterns
+from unimod.analysis.attention import Overview, Patterns
 from unimod.batch import Modality, Task
 from unimod.views import drawings, looking, style
 from unimod.views.drawings import DRAWINGS

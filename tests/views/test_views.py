@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
+from unimod.analysis.attention import Patterns
 from unimod.analysis.findings import Finding
 from unimod.analysis.importance import Importance
 from unimod.analysis.interactions import Competition, GradientCosine, JointOrSingle
-from unimod.analysis.patterns import Patterns
 from unimod.analysis.redundancy import Spectra, drift
 from unimod.batch import Modality, Task, TokenSequence, pack
 from unimod.capture import AttentionRecord, LayerAttention
@@ -54,7 +54,7 @@ def made_record(n=200, layers=24):
     modality = torch.full((n,), int(Modality.TEXT))
     modality[4:40] = Modality.IMAGE
     packed = pack([TokenSequence(Task.MMU, ids, ids, modality, prefix_hi(41, n), ids, ((n, "topk"),))])
-    return AttentionRecord({i: LayerAttention(3 * rand(2, n, 8) - 1, 3 * rand(2, n, 8) - 1, 1.0, packed) for i in range(layers)}, [packed])
+    return AttentionRecord({i: LayerAttention(3 * rand(2, n, 8) - 1, 3 * rand(2, n, 8) - 1, 1.0, packed) for i in range(layers)}, packed)
 
 
 def made_kept(task):

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from ..batch import Modality, Task
-from ..capture import observe
+from ..capture import capture_batch
 from ..data.batches import Batches
 from ..models.unified import UnifiedModel
+from .attention import Patterns, patterns
 from .importance import Importance, importance
 from .interactions import Competition, JointOrSingle
-from .patterns import Patterns, patterns
 from .redundancy import ARank, arank
 
 LEAST = 5
@@ -125,7 +125,7 @@ def drawing_wins(found: Sequence[Competition]) -> Finding:
 def all_findings(model: UnifiedModel, batches: Batches, competitions: Sequence[Competition], joint: JointOrSingle, *, samples: int = 16,
                  tolerance: float = 1e-2, margin: float = 0.1) -> list[Finding]:
     """All of them on one dense model: attention, ARank and skipping on `samples` validation rows per task (skipping: eight batches of an eighth each)."""
-    records = {task: observe(model, batches.single_task(task, "validation", samples)) for task in (Task.T2I, Task.MMU)}
+    records = {task: capture_batch(model, batches.single_task(task, "validation", samples)) for task in (Task.T2I, Task.MMU)}
     seen = [patterns(record, task) for task, record in records.items()]
     ranks = [arank(record, task, tolerance) for task, record in records.items()]
     parts = min(8, samples)

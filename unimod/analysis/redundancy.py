@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Modality, Task
-from ..capture import AttentionRecord, observe
+from ..capture import AttentionRecord, capture_batch
 from ..config import ParameterError
 from ..data.batches import Batches
 from ..models.unified import UnifiedModel
@@ -170,13 +170,12 @@ def spectra(record: AttentionRecord, task: Task, reading: Reading = AS_USED) -> 
     values = torch.zeros(len(record.layers), len(rows), record.heads, longest)
     length = torch.full((len(record.layers), len(rows)), torch.nan)
     for i, layer in enumerate(record.layers):
-        modality, spans = record.packed(layer).modality, record.packed(layer).rows()
-        for group in record.by_length(rows, layer):
-            for row, maps in zip(group, record.maps(group, layer)):
-                read = reading.of(maps, modality[spans[row]])               # [H, m, n]
-                if read.shape[1]:
-                    found, at = torch.linalg.svdvals(read).cpu(), rows.index(row)
-                    values[i, at, :, : found.shape[-1]], length[i, at] = found, float(read.shape[1])
+        modality, spans = record.batch(layer).modality, record.batch(layer).rows()
+        for at, row in enumerate(rows):
+            read = reading.of(record.map(row, layer), modality[spans[row]])         # [H, m, n]
+            if read.shape[1]:
+                found = torch.linalg.svdvals(read).cpu()
+                values[i, at, :, : found.shape[-1]], length[i, at] = found, float(read.shape[1])
     return Spectra(task, record.layers, values, length, reading)
 
 
@@ -214,7 +213,7 @@ def shares(model: UnifiedModel, batches: Batches, samples: int, tolerance: float
     """ARank over sequence length of every task (t2i, mmu, lm) and layer, mean over `samples` training rows of the task."""
     found = {}
     for task in Task:
-        record = observe(model, batches.single_task(task, "train", samples))
+        record = capture_batch(model, batches.single_task(task, "train", samples))
         found[task.name.lower()] = arank(record, task, tolerance).share.nanmean(1).tolist()
     return found
 

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import seam
-from ..analysis.overview import look
-from ..analysis.patterns import measure
+from ..analysis.attention import capture_overview, capture_patterns
 from ..batch import Batch, pack
-from ..capture import LayerAttention, observe, reduced
+from ..capture import LayerAttention, capture_batch, capture_summary
 from ..config import ParameterError
 from ..models.unified import UnifiedModel
 from ..ops.backend import use_backend
@@ -160,19 +159,19 @@ def _forward(model: UnifiedModel, packed: Batch) -> Way:
 
 def _look(model: UnifiedModel, packed: Batch) -> Way:
     def run() -> tuple[int, Callable]:
-        found = look(model, packed)
+        found = capture_overview(model, packed)
         return _size(found.kept, found.maps, found.received) + _size(*_tensors(found.patterns)), found.save
 
     return Way(run)
 
 
 def _measure(model: UnifiedModel, packed: Batch) -> Way:
-    return Way(lambda: (_size(*_tensors(measure(model, [packed], packed.tasks[0]))), None))
+    return Way(lambda: (_size(*_tensors(capture_patterns(model, [packed], packed.tasks[0]))), None))
 
 
 def _observe(model: UnifiedModel, packed: Batch) -> Way:
     def run() -> tuple[int, Callable]:
-        record = observe(model, packed)
+        record = capture_batch(model, packed)
         return record.nbytes, record.save
 
     return Way(run)
@@ -186,7 +185,7 @@ def _maps(model: UnifiedModel, packed: Batch) -> Way:
     if not fit:
         raise MemoryError(f"the maps of one head take {one / 2**30:.1f} GiB, more than is free")
     note = "" if fit == heads else f"scaled from {fit} of {heads} heads, which fit the memory"
-    return Way(lambda: (_size(*reduced(model, packed, lambda layer: full(layer, fit)).values()), None), fit / heads, note)
+    return Way(lambda: (_size(*capture_summary(model, packed, lambda layer: full(layer, fit)).values()), None), fit / heads, note)
 
 
 def full(layer: LayerAttention, heads: int) -> Tensor:
@@ -209,7 +208,7 @@ def _bertviz(name: str) -> Callable[[UnifiedModel, Batch], Way]:
         fit, m = max(1, min(heads, ENTRIES // n**2)), min(n, math.isqrt(ENTRIES))
         short = packed.take(torch.arange(m, device=packed.ids.device), (replace(packed.segments[0], length=m),))
         model.decoder.layers = model.decoder.layers[:1]
-        a = full(observe(model, short).layer(0), fit)[None].cpu()
+        a = full(capture_batch(model, short).layer(0), fit)[None].cpu()
         tokens = [model.layout.token(i) for i in short.ids.tolist()]
         share = a.numel() / (layers * heads * n * n)
 

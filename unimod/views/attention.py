@@ -1,6 +1,6 @@
 """Figures of notebook 01: who looks at whom.
 
-    modality_mass(frame({"showo-tiny": [t2i, mmu]}, "flows"))           # t2i, mmu: analysis.patterns.Patterns
+    modality_mass(frame({"showo-tiny": [t2i, mmu]}, "flows"))           # t2i, mmu: analysis.attention.Patterns
     heads(frame({"showo-tiny": [t2i, mmu]}), "sink")
     head_maps(map_frame(record, row=0, head=1, name=layout.token))      # one head, slider over layers
 
@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..attention_record import edges
 from ..batch import Batch, Modality
 from ..capture import AttentionRecord
-from ..capture.record import edges
 from .style import AMOUNT, DASH, DIFFERENCE, MODALITY, TASK, bytes_of, lines, paper, plain, require, root_ticks, slider, words
 
 HEAD_VALUES = {
@@ -161,7 +161,7 @@ def map_frame(record: AttentionRecord, row: int, head: int, name: Callable[[int]
     """One head's map of one row in every layer, pooled to at most 32 x 32: layer, query and key (with their tokens), share."""
     parts = []
     for layer in record.layers:
-        packed = record.packed(layer)
+        packed = record.batch(layer)
         tokens = token_labels(packed, record.span(row, layer), name)
         spans = [slice(a, b) for a, b in itertools.pairwise(edges(len(tokens)).tolist())]
         values = record.tile(row, layer, head=head)[0].cpu().numpy()

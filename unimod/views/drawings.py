@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from ..analysis.patterns import NAMES
+from ..analysis.attention import NAMES
 from ..batch import Modality
 from .attention import HEAD_VALUES
 from .looking import Drawing, Place, Side, asked, known, token
@@ -213,7 +213,7 @@ def _blocks_lay(sides: Sequence[Side], place: Place) -> go.Figure:
 
 
 def _blocks_fill(sides: Sequence[Side], place: Place) -> tuple[list[dict], dict]:
-    values = _with_difference([side.overview.blocks(place.layer, place.head).numpy() if known(side, place) else None for side in sides])
+    values = _with_difference([side.overview.modality_mass(place.layer, place.head).numpy() if known(side, place) else None for side in sides])
     return [{"z": _z(v, (3, 3))} for v in values], {**_ranges(values), "coloraxis": {"cmin": 0.0, "cmax": 1.0}}
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..analysis.overview import Overview, overview
+from ..analysis.attention import Overview, overview
 from ..batch import Task, pack
-from ..capture import AttentionRecord, CaptureError, observe
+from ..capture import AttentionRecord, CaptureError, capture_batch
 from ..config import ParameterError
 from ..data.sources import read_picture
 from ..models.unified import UnifiedModel
@@ -93,7 +93,7 @@ class Gallery:
         if not folder.strip() or not path.is_dir():
             raise CaptureError(f"{folder!r} is not a folder; give one that Overview.save or AttentionRecord.save wrote.")
         name = f"saved: {'/'.join(path.parts[-2:])}"            # folders of several runs have one name
-        if not (path / "attention.npz").exists():
+        if not any((path / f"attention.{suffix}").exists() for suffix in ("safetensors", "npz")):
             side = Side(name, Overview.load(path))
         else:
             record = AttentionRecord.load(path)
@@ -136,5 +136,5 @@ class Gallery:
                           else [lm.layout.mmu(codes[0], [(text, "")], open_ended=True)])
         with torch.random.fork_rng():
             torch.manual_seed(0)                                # routers that draw lots
-            record = observe(lm, packed)
+            record = capture_batch(lm, packed)
         return Side(f"{model}, {words(task.name.lower())}", overview(record, 0, lm.layout.token, lm.layout.grid, picture), record)

@@ -20,8 +20,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from ..analysis.overview import Overview
-from ..analysis.patterns import NAMES
+from ..analysis.attention import NAMES, Overview
 from ..batch import Modality, Task
 from ..capture import AttentionRecord
 from .style import FIGURE_BYTES, slider
@@ -53,8 +52,8 @@ class Side:
     def looks(self, place: Place, query: Modality | int) -> Tensor:
         """What the tokens of a kind, or one token, look at: float32 [n] over the whole row, nan for a token that the layer skipped."""
         found, layer = self.overview, place.layer
-        if isinstance(query, Modality) or self.record is None or layer not in self.record.seen:
-            return found.looks(layer, place.head, query)
+        if isinstance(query, Modality) or self.record is None or layer not in self.record.captured:
+            return found.attention_from(layer, place.head, query)
         kept = found.kept[found.layers.index(layer)]
         out = torch.full((len(kept),), torch.nan)
         if kept[query]:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from unimod.analysis.overview import look, overview
-from unimod.analysis.patterns import measure, patterns
+from unimod.analysis.attention import capture_overview, capture_patterns, overview, patterns
 from unimod.batch import Modality, Task
-from unimod.capture import observe, reduced
+from unimod.capture import capture_batch, capture_summary
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.layers import apply_mod
@@ -25,8 +24,8 @@ def both(request):
         torch.manual_seed(0)
         apply_mod(model, last_half(8, 0.2))
     packed = batches.single_task(Task.MMU, "validation", 3)
-    record = observe(model, packed)
-    return record, observe(model.to("cuda"), packed), model, packed
+    record = capture_batch(model, packed)
+    return record, capture_batch(model.to("cuda"), packed), model, packed
 
 
 def test_maps_tiles_and_patterns(both):
@@ -34,19 +33,20 @@ def test_maps_tiles_and_patterns(both):
     for layer in (0, 5):
         if not torch.equal(here.index(layer), there.index(layer).cpu()):
             continue                                            # a tie at a router's edge may fall otherwise
-        torch.testing.assert_close(there.maps([1], layer).cpu(), here.maps([1], layer), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(there.map(1, layer).cpu(), here.map(1, layer), atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(there.tile(1, layer).cpu(), here.tile(1, layer), atol=1e-4, rtol=1e-3)
-        asked = here.packed(layer).modality[here.span(1, layer)] == Modality.TEXT
-        torch.testing.assert_close(there.received(1, layer, asked).cpu(), here.received(1, layer, asked), atol=1e-4, rtol=1e-3)
-    mine, theirs = patterns(here, Task.MMU), measure(model, [packed], Task.MMU)
+        asked = here.batch(layer).modality[here.span(1, layer)] == Modality.TEXT
+        mine, theirs = (record.layer(layer).received(record.span(1, layer), asked) for record in (here, there))
+        torch.testing.assert_close(theirs.cpu(), mine, atol=1e-4, rtol=1e-3)
+    mine, theirs = patterns(here, Task.MMU), capture_patterns(model, [packed], Task.MMU)
     torch.testing.assert_close(theirs.received[0], mine.received[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(theirs.entropy[0], mine.entropy[0], atol=1e-3, rtol=1e-3)
 
 
 def test_an_overview_is_made_where_the_model_is_and_lies_on_the_cpu(both):
     here, there, model, packed = both
-    a, b = overview(here, 1, model.layout.token, model.layout.grid), look(model, packed, 1)
+    a, b = overview(here, 1, model.layout.token, model.layout.grid), capture_overview(model, packed, 1)
     assert b.maps.device.type == b.received.device.type == b.kept.device.type == b.patterns.mass.device.type == "cpu"
     torch.testing.assert_close(a.maps[0], b.maps[0], atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(a.received[0], b.received[0], atol=1e-3, rtol=1e-2, equal_nan=True)
-    assert len(reduced(model, packed, lambda layer: layer.q.device.type)) == 8 and there.layer(0).q.is_cuda
+    assert len(capture_summary(model, packed, lambda layer: layer.q.device.type)) == 8 and there.layer(0).q.is_cuda
