@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from unimod.bench.record import table
-from unimod.views.arms import table_of_record
-from unimod.views.interactions import table_of_findings
+from unimod.views.runs import table_of_findings, table_of_record
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ from unimod.analysis.redundancy import ARank
 from unimod.batch import Task
 from unimod.config import MODELS, Params
 from unimod.session import load
-from unimod.views.interactions import table_of_findings
+from unimod.views.runs import table_of_findings
 
 RECORD = json.loads((Path(__file__).parents[2] / "notebooks/records/findings.json").read_text())
 N = 12

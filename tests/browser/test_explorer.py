@@ -1,4 +1,5 @@
-"""The explorer of notebook 01, used as a reader uses it: sliders by keyboard, tokens by mouse, a wrong file, an empty prompt."""
+"""The explorer of notebook 01, used as a reader uses it: sliders by keyboard, tokens by mouse, a wrong file, an empty
+prompt."""
 
 import re
 import statistics
@@ -7,7 +8,7 @@ import pytest
 from lab import Lab
 from PIL import Image
 from plots import changed, click_cell, drawn, traces, values, wait_until
-from views.test_looking import made
+from views.test_panels import made
 
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURES = ("picture", "text", "heads", "row", "blocks")
@@ -36,7 +37,8 @@ class Explorer:
     def says(self, words):
         """Wait until the message matches; gives what it says."""
         message = self.part("message")
-        wait_until(self.page, lambda: re.search(words, message.inner_text(), re.I), lambda: f"the message, {message.inner_text()!r}, says {words!r}")
+        wait_until(self.page, lambda: re.search(words, message.inner_text(), re.I),
+                   lambda: f"the message, {message.inner_text()!r}, says {words!r}")
         return message.inner_text()
 
     def panels(self):
@@ -84,7 +86,7 @@ class Explorer:
             field.fill(prompt)
             field.press("Tab")
             self.says(f'your own: .*, "{re.escape(prompt)}"' if prompt else "no prompt yet")
-        self.part("look").click()
+        self.part("show").click()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,8 @@ def test_a_clicked_token_becomes_the_query(explorer):
     row = changed(explorer.page, explorer.row, row)
     asked = explorer.says(r"\(token \d+\)")
     words = explorer.words()
-    line, place = next((r, c) for r, cells in enumerate(words) for c, word in enumerate(cells) if re.fullmatch(r"[a-z]{3,6}", word))
+    line, place = next((r, c) for r, cells in enumerate(words) for c, word in enumerate(cells)
+                       if re.fullmatch(r"[a-z]{3,6}", word))
     click_cell(explorer.plot("text"), line, place)
     changed(explorer.page, explorer.row, row)
     assert explorer.says(rf"'{words[line][place]}' \(token \d+\)") != asked
@@ -148,7 +151,8 @@ def test_another_task_shows_its_own_row(explorer):
 def test_two_tasks_and_their_difference_on_one_scale(explorer):
     nothing, *others = explorer.choices("compare")
     model, task = explorer.chosen("model"), explorer.chosen("task")
-    explorer.choose("compare", next(choice for choice in others if choice.startswith(f"{model}, ") and task not in choice))
+    explorer.choose("compare", next(choice for choice in others if choice.startswith(f"{model}, ")
+                                    and task not in choice))
     wait_until(explorer.page, lambda: len(explorer.panels()) == 3, "there are panels A, B and A - B")
     scale = lambda panel: explorer.plot("picture").evaluate(SCALE, panel)  # noqa: E731
     for move in (lambda: None, lambda: explorer.slide("layer")):
@@ -172,7 +176,7 @@ def test_what_is_wrong_is_said_in_a_sentence(explorer, tmp_path):
         assert "Traceback" not in explorer.says(words) and explorer.overlay() == before
 
 
-def test_an_own_picture_and_prompt_are_looked_at(explorer, tmp_path):
+def test_an_own_picture_and_prompt_are_shown(explorer, tmp_path):
     words, overlay, file = explorer.words(), explorer.overlay(), tmp_path / "own.png"
     Image.new("RGB", (60, 50), (200, 40, 40)).save(file)
     explorer.ask("is there a red square?", file)
@@ -198,7 +202,8 @@ def test_how_long_a_moved_slider_takes(explorer, capsys, tmp_path):
             explorer.part("folder").locator("input").press("Enter")
             explorer.says("Saved: .*big")
             explorer.part("open").click()
-            wait_until(explorer.page, lambda: len(explorer.panels()) == 2, "there are panels A and B, whose pictures of two sizes have no difference")
+            wait_until(explorer.page, lambda: len(explorer.panels()) == 2,
+                       "there are panels A and B, whose pictures of two sizes have no difference")
         explorer.drawn()
         explorer.page.wait_for_timeout(1500)
         explorer.page.evaluate(WATCH)
@@ -206,7 +211,8 @@ def test_how_long_a_moved_slider_takes(explorer, capsys, tmp_path):
         for key in ["ArrowLeft", "ArrowRight"] * 4:
             explorer.page.evaluate("() => { window.took = []; }")
             explorer.part("layer").locator(".noUi-handle").press(key)
-            wait_until(explorer.page, lambda: explorer.page.evaluate("() => window.took.length"), "a figure is drawn anew")
+            wait_until(explorer.page, lambda: explorer.page.evaluate("() => window.took.length"),
+                       "a figure is drawn anew")
             explorer.page.wait_for_timeout(600)
             took.append(explorer.page.evaluate("() => [window.took[0], window.took[window.took.length - 1]]"))
         with capsys.disabled():

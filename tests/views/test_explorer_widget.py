@@ -1,4 +1,5 @@
-"""The explorer without a browser: every control moves what it should, and whatever one types or uploads is answered in a sentence."""
+"""The explorer without a browser: every control moves what it should, and whatever one types or uploads is answered in
+a sentence."""
 
 import copy
 import datetime
@@ -14,13 +15,13 @@ from PIL import Image
 from unimod.batch import Modality, Task, pack
 from unimod.capture import capture_batch
 from unimod.config import ParameterError, Params
+from unimod.gallery import Gallery
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
 from unimod.session import load
-from unimod.views import attention, drawings, looking
+from unimod.views import attention, panels
 from unimod.views.explore import ONE, Explorer, explore
-from unimod.views.gallery import Gallery
 from unimod.workbook.run_folder import Run
 
 
@@ -58,10 +59,11 @@ def picture(size=(60, 40)):
 
 
 def upload(explorer, content, prompt):
-    file = {"name": "a.png", "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": datetime.datetime.now()}
+    file = {"name": "a.png", "type": "image/png", "size": len(content), "content": memoryview(content),
+            "last_modified": datetime.datetime.now()}
     explorer.upload.value = (file,)
     explorer.prompt.value = prompt
-    explorer.look.click()
+    explorer.show.click()
 
 
 def test_layer_head_query_and_value_move_the_figures(explorer):
@@ -69,10 +71,12 @@ def test_layer_head_query_and_value_move_the_figures(explorer):
     for head in ("mean", 2):
         for layer in (4, 7):
             explorer.layer.value, explorer.head.value = layer, head
-            want = side.overview.on_picture(side.overview.attention_from(layer, None if head == "mean" else head, Modality.IMAGE))
+            want = side.overview.on_picture(side.overview.attention_from(layer, None if head == "mean" else head,
+                                                                Modality.IMAGE))
             assert np.allclose(shown(explorer)[0], want, atol=1e-5) and f"layer {layer}" in explorer.message.value
     choose(explorer.query, "special tokens")
-    assert np.allclose(shown(explorer)[0], side.overview.on_picture(side.overview.attention_from(7, 2, Modality.SPECIAL)), atol=1e-5)
+    assert np.allclose(shown(explorer)[0], side.overview.on_picture(side.overview.attention_from(7, 2, Modality.SPECIAL)),
+                       atol=1e-5)
     choose(explorer.value, attention.HEAD_VALUES["entropy"])
     assert np.allclose(shown(explorer, "heads")[0], side.overview.patterns.entropy[:, 0], atol=1e-4)
     assert "entropy" in explorer.figures["heads"].layout.title.text
@@ -82,36 +86,37 @@ def test_layer_head_query_and_value_move_the_figures(explorer):
 
 def test_a_click_asks_with_that_token_exactly(explorer):
     explorer.head.value = 1
-    explorer._ask_cell(0, 3, 4)
-    side, token = explorer.sides[0], explorer.chosen
-    record, at = side.record, explorer.place
+    explorer._click_patch(0, 3, 4)
+    side, token = explorer.sides[0], explorer.token
+    record, at = side.record, explorer.selection
     assert token == int((side.overview.modality == Modality.IMAGE).nonzero()[3 * 6 + 4]) and explorer.query.value == ONE
     row = record.row_weights(0, 4, 1, token)
     assert np.allclose(shown(explorer)[0], side.overview.on_picture(row), atol=1e-5) and at.query == token
     bars = explorer.figures["row"].data
     assert sum(float(np.nansum(bar.y)) for bar in bars) == pytest.approx(1, abs=1e-3)
-    explorer._ask_word(0, 0, 3)
-    assert side.overview.tokens[explorer.chosen] == "red" and "'red'" in explorer.message.value.replace("&#x27;", "'")
-    explorer._ask_word(0, 5, 11)                               # behind the end of the text: nothing is there
-    assert side.overview.tokens[explorer.chosen] == "red"
+    explorer._click_word(0, 0, 3)
+    assert side.overview.tokens[explorer.token] == "red" and "'red'" in explorer.message.value.replace("&#x27;", "'")
+    explorer._click_word(0, 5, 11)                               # behind the end of the text: nothing is there
+    assert side.overview.tokens[explorer.token] == "red"
     explorer._go(6, 3)
     assert (explorer.layer.value, explorer.head.value) == (6, 3)
 
 
 def test_two_sides_and_what_cannot_be_compared(explorer, gallery):
-    choose(explorer.compare, "showo-tiny, understanding")
+    choose(explorer.compare, "showo-tiny, understanding (MMU)")
     a, b, difference = shown(explorer)
     assert np.allclose(a - b, difference, atol=1e-4) and len(shown(explorer, "heads")) == 3
-    explorer._ask_cell(1, 2, 2)
-    assert explorer.chosen == int((explorer.sides[0].overview.modality == Modality.IMAGE).nonzero()[2 * 6 + 2])
-    before = explorer.chosen
-    explorer._ask_word(1, 3, 0)
-    assert "has no token that answers to" in explorer.message.value and explorer.chosen == before
-    choose(explorer.compare, "showo-tiny, routed, understanding")
+    explorer._click_patch(1, 2, 2)
+    assert explorer.token == int((explorer.sides[0].overview.modality == Modality.IMAGE).nonzero()[2 * 6 + 2])
+    before = explorer.token
+    explorer._click_word(1, 3, 0)
+    assert "has no token that corresponds to" in explorer.message.value and explorer.token == before
+    choose(explorer.compare, "showo-tiny, routed, understanding (MMU)")
     explorer.task.value = Task.MMU
     explorer.layer.value = 7
     assert "tokens go through" in explorer.message.value
-    veil = next(np.array(t.z) for t in list(explorer.figures["picture"].data)[4:] if t.type == "heatmap" and not t.coloraxis)
+    veil = next(np.array(t.z) for t in list(explorer.figures["picture"].data)[4:] if t.type == "heatmap"
+                and not t.coloraxis)
     assert veil.sum() == (~explorer.sides[1].overview.on_picture(explorer.sides[1].overview.kept[7])).sum() > 0
     assert gallery.side("showo-tiny", Task.MMU, 0) is explorer.sides[0], "made once"
 
@@ -123,13 +128,14 @@ def test_an_own_picture_in_both_tasks_and_models(explorer):
         explorer.model.value = model
         for task in (Task.MMU, Task.T2I):
             explorer.task.value = task
-            assert "is" in explorer.sides[0].overview.tokens and explorer.sides[0].title.startswith(model)
+            assert "is" in explorer.sides[0].overview.tokens and explorer.sides[0].model == model
             assert explorer.sides[0].overview.picture.shape == (48, 48, 3)
 
 
-@pytest.mark.parametrize(("content", "prompt", "words"), [(picture(), " ", "prompt is empty"), (b"", "a circle", "no picture"),
-                                                          (picture(), "a" * 1001, "has 1001 characters: shorten it"),
-                                                          (b"not one", "a circle", "not a picture"), (picture()[:60], "a circle", "not a picture")])
+@pytest.mark.parametrize(("content", "prompt", "words"),
+                         [(picture(), " ", "prompt is empty"), (b"", "a circle", "no picture"),
+                          (picture(), "a" * 1001, "has 1001 characters: shorten it"),
+                          (b"not one", "a circle", "not a picture"), (picture()[:60], "a circle", "not a picture")])
 def test_a_picture_that_is_none_and_a_prompt_of_nothing(explorer, content, prompt, words):
     before = shown(explorer)[0]
     upload(explorer, content, prompt)
@@ -143,7 +149,8 @@ def test_what_has_arrived_is_said_before_a_button_is_pressed(explorer):
     explorer.prompt.value = " ".join(["long"] * 300)
     assert len(explorer.message.value) < 400
     explorer.folder.value = "runs/first"
-    assert "Saved: runs/first. Press &quot;Open&quot;" in explorer.message.value and np.array_equal(shown_before, shown(explorer)[0])
+    assert "Saved: runs/first. Press &quot;Open&quot;" in explorer.message.value and np.array_equal(shown_before,
+                                                                                                    shown(explorer)[0])
 
 
 def test_news_of_two_threads_are_heard_one_after_the_other(explorer):
@@ -172,7 +179,7 @@ def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_pa
     for name in ("overview", "record"):
         explorer.folder.value = str(tmp_path / name)
         explorer.open.click()
-        assert explorer.sides[1].title == f"saved: {tmp_path.name}/{name}" and (explorer.sides[1].overview.picture is None) == (name == "record")
+        assert explorer.sides[1].model == f"saved: {tmp_path.name}/{name}" and (explorer.sides[1].overview.picture is None) == (name == "record")
         explorer.open.click()
     shutil.copytree(tmp_path / "record", tmp_path / "another" / "record")
     explorer.folder.value = str(tmp_path / "another" / "record")
@@ -180,15 +187,17 @@ def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_pa
     assert len(explorer.gallery.saved) == 3, "opened twice is one; another of the same name is another"
     explorer.layer.value = 6
     assert "nothing to show at layer 6" in explorer.message.value and np.isnan(shown(explorer)[1]).all(), "the record holds layers 2 and 3"
-    foreign = build_model("showo-tiny", sessions["showo-tiny"].data.words(), codebook_size=500, grid=(8, 8), text_budget=120)
+    foreign = build_model("showo-tiny", sessions["showo-tiny"].data.words(), codebook_size=500, grid=(8, 8),
+                          text_budget=120)
     capture_batch(foreign, _row(foreign)).save(tmp_path / "foreign")
     janus = capture_batch(foreign, _row(foreign))
     janus.about["model"] = "janus"
     janus.save(tmp_path / "janus")
     shutil.copytree(tmp_path / "overview", tmp_path / "broken")
     (tmp_path / "broken" / "overview.safetensors").write_bytes(b"nothing")
-    for folder, words in {"foreign": "record of another showo model", "janus": "record of a janus model", "broken": "cannot be read as an overview",
-                          "nowhere": "is not a folder", "~nobody-of-this-name": "is not a folder", "": "is not a folder"}.items():
+    for folder, words in {"foreign": "record of another showo model", "janus": "record of a janus model",
+                          "broken": "cannot be read as an overview", "nowhere": "is not a folder",
+                          "~nobody-of-this-name": "is not a folder", "": "is not a folder"}.items():
         explorer.folder.value = folder if not folder or folder.startswith("~") else str(tmp_path / folder)
         explorer.open.click()
         assert words in explorer.message.value and len(explorer.gallery.saved) == 3, folder
@@ -207,7 +216,8 @@ def test_making_a_side_leaves_the_random_numbers_alone(gallery):
 
 
 def test_what_does_not_exist_is_named(gallery, sessions):
-    wrong = {("nobody", Task.T2I, 0): "model 'nobody' is not here", ("emu3-tiny", Task.T2I, 3): "sample 3 does not exist; there are 0 to 2"}
+    wrong = {("nobody", Task.T2I, 0): "model 'nobody' is not here",
+             ("emu3-tiny", Task.T2I, 3): "sample 3 does not exist; there are 0 to 2"}
     for arguments, words in wrong.items():
         with pytest.raises(ParameterError, match=words):
             gallery.side(*arguments)
@@ -215,17 +225,17 @@ def test_what_does_not_exist_is_named(gallery, sessions):
         Gallery(sessions, {"routed": sessions["emu3-tiny"].model})
     with pytest.raises(ParameterError, match=r"is a emu3 model of .* is for showo"):
         Gallery(sessions, {"showo-tiny, routed": sessions["emu3-tiny"].model})
-    assert Explorer(gallery, layer=99, head=99).place == looking.Place(7, 3)
+    assert Explorer(gallery, layer=99, head=99).selection == panels.Selection(7, 3)
 
 
 def test_headless_the_same_figures_are_written(gallery, tmp_path):
     run = Run.open("01_attention_patterns", Params(run_dir=str(tmp_path), interactive=False))
     figures = explore(gallery, run, layer=3)
-    assert list(figures) == [f"tasks_{d.name}" for d in drawings.DRAWINGS] + ["routed_picture", "routed_heads"]
+    assert list(figures) == [f"tasks_{d.name}" for d in panels.VIEWS] + ["routed_picture", "routed_heads"]
     for name, fig in figures.items():
         assert (tmp_path / "figures" / f"{name}.json").stat().st_size < 300_000
         assert name.endswith("heads") or (len(fig.frames) == 8 and fig.layout.sliders[0].active == 3)
     live = Explorer(gallery, layer=3)
-    choose(live.compare, "showo-tiny, understanding")
+    choose(live.compare, "showo-tiny, understanding (MMU)")
     for a, b in zip(shown(live), (t.z for t in figures["tasks_picture"].data if t.type == "heatmap" and t.coloraxis)):
         assert np.array_equal(a, np.array(b, dtype=float), equal_nan=True)

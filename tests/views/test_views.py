@@ -1,4 +1,5 @@
-"""Every view, on small made-up results: traces that hold data, below 300 KB, legible anywhere, and errors that name what lacks."""
+"""Every view, on small made-up results: traces that hold data, below 300 KB, legible anywhere, and errors that name
+what lacks."""
 
 import json
 from dataclasses import replace
@@ -18,7 +19,7 @@ from unimod.capture import AttentionRecord, LayerAttention
 from unimod.mask import prefix_hi
 from unimod.plan import last_half
 from unimod.router import Routing
-from unimod.views import attention, interactions, plan, redundancy, routing, runs, style
+from unimod.views import attention, redundancy, routing, runs, style
 from unimod.workbook.run_folder import drawable
 
 BOTH = (Task.T2I, Task.MMU)
@@ -46,7 +47,8 @@ def made_spectra(task):
 
 def made_drift():
     found = {task: made_spectra(task).arank() for task in BOTH}
-    return pd.concat([pd.DataFrame(drift(a, replace(a, rank=a.rank / 2))).assign(model=name) for name in MODELS for a in found.values()])
+    return pd.concat([pd.DataFrame(drift(a, replace(a, rank=a.rank / 2))).assign(model=name) for name in MODELS
+                      for a in found.values()])
 
 
 def made_record(n=200, layers=24):
@@ -54,32 +56,36 @@ def made_record(n=200, layers=24):
     modality = torch.full((n,), int(Modality.TEXT))
     modality[4:40] = Modality.IMAGE
     packed = pack([TokenSequence(Task.MMU, ids, ids, modality, prefix_hi(41, n), ids, ((n, "topk"),))])
-    return AttentionRecord({i: LayerAttention(3 * rand(2, n, 8) - 1, 3 * rand(2, n, 8) - 1, 1.0, packed) for i in range(layers)}, packed)
+    return AttentionRecord({i: LayerAttention(3 * rand(2, n, 8) - 1, 3 * rand(2, n, 8) - 1, 1.0, packed)
+                            for i in range(layers)}, packed)
 
 
 def made_kept(task):
     record = made_record()
     index = torch.arange(0, 200, 2)
-    log = {i: Routing(index, torch.ones(100), rand(200), (), index[-1:], torch.ones(200, dtype=torch.bool)) for i in range(12, 24)}
-    return plan.kept_frame(log, record.whole, 0, (6, 6)).assign(task=task)
+    log = {i: Routing(index, torch.ones(100), rand(200), (), index[-1:], torch.ones(200, dtype=torch.bool))
+           for i in range(12, 24)}
+    return routing.kept_frame(log, record.whole, 0, (6, 6)).assign(task=task)
 
 
 def of_arms(rows):
     """A table of three arms; the second routes every other layer only."""
     data = pd.DataFrame(rows)
-    return pd.concat([data.assign(arm="unimod"), data[data["layer"] % 2 == 1].assign(arm="mod"), data.assign(arm="third")])
+    return pd.concat([data.assign(arm="unimod"), data[data["layer"] % 2 == 1].assign(arm="mod"),
+                      data.assign(arm="third")])
 
 
 def made_shares(side=32):
-    kept = [{"layer": i, "task": t, "modality": m, "kept": float("nan") if (t, m) == ("mmu", "text") else 0.4, "processed": 0.6}
-            for i in range(12, 24) for t in ("t2i", "mmu") for m in ("text", "image", "special")]
-    cells = [{"layer": i, "task": t, "row": y, "column": x, "kept": (x * y + i) % 7 / 7} for i in range(12, 24) for t in ("t2i", "mmu")
-             for y in range(side) for x in range(side)]
+    kept = [{"layer": i, "task": t, "modality": m, "kept": float("nan") if (t, m) == ("mmu", "text") else 0.4,
+             "processed": 0.6} for i in range(12, 24) for t in ("t2i", "mmu") for m in ("text", "image", "special")]
+    cells = [{"layer": i, "task": t, "row": y, "column": x, "kept": (x * y + i) % 7 / 7} for i in range(12, 24)
+             for t in ("t2i", "mmu") for y in range(side) for x in range(side)]
     return of_arms(kept), of_arms(cells)
 
 
 def made_overlaps():
-    return of_arms([{"layer": i, "task": t, "overlap": 0.5 + i / 50, "chance": 0.4} for i in range(12, 23) for t in ("t2i", "mmu", "t2i and mmu")])
+    return of_arms([{"layer": i, "task": t, "overlap": 0.5 + i / 50, "chance": 0.4} for i in range(12, 23)
+                    for t in ("t2i", "mmu", "t2i and mmu")])
 
 
 def made_histograms():
@@ -88,8 +94,8 @@ def made_histograms():
 
 
 def made_evaluations():
-    return pd.DataFrame([{"model": m, "arm": a, "seed": s, "step": n, "routing/kept_t2i_image": None if a == "dense" else 0.3 + 0.1 * n + 0.01 * s,
-                          "routing/kept_mmu_text": None if a != "mod" else 0.5}
+    return pd.DataFrame([{"model": m, "arm": a, "seed": s, "step": n, "routing/kept_t2i_image": None if a == "dense"
+                          else 0.3 + 0.1 * n + 0.01 * s, "routing/kept_mmu_text": None if a != "mod" else 0.5}
                          for m in MODELS for a in ("dense", "mod", "unimod") for s in range(2) for n in range(3)])
 
 
@@ -100,7 +106,8 @@ def curves():
 
 def final():
     return pd.DataFrame([{"model": m, "arm": a, "seed": s, "questions/all": 0.9 + 0.01 * s, "flops": f} for m in MODELS
-                         for a, f in (("dense", 2e12), ("mod", 1e12), ("unimod", 1e12), ("random", 1e12)) for s in range(3)])
+                         for a, f in (("dense", 2e12), ("mod", 1e12), ("unimod", 1e12), ("random", 1e12))
+                         for s in range(3)])
 
 
 def made_competition(seed=0):
@@ -119,39 +126,43 @@ def made_joint():
     return JointOrSingle(rand(2, 2), rand(2, 2), rand(2, 2))
 
 
-VIEWS = {
-    "modality_mass": lambda: attention.modality_mass(style.frame(per_model(made_patterns), "flows")),
-    "modality_flows": lambda: attention.modality_flows(style.frame({"one": per_model(made_patterns)["showo-tiny"]}, "flows")),
-    "heads": lambda: attention.heads(style.frame({"one": per_model(made_patterns)["showo-tiny"]}), "sink"),
-    "spread_and_sink": lambda: attention.spread_and_sink(style.frame(per_model(made_patterns))),
-    "head_maps": lambda: attention.head_maps(attention.map_frame(made_record(), 0, 1, str), active=5),
-    "skip_one_layer": lambda: redundancy.skip_one_layer(style.frame(per_model(made_importance))),
-    "right_without": lambda: redundancy.right_without(style.frame(per_model(made_importance))),
-    "proxy": lambda: redundancy.proxy(style.frame(per_model(made_importance))),
-    "arank_by_layer": lambda: redundancy.arank_by_layer(style.frame(per_model(lambda task: made_spectra(task).arank()))),
-    "spectra_by_layer": lambda: redundancy.spectra_by_layer(style.frame({"one": [made_spectra(t) for t in BOTH]})),
-    "sensitivity": lambda: redundancy.sensitivity(style.frame(per_model(made_spectra), "sensitivity", samples=(2, 4))),
-    "by_reading": lambda: redundancy.by_reading(pd.concat([style.frame(per_model(lambda task: made_spectra(task).arank())).assign(varied=v)
-                                                           for v in ("as used", "causal")])),
-    "drift_by_layer": lambda: redundancy.drift_by_layer(of_arms(made_drift())),
-    "layer_order": lambda: redundancy.layer_order(style.frame({"one": [made_spectra(t) for t in BOTH]}, "sensitivity")),
-    "gradient_angles": lambda: interactions.gradient_angles(
-        pd.DataFrame(GradientCosine(rand(L, 3) - 0.5, rand(L, 3), rand(L, 3)).table("t2i and mmu")).assign(model="one")),
-    "kept_shares": lambda: interactions.kept_shares(style.frame({m: [made_competition()] for m in MODELS})),
-    "kept_by_layer": lambda: interactions.kept_by_layer(style.frame({m: [made_competition()] for m in MODELS})),
-    "findings": lambda: interactions.findings(style.frame({m: [made_finding(n) for n in range(3)] for m in MODELS})),
-    "kept_over_steps": lambda: interactions.kept_over_steps(style.frame({m: [made_competition()] for m in MODELS}, "steps")),
-    "joint_against_single": lambda: interactions.joint_against_single(style.frame({m: [made_joint()] for m in MODELS})),
-    "capacities": lambda: plan.capacities(pd.concat([plan.plan_frame(last_half(24)), plan.plan_frame(last_half(24, 0.4), "other")])),
-    "kept_tokens": lambda: plan.kept_tokens(pd.concat([made_kept("t2i"), made_kept("mmu")]), PICTURE),
-    "kept_by_modality": lambda: routing.kept_by_modality(made_shares()[0]),
-    "kept_positions": lambda: routing.kept_positions(made_shares()[1]),
-    "overlaps": lambda: routing.overlaps(made_overlaps()),
-    "score_histograms": lambda: routing.score_histograms(made_histograms()),
-    "kept_over_training": lambda: routing.kept_over_training(made_evaluations()),
-    "training_curves": lambda: runs.training_curves(curves(), "loss_t2i", x="flops", smooth=10),
-    "quality_against_flops": lambda: runs.quality_against_flops(final(), "questions/all"),
-}
+VIEWS = {"modality_mass": lambda: attention.modality_mass(style.frame(per_model(made_patterns), "flows")),
+         "modality_flows": lambda: attention.modality_flows(style.frame({"one": per_model(made_patterns)["showo-tiny"]},
+                                                                        "flows")),
+         "heads": lambda: attention.heads(style.frame({"one": per_model(made_patterns)["showo-tiny"]}), "sink"),
+         "spread_and_sink": lambda: attention.spread_and_sink(style.frame(per_model(made_patterns))),
+         "head_maps": lambda: attention.head_maps(made_record(), 0, 1, str, active=5),
+         "skip_one_layer": lambda: redundancy.skip_one_layer(style.frame(per_model(made_importance))),
+         "right_without": lambda: redundancy.right_without(style.frame(per_model(made_importance))),
+         "proxy": lambda: redundancy.proxy(style.frame(per_model(made_importance))),
+         "arank_by_layer": lambda: redundancy.arank_by_layer(style.frame(per_model(lambda task: made_spectra(task).arank()))),
+         "spectra_by_layer": lambda: redundancy.spectra_by_layer(style.frame({"one": [made_spectra(t) for t in BOTH]})),
+         "sensitivity": lambda: redundancy.sensitivity(style.frame(per_model(made_spectra), "sensitivity",
+                                                                   samples=(2, 4))),
+         "by_reading": lambda: redundancy.by_reading(pd.concat([style.frame(per_model(lambda task: made_spectra(task).arank())).assign(varied=v)
+                                                                for v in ("as used", "causal")])),
+         "drift_by_layer": lambda: redundancy.drift_by_layer(of_arms(made_drift())),
+         "layer_order": lambda: redundancy.layer_order(style.frame({"one": [made_spectra(t) for t in BOTH]},
+                                                                   "sensitivity")),
+         "gradient_angles": lambda: routing.gradient_angles(pd.DataFrame(GradientCosine(rand(L, 3) - 0.5, rand(L, 3),
+                                                                                        rand(L,
+                                                                                             3)).table("t2i and mmu")).assign(model="one")),
+         "kept_shares": lambda: routing.kept_shares(style.frame({m: [made_competition()] for m in MODELS})),
+         "kept_by_layer": lambda: routing.kept_by_layer(style.frame({m: [made_competition()] for m in MODELS})),
+         "findings": lambda: routing.findings(style.frame({m: [made_finding(n) for n in range(3)] for m in MODELS})),
+         "kept_over_steps": lambda: routing.kept_over_steps(style.frame({m: [made_competition()] for m in MODELS},
+                                                                        "steps")),
+         "joint_against_single": lambda: routing.joint_against_single(style.frame({m: [made_joint()] for m in MODELS})),
+         "capacities": lambda: routing.capacities(pd.concat([routing.plan_frame(last_half(24)),
+                                                             routing.plan_frame(last_half(24, 0.4), "other")])),
+         "kept_tokens": lambda: routing.kept_tokens(pd.concat([made_kept("t2i"), made_kept("mmu")]), PICTURE),
+         "kept_by_modality": lambda: routing.kept_by_modality(made_shares()[0]),
+         "kept_positions": lambda: routing.kept_positions(made_shares()[1]),
+         "overlaps": lambda: routing.overlaps(made_overlaps()),
+         "score_histograms": lambda: routing.score_histograms(made_histograms()),
+         "kept_over_training": lambda: routing.kept_over_training(made_evaluations()),
+         "training_curves": lambda: runs.training_curves(curves(), "loss_t2i", x="flops", smooth=10),
+         "quality_against_flops": lambda: runs.quality_against_flops(final(), "questions/all"),}
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -174,7 +185,7 @@ def test_a_slider_shows_the_frame_it_stands_on():
 
 def test_both_tasks_share_one_range_and_differences_sit_around_zero():
     fig = VIEWS["heads"]()
-    assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis" and fig.data[2].zmin == -fig.data[2].zmax
+    assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis" and fig.layout.coloraxis2.cmin == -fig.layout.coloraxis2.cmax
 
 
 def test_training_curves_add_cost_up_and_thin_long_runs():
@@ -185,9 +196,10 @@ def test_training_curves_add_cost_up_and_thin_long_runs():
 
 def test_the_competition_shows_its_seeds():
     three = {m: [made_competition(seed) for seed in range(3)] for m in MODELS}
-    fig = interactions.kept_over_steps(style.frame(three, "steps"))
-    assert sum(t.line.width > 1 for t in fig.data) == 4 and len(fig.data) == 4 * (1 + 3) and len(VIEWS["kept_over_steps"]().data) == 4
-    bars = interactions.kept_shares(style.frame(three)).data[0]
+    fig = routing.kept_over_steps(style.frame(three, "steps"))
+    assert sum(t.line.width > 1
+               for t in fig.data) == 4 and len(fig.data) == 4 * (1 + 3) and len(VIEWS["kept_over_steps"]().data) == 4
+    bars = routing.kept_shares(style.frame(three)).data[0]
     means = [float(c.kept[:, 0].mean()) for c in three["showo-tiny"]]
     low, high = bars.y[0] - bars.error_y.arrayminus[0], bars.y[0] + bars.error_y.array[0]
     assert (low, bars.y[0], high) == pytest.approx((min(means), np.mean(means), max(means))) and high > low
@@ -195,7 +207,8 @@ def test_the_competition_shows_its_seeds():
 
 def test_a_layer_that_an_arm_leaves_dense_is_empty_and_places_share_one_range():
     fig = VIEWS["kept_positions"]()
-    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"} and (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 100)
+    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"} and (fig.layout.coloraxis.cmin,
+                                                                         fig.layout.coloraxis.cmax) == (0, 100)
     even, odd = (next(f for f in fig.frames if f.name == name) for name in ("12", "13"))
     assert [bool(np.isnan(trace.z).all()) for trace in even.data] == [False, False, True, True, False, False]
     assert not any(np.isnan(trace.z).any() for trace in odd.data)
@@ -206,19 +219,23 @@ def test_axes_of_histograms_follow_the_slider():
     data.loc[data["layer"] == 14, ["low", "high"]] *= 10
     fig = routing.score_histograms(data)
     ranges = {f.name: f.layout.xaxis2.range for f in fig.frames}
-    assert fig.layout.sliders[0].active == 1 and fig.layout.xaxis2.range == ranges["13"] == (0, 1) and ranges["14"] == (0, 10), "starts where all arms choose"
+    assert fig.layout.sliders[0].active == 1 and fig.layout.xaxis2.range == ranges["13"] == (0,
+                                                                                             1) and ranges["14"] == (0,
+                                                                                                                     10), "starts where all arms choose"
 
 
 def test_what_rules_keep_is_outlined_around_what_the_router_keeps():
     fig = routing.kept_by_modality(made_shares()[0].query("arm == 'unimod'").drop(columns="arm"))
     outline, filled = (t for t in fig.data if t.offsetgroup == "image" and t.xaxis == "x")
-    assert (outline.y[0], filled.y[0], outline.marker.color, filled.marker.color) == (0.6, 0.4, "rgba(0,0,0,0)", style.MODALITY["image"])
-    assert [a.text for a in fig.layout.annotations] == ["text to image", "understanding"]
+    assert (outline.y[0], filled.y[0], outline.marker.color,
+            filled.marker.color) == (0.6, 0.4, "rgba(0,0,0,0)", style.MODALITY["image"])
+    assert [a.text for a in fig.layout.annotations] == ["text-to-image (T2I)", "understanding (MMU)"]
 
 
 def test_routers_over_training_are_means_over_seeds_and_leave_dense_out():
     fig = VIEWS["kept_over_training"]()
-    assert [a.text for a in fig.layout.annotations[:2]] == ["showo-tiny: mod", "showo-tiny: unimod"] and len(fig.data) == 2 * (2 + 1)
+    assert {a.text for a in fig.layout.annotations} == {f"{m}: {a}" for m in MODELS
+                                                        for a in ("mod", "unimod")} and len(fig.data) == 2 * (2 + 1)
     assert fig.data[0].y[2] == pytest.approx(0.505) and sum(t.showlegend for t in fig.data) == 2
     with pytest.raises(style.ViewError, match="no column routing/kept_t2i_image"):
         routing.kept_over_training(made_evaluations()[["model", "arm", "step"]])
@@ -233,4 +250,4 @@ def test_a_frame_that_cannot_be_drawn_says_why():
     with pytest.raises(style.ViewError, match="no column damage_sd; it needs model"):
         redundancy.skip_one_layer(pd.DataFrame({"model": ["a"], "task": ["t2i"], "layer": [0], "damage": [1.0]}))
     with pytest.raises(style.ViewError, match="no rows"):
-        plan.capacities(pd.DataFrame(columns=["plan", "layer", "task", "capacity", "kind"]))
+        routing.capacities(pd.DataFrame(columns=["plan", "layer", "task", "capacity", "kind"]))

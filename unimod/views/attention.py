@@ -1,8 +1,8 @@
-"""Figures of notebook 01: who looks at whom.
+"""Figures of notebook 01: from which tokens attention comes and to which it goes.
 
     modality_mass(frame({"showo-tiny": [t2i, mmu]}, "flows"))           # t2i, mmu: analysis.attention.Patterns
     heads(frame({"showo-tiny": [t2i, mmu]}), "sink")
-    head_maps(map_frame(record, row=0, head=1, name=layout.token))      # one head, slider over layers
+    head_maps(record, row=0, head=1, name=layout.token)                 # one head, slider over layers
 
 Both tasks always share one colour range.
 """
@@ -14,82 +14,70 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 
 from ..attention_record import edges
-from ..batch import Batch, Modality
+from ..batch import Modality
 from ..capture import AttentionRecord
-from .style import AMOUNT, DASH, DIFFERENCE, MODALITY, TASK, bytes_of, lines, paper, plain, require, root_ticks, slider, words
+from .style import (
+    AMOUNT,
+    DASH,
+    DIFFERENCE,
+    MODALITY,
+    bytes_of,
+    dashed,
+    facets,
+    heat_maps,
+    legend_below,
+    plain,
+    require,
+    root_ticks,
+    with_reference,
+    words,
+)
 
 HEAD_VALUES = {
-    "to_image": "attention that flows to the picture",
-    "to_text": "attention that flows to text",
+    "to_image": "attention to image tokens",
+    "to_text": "attention to text tokens",
     "evenness": "evenness of attention",
     "entropy": "entropy (nats)",
-    "sink": "attention on the first token",
+    "sink": "attention to the first token",
     "distance": "mean distance (tokens)",
 }
 
 
-def token_labels(packed: Batch, span: slice, name: Callable[[int], str]) -> list[tuple[str, str]]:
-    """(text, modality) of every token of a row."""
-    return [(name(i), Modality(m).name.lower()) for i, m in zip(packed.ids[span].tolist(), packed.modality[span].tolist())]
-
-
 def modality_mass(data: pd.DataFrame) -> go.Figure:
-    """Share of attention that flows to text and to the picture, per layer; a panel per model and task, the even share dashed.
+    """Share of attention that goes to text and to image tokens, per layer; a panel per model and task, the even share
+    dashed.
 
     data: `Patterns.flows` of several models.
     """
     data = require(data, "model", "task", "layer", "query", "key", "mass", "mass_sd", "even")
     data = data[(data["query"] == "any") & (data["key"] != "special")]
-    panels = list(data.groupby(["model", "task"], sort=False))
-    fig = paper(
-        "Where attention flows",
-        "layer",
-        "share of attention",
-        [f"{model}: {words(task)}" for (model, task), _ in panels],
-        height=300 * -(-len(panels) // 2) + 80,
-        rows=-(-len(panels) // 2),
-        shared_yaxes="all",
-    )
-    for n, (_, part) in enumerate(panels):
-        for key, line in part.groupby("key", sort=False):
-            at = (n // 2 + 1, n % 2 + 1)
-            lines(fig, line, "layer", "mass", colour=MODALITY[key], name=f"to {key}", sd="mass_sd", panel=at, legend=n == 0)
-            lines(fig, line, "layer", "even", colour=MODALITY[key], name=f"to {key} if spread evenly", dash="dash", panel=at, legend=n == 0)
-            fig.data[-1].mode = "lines"
-    return fig.update_yaxes(range=[0, 1])
+    data = data.assign(panel=data["model"] + ": " + data["task"].map(words), to="to " + data["key"])
+    shown = with_reference(data, "mass", "even", "if spread evenly", "mass_sd")
+    fig = facets(px.line, shown, "layer", "mass", panel="panel", across=2, each=300, color="to", line_dash="line",
+                 sd="mass_sd", markers=True,
+                 color_discrete_map={f"to {key}": colour for key, colour in MODALITY.items()}, range_y=[0, 1],
+                 line_dash_map={"if spread evenly": "dash"}, title="Where attention goes",
+                 labels={"mass": "share of attention"})
+    return dashed(fig)
 
 
 def modality_flows(data: pd.DataFrame) -> go.Figure:
-    """From which modality to which: one small map per task with a slider over layers, same range. data: `Patterns.flows` of one model."""
+    """Attention between the modalities: a map per task with a slider over layers, one colour range. data:
+    `Patterns.flows` of one model."""
     data = require(data, "task", "layer", "query", "key", "mass")
-    data = data[data["query"] != "any"]
-    tasks, layers, names = data["task"].unique(), sorted(data["layer"].unique()), list(MODALITY)
-    fig = paper("Attention from one modality to another", "looked at", "looking", [words(t) for t in tasks], shared_yaxes=True)
-    frames = []
-    for layer in layers:
-        grids = [
-            part[part["layer"] == layer].pivot(index="query", columns="key", values="mass").reindex(index=names, columns=names)
-            for part in (data[data["task"] == task] for task in tasks)
-        ]
-        traces = [
-            go.Heatmap(
-                z=grid.values.astype(np.float32),
-                x=names,
-                y=names,
-                coloraxis="coloraxis",
-                texttemplate="%{z:.2f}",
-                hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
-            )
-            for grid in grids
-        ]
-        frames.append(go.Frame(name=str(layer), data=traces, traces=list(range(len(traces)))))
-    for n, trace in enumerate(frames[0].data):
-        fig.add_trace(trace, row=1, col=n + 1)
-    fig.update_layout(coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "share"}}})
-    return slider(fig, frames, "layer")
+    tasks, names = data["task"].unique(), list(MODALITY)
+    maps = {}
+    for layer, part in data[data["query"] != "any"].groupby("layer"):
+        grids = (part[part["task"] == task].pivot(index="query", columns="key", values="mass") for task in tasks)
+        grids = (grid.reindex(index=names, columns=names).values.astype(np.float32) for grid in grids)
+        maps[layer] = [{"z": grid, "x": names, "y": names} for grid in grids]
+    return heat_maps("Attention from one modality to another", maps, [words(t) for t in tasks], x="to (keys)",
+                     y="from (queries)", hover="from %{y} to %{x}: %{z:.3f}", texttemplate="%{z:.2f}",
+                     coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 1, "colorbar": {"title": {"text": "share"}}})
 
 
 def heads(data: pd.DataFrame, value: str) -> go.Figure:
@@ -100,98 +88,55 @@ def heads(data: pd.DataFrame, value: str) -> go.Figure:
     data = require(data, "task", "layer", "head", value)
     tasks = list(data["task"].unique())
     grids = [data[data["task"] == t].pivot(index="layer", columns="head", values=value) for t in tasks]
-    titles = [words(t) for t in tasks] + [f"{words(tasks[0])} - {words(tasks[1])}"] * (len(tasks) == 2)
-    fig = paper(f"Every head: {HEAD_VALUES.get(value, value)}", "head", "layer", titles, shared_yaxes=True)
-    hover = "layer %{y}, head %{x}: %{z:.3g}<extra></extra>"
-    for n, grid in enumerate(grids):
-        fig.add_heatmap(
-            z=grid.values.astype(np.float32),
-            x=list(grid.columns),
-            y=list(grid.index),
-            coloraxis="coloraxis",
-            hovertemplate=hover,
-            row=1,
-            col=n + 1,
-        )
+    cells = [{"z": grid.values.astype(np.float32), "x": list(grid.columns), "y": list(grid.index)} for grid in grids]
+    titles = [words(t) for t in tasks]
     if len(tasks) == 2:
-        gap = (grids[0] - grids[1]).values.astype(np.float32)
-        reach = float(np.nanmax(np.abs(gap))) or 1.0
-        fig.add_heatmap(
-            z=gap,
-            x=list(grids[0].columns),
-            y=list(grids[0].index),
-            colorscale=DIFFERENCE,
-            zmin=-reach,
-            zmax=reach,
-            row=1,
-            col=3,
-            hovertemplate=hover,
-            colorbar={"title": {"text": "difference"}, "x": 1.14},
-        )
+        cells.append(cells[0] | {"z": cells[0]["z"] - cells[1]["z"], "coloraxis": "coloraxis2"})
+        titles.append("difference")
     unit = "share" if value.startswith("to_") or value == "sink" else value
-    fig.update_layout(coloraxis={"colorscale": AMOUNT, "colorbar": {"x": 1.02, "title": {"text": unit}}}, margin={"r": 150})
+    fig = heat_maps(f"Every head: {HEAD_VALUES.get(value, value)}", {"": cells}, titles, x="head", y="layer",
+                    hover="layer %{y}, head %{x}: %{z:.3g}",
+                    coloraxis={"colorscale": AMOUNT, "colorbar": {"x": 1.02, "title": {"text": unit}}})
+    if len(tasks) == 2:
+        largest = float(np.nanmax(np.abs(cells[2]["z"]))) or 1.0
+        fig.update_layout(margin={"r": 150}, coloraxis2={"colorscale": DIFFERENCE, "cmin": -largest, "cmax": largest,
+                                                         "colorbar": {"title": {"text": "difference"}, "x": 1.14}})
     return fig.update_xaxes(dtick=1).update_yaxes(dtick=1, autorange="reversed")
 
 
 def spread_and_sink(data: pd.DataFrame) -> go.Figure:
-    """Evenness, sink and distance per layer, mean over heads and their spread, a line per task and model. data: `Patterns.table`."""
-    data = require(data, "model", "task", "layer", "evenness", "sink", "distance")
-    values = {"evenness": "evenness (1 = spread evenly)", "sink": "share on the first token", "distance": "mean distance (tokens)"}
-    fig = paper("How attention is spread", "layer", "", list(values.values()))
-    for n, value in enumerate(values):
-        found = data.groupby(["model", "task", "layer"], sort=False)[value].agg(["mean", "std"]).reset_index()
-        for (model, task), part in found.groupby(["model", "task"], sort=False):
-            lines(
-                fig,
-                part,
-                "layer",
-                "mean",
-                sd="std",
-                colour=TASK[task],
-                dash=DASH.get(model, "solid"),
-                name=f"{model}: {words(task)}",
-                panel=(1, n + 1),
-                legend=n == 0,
-            )
-    fig.update_layout(legend={"orientation": "h", "y": -0.25})
-    return fig
+    """Evenness, sink and distance per layer, mean over heads and their spread, a line per task and model. data:
+    `Patterns.table`."""
+    names = {"evenness": "evenness", "sink": "share on the first token", "distance": "mean distance (tokens)"}
+    data = require(data, "model", "task", "layer", *names).melt(["model", "task", "layer"], list(names), "value",
+                                                                "found")
+    shown = data.groupby(["value", "model", "task", "layer"], sort=False)["found"].agg(["mean", "std"]).reset_index()
+    shown = shown.assign(panel=shown["value"].map(names), task=shown["task"].map(words))
+    fig = facets(px.line, shown, "layer", "mean", panel="panel", color="task", line_dash="model", line_dash_map=DASH,
+                 sd="std", markers=True, free=True, title="How attention is spread", labels={"mean": ""})
+    return legend_below(fig)
 
 
-def map_frame(record: AttentionRecord, row: int, head: int, name: Callable[[int], str]) -> pd.DataFrame:
-    """One head's map of one row in every layer, pooled to at most 32 x 32: layer, query and key (with their tokens), share."""
-    parts = []
+def head_maps(record: AttentionRecord, row: int, head: int, name: Callable[[int], str], active: int = 0) -> go.Figure:
+    """One head's map of one row, pooled to at most 32 x 32 bins, with a slider over layers; the hover names the tokens
+    of a bin.
+
+    name: from a token's id to its text. active: the layer shown first (its number among those of the record). Colours
+    are on a square root.
+    """
+    maps, labels = {}, {}
     for layer in record.layers:
-        packed = record.batch(layer)
-        tokens = token_labels(packed, record.span(row, layer), name)
-        spans = [slice(a, b) for a, b in itertools.pairwise(edges(len(tokens)).tolist())]
-        values = record.tile(row, layer, head=head)[0].cpu().numpy()
-        labels = [f"{s.start} [{tokens[s.start][1]}] " + " ".join(t for t, _ in tokens[s]) for s in spans]
-        grid = pd.DataFrame(values, index=labels, columns=labels).rename_axis(index="query", columns="key").stack(future_stack=True)
-        parts.append(grid.rename("share").reset_index().assign(layer=layer, head=head))
-    return pd.concat(parts, ignore_index=True)
-
-
-def head_maps(data: pd.DataFrame, active: int = 0) -> go.Figure:
-    """One head's map with a slider over layers. data: `map_frame`. Hover names the tokens; the colour scale is a square root."""
-    data = require(data, "layer", "head", "query", "key", "share")
-    top = float(data["share"].max())
-    frames = []
-    for layer, part in data.groupby("layer"):
-        labels = [plain(label) for label in dict.fromkeys(part["query"])]
-        z = bytes_of(part["share"].to_numpy().reshape(len(labels), -1), top)
-        frames.append(
-            go.Frame(
-                name=str(layer),
-                traces=[0],
-                data=[
-                    go.Heatmap(
-                        z=z, x=labels, y=labels, coloraxis="coloraxis", hovertemplate="looking: %{y}<br>looked at: %{x}<extra></extra>"
-                    )
-                ],
-            )
-        )
-    fig = paper(f"What head {data['head'].iloc[0]} looks at", "token looked at", "token looking", height=560)
-    fig.add_trace(frames[0].data[0])
-    fig.update_layout(coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 255, "colorbar": {"title": {"text": "share"}, **root_ticks(top)}})
-    fig.update_xaxes(showticklabels=False, showgrid=False).update_yaxes(showticklabels=False, showgrid=False, autorange="reversed")
-    return slider(fig, frames, "layer", min(active, len(frames) - 1))
+        batch, span = record.batch(layer), record.span(row, layer)
+        tokens = [name(i) for i in batch.ids[span].tolist()]
+        kinds = [Modality(m).name.lower() for m in batch.modality[span].tolist()]
+        bins = itertools.pairwise(edges(len(tokens)).tolist())
+        labels[layer] = [plain(f"{a} [{kinds[a]}] {' '.join(tokens[a:b])}") for a, b in bins]
+        maps[layer] = record.tile(row, layer, head=head)[0].cpu().numpy()
+    top = max(float(grid.max()) for grid in maps.values())
+    frames = {layer: [{"z": bytes_of(grid, top), "x": labels[layer], "y": labels[layer]}] for layer,
+              grid in maps.items()}
+    fig = heat_maps(f"Attention of head {head}", frames, [""], x="key", y="query", height=560,
+                    active=min(active, len(frames) - 1), hover="query: %{y}<br>key: %{x}",
+                    coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 255,
+                               "colorbar": {"title": {"text": "share"}, **root_ticks(top)}})
+    return fig.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False, autorange="reversed")

@@ -1,4 +1,5 @@
-"""Figures of notebooks 02, 03 and 07: which layers can be skipped, how much of a map is new, and what training changed of it.
+"""Figures of notebooks 02, 03 and 07: which layers can be skipped, how much of a map is new, and what training changed
+of it.
 
     skip_one_layer(frame({"showo-tiny": [t2i, mmu]}))                   # analysis.importance.Importance
     right_without(frame({"showo-tiny": [questions, pictures]}))         # the same with a share of right answers as the metric
@@ -11,13 +12,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 
-from .bars import bars
-from .style import AMOUNT, DASH, OKABE_ITO, SYMBOL, TASK, lines, paper, require, words
+from .runs import bars
+from .style import COLOUR, DASH, INK, OKABE_ITO, POWERS, SYMBOL, dashed, facets, require, shades, with_reference, words
 
 FLOOR = 1e-4
 """Smallest rise of a loss (nats) that a log axis shows."""
@@ -26,85 +26,73 @@ FLOOR = 1e-4
 def skip_one_layer(data: pd.DataFrame) -> go.Figure:
     """Rise of each task's loss when one layer is left out, on a log scale, a panel per model. data: `Importance.table`.
 
-    A log axis cannot show a loss that falls or hardly rises: such points sit open on its floor, and the hover has the number.
+    A log axis cannot show a loss that falls or hardly rises: such points are open marks on its floor, and the hover has
+    the number.
     """
     data = require(data, "model", "task", "layer", "damage", "damage_sd")
     spread = data["damage_sd"].fillna(0)
-    data = data.assign(shown=data["damage"], low=data["damage"] - spread, high=data["damage"] + spread)
+    data = data.assign(shown=data["damage"], low=data["damage"] - spread, high=data["damage"] + spread,
+                       task=data["task"].map(words))
     data[["shown", "low", "high"]] = data[["shown", "low", "high"]].clip(lower=FLOOR)
-    models = list(data["model"].unique())
-    fig = paper("What each layer is worth", "layer left out", "rise of the loss (nats per target)", models, shared_yaxes=True)
-    for n, model in enumerate(models):
-        for task, part in data[data["model"] == model].groupby("task", sort=False):
-            lines(fig, part, "layer", "shown", colour=TASK[task], name=words(task), low="low", high="high", panel=(1, n + 1), legend=n == 0)
-            fig.data[-1].update(
-                marker={"symbol": ["circle" if d > FLOOR else "circle-open" for d in part["damage"]]},
-                customdata=part["damage"],
-                hovertemplate=f"{words(task)}<br>without layer %{{x}}: %{{customdata:+.4f}} nats<extra></extra>",
-            )
-    return fig.update_yaxes(type="log", dtick=1, exponentformat="power").update_xaxes(dtick=1)
+    fig = facets(px.line, data, "layer", "shown", panel="model", color="task", low="low", high="high", markers=True,
+                 title="What each layer is worth",
+                 labels={"layer": "layer left out", "shown": "rise of the loss (nats per target)"},
+                 custom_data=["damage"], hover_data={"shown": False, "damage": ":+.4f"})
+    for trace in fig.data:
+        trace.marker.symbol = ["circle" if damage > FLOOR else "circle-open" for damage in trace.customdata[:, 0]]
+    return fig.update_yaxes(**POWERS).update_xaxes(dtick=1)
 
 
 def right_without(data: pd.DataFrame) -> go.Figure:
-    """Share of right answers without each layer, a line per metric and a panel per model; dashed: with all layers. data: `Importance.table`."""
+    """Share of right answers without each layer, a line per metric and a panel per model; dashed: with all layers.
+    data: `Importance.table`."""
     data = require(data, "model", "task", "metric", "layer", "base", "value", "value_sd")
-    models = list(data["model"].unique())
-    fig = paper("What is still right without a layer?", "layer left out", "share right", models, shared_yaxes=True)
-    for n, model in enumerate(models):
-        for (task, metric), part in data[data["model"] == model].groupby(["task", "metric"], sort=False):
-            lines(fig, part, "layer", "value", colour=TASK[task], name=metric, sd="value_sd", panel=(1, n + 1), legend=n == 0)
-            fig.add_scatter(x=[part["layer"].min(), part["layer"].max()], y=[part["base"].iloc[0]] * 2, mode="lines", legendgroup=metric, showlegend=False,
-                            line={"color": TASK[task], "dash": "dash", "width": 1}, hovertemplate=f"{metric}, all layers: %{{y:.2f}}<extra></extra>",
-                            row=1, col=n + 1)
-    return fig.update_yaxes(range=[-0.03, 1.08]).update_xaxes(dtick=1)
+    data = data.assign(metric=data["metric"] + ": " + data["task"].map(words))
+    colours = {metric: COLOUR[task] for task, metric in zip(data["task"], data["metric"])}
+    shown = with_reference(data, "value", "base", "all layers", "value_sd")
+    fig = facets(px.line, shown, "layer", "value", panel="model", color="metric", line_dash="line", sd="value_sd",
+                 markers=True, range_y=[-0.03, 1.08], line_dash_map={"all layers": "dash"},
+                 title="What is still right without a layer?", color_discrete_map=colours,
+                 labels={"layer": "layer left out", "value": "share right"})
+    return dashed(fig, legend=False).update_xaxes(dtick=1)
 
 
 def proxy(data: pd.DataFrame) -> go.Figure:
-    """Cheap proxy (1 - cosine of a layer's input and output) against what skipping it costs, a mark per layer. data: `Importance.table`."""
+    """Cheap proxy (1 - cosine of a layer's input and output) against what skipping it costs, a mark per layer. data:
+    `Importance.table`."""
     data = require(data, "model", "task", "layer", "damage", "cosine")
-    fig = paper("Does the cheap proxy tell?", "1 - cosine between a layer's input and output", "rise of the loss without it (nats)")
-    for (model, task), part in data.groupby(["model", "task"], sort=False):
-        fig.add_scatter(
-            x=1 - part["cosine"],
-            y=part["damage"].clip(lower=FLOOR),
-            mode="markers+text",
-            text=part["layer"],
-            textposition="top center",
-            name=f"{model}: {words(task)}",
-            marker={"color": TASK[task], "size": 9, "symbol": SYMBOL.get(model, "circle")},
-            hovertemplate="layer %{text}: proxy %{x:.3f}, rise %{y:.4f}<extra></extra>",
-        )
-    return fig.update_xaxes(type="log", dtick="D1").update_yaxes(type="log", dtick=1, exponentformat="power")
+    data = data.assign(distance=1 - data["cosine"], damage=data["damage"].clip(lower=FLOOR),
+                       task=data["task"].map(words))
+    fig = facets(px.scatter, data, "distance", "damage", color="task", symbol="model", symbol_map=SYMBOL, text="layer",
+                 title="Does the cheap proxy tell?",
+                 labels={"distance": "1 - cosine between a layer's input and output",
+                         "damage": "rise of the loss without it (nats)"})
+    fig.update_traces(textposition="top center", marker_size=9)
+    return fig.update_xaxes(type="log", dtick="D1").update_yaxes(**POWERS)
 
 
 def arank_by_layer(data: pd.DataFrame, mask: pd.DataFrame | None = None) -> go.Figure:
-    """ARank over sequence length per layer with its 95 % interval, a panel per model; dashed: what the mask alone gives; dotted: effective rank.
+    """ARank over sequence length per layer with its 95 % interval, a panel per model; dotted: effective rank; dashed:
+    what the mask alone gives.
 
     data: `ARank.table`; mask: the same of `mask_arank` (one row per model and task).
     """
-    data = require(data, "model", "task", "layer", "share", "low", "high", "effective", "effective_low", "effective_high")
-    models = list(data["model"].unique())
-    fig = paper(f"New directions per token (tolerance {data['tolerance'].iloc[0]:g})", "layer", "ARank / tokens", models, shared_yaxes=True)
-    for n, model in enumerate(models):
-        for task, part in data[data["model"] == model].groupby("task", sort=False):
-            lines(fig, part, "layer", "share", colour=TASK[task], name=words(task), low="low", high="high", panel=(1, n + 1), legend=n == 0)
-            lines(fig, part, "layer", "effective", colour=TASK[task], name=f"{words(task)}: effective rank", low="effective_low", high="effective_high",
-                  dash="dot", panel=(1, n + 1), legend=n == 0)
-            if mask is not None:
-                level = float(mask[(mask["model"] == model) & (mask["task"] == task)]["share"].iloc[0])
-                fig.add_scatter(
-                    x=[part["layer"].min(), part["layer"].max()],
-                    y=[level] * 2,
-                    mode="lines",
-                    name=f"{words(task)}: mask alone",
-                    legendgroup=f"{task} mask",
-                    showlegend=n == 0,
-                    line={"color": TASK[task], "dash": "dash", "width": 1},
-                    hovertemplate="mask alone: %{y:.2f}<extra></extra>",
-                    row=1,
-                    col=n + 1,
-                )
-    return fig.update_yaxes(range=[0, 1.02]).update_xaxes(dtick=1)
+    columns = ["share", "low", "high"]
+    data = require(data, "model", "task", "layer", *columns, "effective", "effective_low", "effective_high")
+    tolerance = data["tolerance"].iloc[0]
+    effective = data[["model", "task", "layer", "effective", "effective_low",
+                      "effective_high"]].set_axis(["model", "task", "layer", *columns], axis=1)
+    parts = [data[["model", "task", "layer", *columns]].assign(line="ARank"), effective.assign(line="effective rank")]
+    if mask is not None:
+        level = data[["model", "task", "layer"]].merge(mask[["model", "task", "share"]], on=["model", "task"])
+        parts.append(level.assign(line="mask alone"))
+    shown = pd.concat(parts)
+    fig = facets(px.line, shown.assign(task=shown["task"].map(words)), "layer", "share", panel="model", color="task",
+                 line_dash="line", low="low", high="high",
+                 line_dash_map={"ARank": "solid", "effective rank": "dot", "mask alone": "dash"}, markers=True,
+                 range_y=[0, 1.02], title=f"New directions per token (tolerance {tolerance:g})",
+                 labels={"share": "ARank / tokens"})
+    return dashed(fig).update_xaxes(dtick=1)
 
 
 def spectra_by_layer(data: pd.DataFrame) -> go.Figure:
@@ -113,90 +101,57 @@ def spectra_by_layer(data: pd.DataFrame) -> go.Figure:
     data: `Spectra.table` of one model.
     """
     data = require(data, "task", "layer", "place", "value")
-    tasks, layers = list(data["task"].unique()), sorted(data["layer"].unique())
-    colours = sample_colorscale(AMOUNT, np.linspace(0, 0.9, len(layers)))
-    fig = paper(
-        "Spectra of the attention maps",
-        "place in the spectrum (0 = largest, 1 = last)",
-        "singular value / largest",
-        [words(t) for t in tasks],
-        shared_yaxes=True,
-    )
-    for n, task in enumerate(tasks):
-        for layer, colour in zip(layers, colours):
-            part = data[(data["task"] == task) & (data["layer"] == layer)]
-            fig.add_scatter(
-                x=part["place"].round(3),
-                y=part["value"].clip(lower=1e-7),
-                mode="lines",
-                name=f"layer {layer}",
-                legendgroup=str(layer),
-                showlegend=n == 0,
-                line={"color": colour},
-                hovertemplate=f"layer {layer}, place %{{x:.2f}}: %{{y:.1e}}<extra></extra>",
-                row=1,
-                col=n + 1,
-            )
-    return fig.update_yaxes(type="log", dtick=1, exponentformat="power")
+    data = data.assign(place=data["place"].round(3), value=data["value"].clip(lower=1e-7),
+                       layer=data["layer"].map("layer {}".format), task=data["task"].map(words))
+    fig = facets(px.line, data, "place", "value", panel="task", color="layer",
+                 color_discrete_sequence=shades(data["layer"].nunique()), title="Spectra of the attention maps",
+                 labels={"place": "place in the spectrum (0 = largest, 1 = last)", "value": "singular value / largest"},
+                 hover_data={"value": ":.1e"})
+    return fig.update_yaxes(**POWERS)
 
 
 def sensitivity(data: pd.DataFrame) -> go.Figure:
-    """ARank / tokens averaged over layers: left against tolerance, right against the number of samples (mean 95 % interval of a layer).
+    """ARank / tokens averaged over layers: left against tolerance, right against the number of samples (mean 95 %
+    interval of a layer).
 
     data: `Spectra.sensitivity`.
     """
     data = require(data, "model", "task", "layer", "tolerance", "samples", "share", "low", "high", "varied")
-    fig = paper(
-        "How far the number depends on choices",
-        "",
-        "ARank / tokens, mean over layers",
-        ["tolerance", "samples per task"],
-        shared_yaxes=True,
-    )
-    for n, varied in enumerate(("tolerance", "samples")):
-        found = data[data["varied"] == varied].groupby(["model", "task", varied], sort=False)[["share", "low", "high"]].mean().reset_index()
-        for (model, task), part in found.groupby(["model", "task"], sort=False):
-            bars = {"low": "low", "high": "high"} if varied == "samples" else {}
-            lines(
-                fig,
-                part,
-                varied,
-                "share",
-                colour=TASK[task],
-                dash=DASH.get(model, "solid"),
-                name=f"{model}: {words(task)}",
-                panel=(1, n + 1),
-                legend=n == 0,
-                **bars,
-            )
-    fig.update_xaxes(type="log", title_text="share of the largest value that still counts", exponentformat="power", dtick=1, row=1, col=1)
-    return fig.update_xaxes(title_text="samples", row=1, col=2)
+    by_tolerance = data["varied"] == "tolerance"
+    data = data.assign(at=data["tolerance"].where(by_tolerance, data["samples"]), task=data["task"].map(words),
+                       panel=data["varied"].map({"tolerance": "tolerance", "samples": "samples per task"}))
+    data.loc[by_tolerance, ["low", "high"]] = float("nan")              # the interval is over samples: only there it is the point
+    found = data.groupby(["panel", "model", "task", "at"], sort=False)[["share", "low", "high"]].mean().reset_index()
+    fig = facets(px.line, found, "at", "share", panel="panel", color="task", line_dash="model", line_dash_map=DASH,
+                 low="low", high="high", markers=True, category_orders={"panel": ["tolerance", "samples per task"]},
+                 title="How far the number depends on choices",
+                 labels={"at": "samples", "share": "ARank / tokens, mean over layers"})
+    return fig.update_xaxes(title_text="share of the largest value that still counts", **POWERS, col=1)
 
 
 def by_reading(data: pd.DataFrame) -> go.Figure:
-    """ARank / tokens, mean over layers, under every reading of the map: a group of bars per reading, a panel per model, the mean 95 % interval of a layer.
+    """ARank / tokens, mean over layers, under every reading of the map: a group of bars per reading, a panel per model,
+    the mean 95 % interval of a layer.
 
     data: `analysis.redundancy.readings`.
     """
     data = require(data, "model", "task", "varied", "share", "low", "high")
     found = data.groupby(["model", "task", "varied"], sort=False)[["share", "low", "high"]].mean().reset_index()
-    fig = bars(found.rename(columns={"varied": "what_counts", "share": "ARank"}), "what_counts", "ARank", group="task", low="low", high="high",
-               title="The same maps, read in other ways", unit="directions per query")
+    fig = bars(found.rename(columns={"varied": "what_counts", "share": "ARank"}), "what_counts", "ARank", group="task",
+               low="low", high="high", title="The same maps, read in other ways", unit="directions per query")
     return fig.update_yaxes(range=[0, 1.02])
 
 
 def drift_by_layer(data: pd.DataFrame) -> go.Figure:
-    """Change of ARank / tokens against the model before training, a line per arm with its 95 % interval, a panel per model and task. data: `drift`."""
+    """Change of ARank / tokens against the model before training, a line per arm with its 95 % interval, a panel per
+    model and task. data: `drift`."""
     data = require(data, "model", "arm", "task", "layer", "change", "low", "high")
-    panels = list(data.groupby(["model", "task"], sort=False))
-    fig = paper("Did training change how much is new?", "layer", "change of ARank / tokens", [f"{model}: {words(task)}" for (model, task), _ in panels],
-                rows=data["model"].nunique(), height=330 * data["model"].nunique(), shared_yaxes=True)
-    arms, across = list(data["arm"].unique()), -(-len(panels) // data["model"].nunique())
-    for n, (_, panel) in enumerate(panels):
-        for arm, part in panel.groupby("arm", sort=False):
-            lines(fig, part, "layer", "change", colour=OKABE_ITO[arms.index(arm) % len(OKABE_ITO)], name=arm, low="low", high="high",
-                  panel=(n // across + 1, n % across + 1), legend=n == 0)
-    return fig.add_hline(y=0, line={"color": "#7a7a7a", "width": 1}).update_xaxes(dtick=1)
+    data = data.assign(panel=data["model"] + ": " + data["task"].map(words))
+    fig = facets(px.line, data, "layer", "change", panel="panel", across=data["task"].nunique(), each=250, color="arm",
+                 low="low", high="high", markers=True,
+                 color_discrete_map=dict(zip(data["arm"].unique(), OKABE_ITO * 9)),
+                 title="Did training change how much is new?", labels={"change": "change of ARank / tokens"})
+    return fig.add_hline(y=0, line={"color": INK, "width": 1}).update_xaxes(dtick=1)
 
 
 def layer_order(data: pd.DataFrame) -> go.Figure:
@@ -206,18 +161,9 @@ def layer_order(data: pd.DataFrame) -> go.Figure:
     """
     data = require(data, "task", "layer", "tolerance", "share", "varied")
     data = data[data["varied"] == "tolerance"]
-    data = data.assign(place=data.groupby(["task", "tolerance"])["share"].rank())
-    tasks, layers = list(data["task"].unique()), sorted(data["layer"].unique())
-    colours = sample_colorscale(AMOUNT, np.linspace(0, 0.9, len(layers)))
-    fig = paper(
-        "Would another tolerance choose other layers?",
-        "tolerance",
-        "place by ARank (1 = lowest)",
-        [words(t) for t in tasks],
-        shared_yaxes=True,
-    )
-    for n, task in enumerate(tasks):
-        for layer, colour in zip(layers, colours):
-            part = data[(data["task"] == task) & (data["layer"] == layer)].sort_values("tolerance")
-            lines(fig, part, "tolerance", "place", colour=colour, name=f"layer {layer}", panel=(1, n + 1), legend=n == 0)
-    return fig.update_xaxes(type="log", exponentformat="power", dtick=1).update_yaxes(dtick=1)
+    data = data.assign(place=data.groupby(["task", "tolerance"])["share"].rank(), task=data["task"].map(words),
+                       layer=data["layer"].map("layer {}".format)).sort_values("tolerance", kind="stable")
+    fig = facets(px.line, data, "tolerance", "place", panel="task", color="layer",
+                 color_discrete_sequence=shades(data["layer"].nunique()), markers=True,
+                 title="Would another tolerance choose other layers?", labels={"place": "place by ARank (1 = lowest)"})
+    return fig.update_xaxes(**POWERS).update_yaxes(dtick=1)

@@ -1,11 +1,8 @@
-"""What all figures share: colours, paper, sliders, pooled maps, and data frames from analysis results.
+"""What all figures share: colours, words, axes, panels, heat maps, sliders, and the picture below a heat map.
 
-    data = frame({"showo-tiny": [patterns_t2i, patterns_mmu]})          # a column `model` in front of every result's table()
-    fig = paper("Entropy by layer", x="layer", y="entropy (nats)")
-
-One view = one figure = one data frame: every function of `unimod.views` takes a frame and gives a plotly figure, and the frame is
-what `run.table` saves. Colours are Okabe and Ito's for kinds and viridis or cividis for amounts; backgrounds are transparent and the
-ink is a grey that reads on white and on black.
+Every function of `unimod.views` takes data (a frame, a record, tensors) and returns one plotly figure; it runs no model
+and writes no file. Colours are Okabe and Ito's for categories (distinguishable without colour vision) and viridis or
+cividis for amounts. Backgrounds are transparent and the ink is a grey that is legible on white and on black.
 """
 
 from __future__ import annotations
@@ -13,29 +10,34 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 from PIL import Image
+from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-INK = "#7a7a7a"
-GRID = "rgba(128,128,128,0.25)"
+FIGURE_BYTES = 300_000
+"""Largest JSON of one figure: a report of 30 figures stays below 10 MB."""
+INK, GRID, CLEAR = "#7a7a7a", "rgba(128,128,128,0.25)", "rgba(0,0,0,0)"
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
+TASK_WORDS = {"t2i": "text-to-image (T2I)", "mmu": "understanding (MMU)", "lm": "plain text (LM)"}
 TASK = {"t2i": "#0072B2", "mmu": "#E69F00", "lm": "#009E73"}
 MODALITY = {"text": "#56B4E9", "image": "#D55E00", "special": "#999999"}
 ARM = {"dense": "#999999", "mod": "#D55E00", "unimod": "#0072B2", "unimod-last-half": "#009E73"}
+COLOUR = {**ARM, **MODALITY, **TASK, **{TASK_WORDS[task]: colour for task, colour in TASK.items()}}
 DASH = {"showo-tiny": "solid", "emu3-tiny": "dot"}
 SYMBOL = {"showo-tiny": "circle", "emu3-tiny": "diamond"}
-TASK_WORDS = {"t2i": "text to image", "mmu": "understanding", "lm": "plain text"}
 AMOUNT, SHARE, DIFFERENCE = "Viridis", "Cividis", "RdBu"
-OVERLAY = [[0, "rgba(68,1,84,0.30)"], [0.25, "rgba(59,82,139,0.45)"], [0.5, "rgba(33,145,140,0.62)"], [0.75, "rgba(94,201,98,0.8)"],
-           [1, "rgba(253,231,37,0.95)"]]
-"""Amounts over a picture: little attention leaves it visible."""
-FIGURE_BYTES = 300_000
-"""The largest figure, as JSON, that a run folder takes: a report stays light."""
+OVERLAY = [[0, "rgba(68,1,84,0.30)"], [0.25, "rgba(59,82,139,0.45)"], [0.5, "rgba(33,145,140,0.62)"],
+           [0.75, "rgba(94,201,98,0.8)"], [1, "rgba(253,231,37,0.95)"]]
+"""Viridis whose small amounts let the picture below show through."""
+VEIL = [[0, CLEAR], [1, "rgba(60,60,70,0.86)"]]
+"""Covers skipped patches (1) of a picture."""
+POWERS = {"type": "log", "dtick": 1, "exponentformat": "power"}
 
 
 class ViewError(ValueError):
@@ -43,119 +45,182 @@ class ViewError(ValueError):
 
 
 def frame(results: Mapping[str, Iterable], table: str = "table", **arguments: object) -> pd.DataFrame:
-    """One long frame from analysis results per model: their `table()` (or another method's name) below one another."""
-    rows = [{"model": name, **row} for name, found in results.items() for result in found for row in getattr(result, table)(**arguments)]
-    return pd.DataFrame(rows)
+    """One long frame from analysis results per model: the rows of their `table()` (or another method's name), with a
+    column `model` in front."""
+    pairs = ((name, result) for name, found in results.items() for result in found)
+    return pd.DataFrame([{"model": name, **row} for name, result in pairs
+                         for row in getattr(result, table)(**arguments)])
 
 
 def require(data: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The frame itself. Raises `ViewError` when it is empty or lacks a column."""
-    missing = [name for name in columns if name not in data]
+    missing, needed = [name for name in columns if name not in data], ", ".join(columns)
     if missing:
-        raise ViewError(
-            f"This frame has no column {', '.join(missing)}; it needs {', '.join(columns)} and has {', '.join(map(str, data.columns))}."
-        )
+        raise ViewError(f"This frame has no column {', '.join(missing)}; it needs {needed} and has {', '.join(map(str, data.columns))}.")
     if data.empty:
-        raise ViewError(f"This frame has no rows, so there is nothing to draw; it needs rows with {', '.join(columns)}.")
+        raise ViewError(f"This frame has no rows, so there is nothing to draw; it needs rows with {needed}.")
     return data
 
 
-def paper(
-    title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), height: int = 400, rows: int = 1, **options: object
-) -> go.Figure:
-    """An empty figure of `rows` x panels with shared ink; axis titles in words, y's at the left panels only."""
-    columns = -(-len(panels) // rows)
-    fig = make_subplots(rows=rows, cols=columns, subplot_titles=panels if any(panels) else None, **options)
-    fig.update_layout(
-        template="none",
-        title={"text": title, "x": 0.02, "xanchor": "left"},
-        height=height,
-        font={"color": INK, "size": 13},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 70, "r": 30, "t": 80, "b": 60},
-        legend={"bgcolor": "rgba(0,0,0,0)"},
-        hoverlabel={"font": {"size": 13}},
-    )
-    fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK, title_text=x, row=rows)
+def words(name: object) -> str:
+    """A task in words; anything else as it is."""
+    return TASK_WORDS.get(name, str(name))
+
+
+def plain(text: str) -> str:
+    """Text that a figure shows as it is: `<s>` and the like are markup to plotly."""
+    return html.escape(text, quote=False)
+
+
+def shades(count: int) -> list[str]:
+    """Colours of an ordered category, dark (first) to bright (last); the last tenth of viridis is too bright on
+    white."""
+    return sample_colorscale(AMOUNT, np.linspace(0, 0.9, count))
+
+
+def on_paper(fig: go.Figure, title: str, height: int = 400) -> go.Figure:
+    """Shared title, ink, grid and margins for any figure."""
+    fig.update_layout(template="none", title={"text": title, "x": 0.02, "xanchor": "left"}, height=height,
+                      font={"color": INK, "size": 13}, paper_bgcolor=CLEAR, plot_bgcolor=CLEAR,
+                      margin={"l": 70, "r": 30, "t": 80, "b": 60}, legend={"bgcolor": CLEAR, "title": {"text": ""}},
+                      hoverlabel={"font": {"size": 13}})
     fig.update_xaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
-    fig.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
-    fig.update_yaxes(title_text=y, col=1)
+    return fig.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, linecolor=INK, tickcolor=INK)
+
+
+def paper(title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), rows: int = 1, height: int = 400,
+          **options: object) -> go.Figure:
+    """An empty figure of `rows` lines of panels, with axis titles at the left and at the bottom; options: of
+    `make_subplots`."""
+    fig = make_subplots(rows=rows, cols=-(-len(panels) // rows), subplot_titles=panels if any(panels) else None,
+                        **options)
+    return on_paper(fig, title, height).update_xaxes(title_text=x, row=rows).update_yaxes(title_text=y, col=1)
+
+
+def facets(plot: Callable, data: pd.DataFrame, x: str, y: str, *, title: str, labels: Mapping[str, str], panel: str
+           | None = None, across: int = 0, each: int = 0, low: str = "", high: str = "", sd: str = "",
+           free: bool = False, **options: object) -> go.Figure:
+    """A figure by plotly.express: a panel per value of the column `panel`, `across` of them in a line (0: all), each
+    `each` pixels high.
+
+    plot: px.line, px.bar or px.scatter; options: its own. labels: words of axes and hover by column. low and high:
+    columns with the ends of an interval around y, or sd: its standard deviation, drawn as error bars. free: every panel
+    has its own range of y.
+    """
+    panels = data[panel].nunique() if panel else 1
+    rows = -(-panels // across) if across else 1
+    if low:
+        options |= {"error_y": data[high] - data[y], "error_y_minus": data[y] - data[low]}
+    elif sd:
+        options |= {"error_y": sd}
+    labels = {name: name.replace("_", " ") for name in data.columns} | {"panel": ""} | dict(labels)
+    if plot is not px.bar:
+        options["render_mode"] = "svg"                  # a page has few WebGL contexts, and a report many figures
+    given = {"color_discrete_map": COLOUR, "color_discrete_sequence": OKABE_ITO, "hover_data": {y: ":.4g"}} | options
+    spacing = {"facet_row_spacing": 0.35 / max(2, rows)} if panel and across else {}
+    fig = plot(data, x=x, y=y, labels=labels, facet_col=panel, facet_col_wrap=across, template="none", **spacing,
+               **given)
+    fig.for_each_annotation(lambda note: note.update(text=plain(note.text.partition("=")[2])))
+    fig.update_traces(error_y={"thickness": 1, "width": 3}, selector=lambda trace: "error_y" in trace)
+    fig.update_xaxes(matches=None, showticklabels=True)
+    if free:
+        fig.update_yaxes(matches=None, showticklabels=True)
+    return on_paper(fig, title, max(400, 140 + each * rows))
+
+
+def with_reference(data: pd.DataFrame, value: str, reference: str, name: str, *errors: str) -> pd.DataFrame:
+    """The rows twice, told apart by the column `line`: "measured", and `name` with `reference` in the place of `value`
+    and no error bars."""
+    compared = data.assign(line=name, **{value: data[reference]}, **dict.fromkeys(errors, np.nan))
+    return pd.concat([data.assign(line="measured"), compared])
+
+
+def dashed(fig: go.Figure, legend: bool = True) -> go.Figure:
+    """Dashed lines of reference without markers; without `legend` they are shown and hidden with the measured line of
+    their colour."""
+    fig.update_traces(mode="lines", selector={"line_dash": "dash"})
+    if not legend:
+        fig.update_traces(showlegend=False, line_width=1, selector={"line_dash": "dash"})
+        fig.for_each_trace(lambda trace: trace.update(legendgroup=trace.line.color))
     return fig
 
 
-def lines(
-    fig: go.Figure,
-    data: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    colour: str,
-    name: str,
-    group: str | None = None,
-    low: str = "",
-    high: str = "",
-    sd: str = "",
-    dash: str = "solid",
-    panel: tuple[int, int] = (1, 1),
-    legend: bool = True,
-) -> None:
-    """One line with markers; error bars from an interval (`low`, `high`) or a standard deviation column (`sd`)."""
-    error = None
-    if sd:
-        error = {"type": "data", "array": data[sd].fillna(0), "thickness": 1, "width": 3}
-    elif low:
-        error = {"type": "data", "array": data[high] - data[y], "arrayminus": data[y] - data[low], "thickness": 1, "width": 3}
-    fig.add_scatter(
-        x=data[x],
-        y=data[y],
-        mode="lines+markers",
-        name=name,
-        legendgroup=group or name,
-        showlegend=legend,
-        error_y=error,
-        line={"color": colour, "dash": dash},
-        marker={"color": colour, "size": 7},
-        row=panel[0],
-        col=panel[1],
-        hovertemplate=f"{name}<br>{x} %{{x}}: %{{y:.3g}}<extra></extra>",
-    )
+def over_seeds(plot: Callable, data: pd.DataFrame, x: str, y: str, step: str, by: Sequence[str],
+               **options: object) -> go.Figure:
+    """A thin line per seed and a thick one for their mean at every `step`, for every combination of the columns `by`;
+    options: of `facets`."""
+    mean = data.groupby([*by, step],
+                        sort=False)[list({x, y} - {step})].mean().reset_index().sort_values(step, kind="stable")
+    mean, data = mean.round({y: 5}), data.round({y: 5})     # digits beyond a pixel: half the JSON
+    order = {"category_orders": {name: list(data[name].unique()) for name in by}}
+    fig = facets(plot, mean, x, y, **order, **options).update_traces(line={"width": 2.5})
+    groups = data.groupby(list(by), sort=False)["seed"].transform("nunique")
+    several = data[groups > 1]
+    if len(several):
+        thick = fig.data
+        fig.add_traces(facets(plot, several, x, y, line_group="seed", **order, **options).data)
+        for trace in fig.data[len(thick):]:
+            trace.update(showlegend=False, opacity=0.4, line={"width": 1})
+        fig.data = (*fig.data[len(thick):], *thick)     # the means lie on top
+    return fig.for_each_trace(lambda trace: trace.update(mode="lines+markers" if len(trace.x) == 1 else "lines"))
+
+
+def legend_below(fig: go.Figure) -> go.Figure:
+    """The legend under the panels, which keep their width."""
+    below = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+    return fig.update_layout(legend=below, margin={"b": 130}, height=fig.layout.height + 70)
+
+
+def heat_maps(title: str, frames: Mapping[object, Sequence[dict]], panels: Sequence[str], *, x: str = "", y: str = "",
+              hover: str, rows: int = 1, height: int = 400, active: int = 0, play: bool = False, coloraxis: Mapping,
+              **options: object) -> go.Figure:
+    """A heat map per panel on one colour axis, with a slider over `frames` where there are several.
+
+    frames: for every layer (the name of a slider's step) the properties of a plotly heat map per panel, z above all;
+    options: those that all share. hover: template of the hover text, to which the panel's title is added.
+    """
+    fig = paper(title, x, y, panels, rows, height, shared_yaxes=True,
+                **({"vertical_spacing": 0.35 / rows} if rows > 1 else {}))
+    across = -(-len(panels) // rows)
+    traces = [[go.Heatmap(**{"coloraxis": "coloraxis", "hovertemplate": f"{hover}<extra>{panel}</extra>", **options,
+                             **cell}) for panel, cell in zip(panels, cells)] for cells in frames.values()]
+    for n, trace in enumerate(traces[active]):
+        fig.add_trace(trace, row=n // across + 1, col=n % across + 1)
+    fig.update_layout(coloraxis=coloraxis).update_xaxes(showgrid=False,
+                                                        zeroline=False).update_yaxes(showgrid=False, zeroline=False)
+    moving = [go.Frame(name=str(name), data=one, traces=list(range(len(one)))) for name, one in zip(frames, traces)]
+    return slider(fig, moving, "layer", active, play) if len(moving) > 1 else fig
 
 
 def slider(fig: go.Figure, frames: Sequence[go.Frame], label: str, active: int = 0, play: bool = False) -> go.Figure:
-    """A slider over frames that needs no kernel; the figure shows the frame `active` first. play: buttons that run through them."""
-    steps = [
-        {
-            "label": f.name,
-            "method": "animate",
-            "args": [[f.name], {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}],
-        }
-        for f in frames
-    ]
+    """A slider over frames that needs no kernel; the figure shows the frame `active` first. play: buttons that run
+    through them."""
+    still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    steps = [{"label": f.name, "method": "animate", "args": [[f.name], still]} for f in frames]
     fig.frames = frames
     for at, trace in zip(frames[active].traces, frames[active].data):
         fig.data[at].update(trace)
-    fig.update_layout(
-        sliders=[{"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 72}, "bordercolor": INK,
-                  "tickcolor": INK}],
-        height=(fig.layout.height or 400) + 110,
-        margin={"b": 150},
-    )
+    bar = {"active": active, "steps": steps, "currentvalue": {"prefix": f"{label} "}, "pad": {"t": 72},
+           "bordercolor": INK, "tickcolor": INK}
+    fig.update_layout(sliders=[bar], height=(fig.layout.height or 400) + 110, margin={"b": 150})
     if play:
-        still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}}
-        moves = {"mode": "immediate", "fromcurrent": True, "frame": {"duration": 700, "redraw": True}, "transition": {"duration": 0}}
-        buttons = [{"label": "▶", "method": "animate", "args": [None, moves]}, {"label": "■", "method": "animate", "args": [[None], still]}]
-        fig.update_layout(updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "xanchor": "left", "y": 0, "yanchor": "top",
-                                        "pad": {"t": 70, "r": 10}, "showactive": False, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.15)"}])
+        moves = still | {"fromcurrent": True, "frame": {"duration": 700, "redraw": True}}
+        buttons = [{"label": "▶", "method": "animate", "args": [None, moves]},
+                   {"label": "■", "method": "animate", "args": [[None], still]}]
+        fig.update_layout(updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0,
+                                        "xanchor": "left", "y": 0, "yanchor": "top", "pad": {"t": 70, "r": 10},
+                                        "showactive": False, "bordercolor": INK, "bgcolor": "rgba(128,128,128,0.15)"}])
         fig.layout.sliders[0].update(x=0.16, len=0.84)
     return fig
 
 
 def thumb(picture: np.ndarray, side: int = 192) -> str:
-    """A picture, uint8 [H, W, 3], as a data address of about `side` pixels: a small one enlarged without smoothing, a photograph as JPEG."""
+    """A picture, uint8 [H, W, 3], as a data URL of about `side` pixels: a small one enlarged without smoothing, a
+    photograph as JPEG."""
     times, image, buffer = side // max(picture.shape[:2]), Image.fromarray(picture), io.BytesIO()
     if times >= 2:
-        image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+        image.resize((image.width * times, image.height * times),
+                     Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
     else:
         image.thumbnail((side, side))
         image.save(buffer, "JPEG", quality=85)
@@ -163,18 +228,20 @@ def thumb(picture: np.ndarray, side: int = 192) -> str:
 
 
 def put_picture(fig: go.Figure, picture: np.ndarray, panels: Iterable[int], grid: tuple[int, int]) -> None:
-    """Lay a picture under panels (numbered from 1, row by row) whose axes count tokens, rows from the top."""
+    """Lay a picture under panels (numbered from 1, line by line) whose axes count tokens, rows from the top."""
     (h, w), source = grid, thumb(picture)
-    plain = {"showgrid": False, "zeroline": False, "constrain": "domain"}
+    square = {"showgrid": False, "zeroline": False, "constrain": "domain"}
     for n in panels:
         axis = "" if n == 1 else str(n)
-        fig.add_layout_image(source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h, sizing="stretch", layer="below")
-        fig.layout[f"xaxis{axis}"].update(range=[-0.5, w - 0.5], dtick=max(1, w // 8), **plain)
-        fig.layout[f"yaxis{axis}"].update(range=[h - 0.5, -0.5], dtick=max(1, h // 8), scaleanchor=f"x{axis}", **plain)
+        fig.add_layout_image(source=source, xref=f"x{axis}", yref=f"y{axis}", x=-0.5, y=-0.5, sizex=w, sizey=h,
+                             sizing="stretch", layer="below")
+        fig.layout[f"xaxis{axis}"].update(range=[-0.5, w - 0.5], dtick=max(1, w // 8), **square)
+        fig.layout[f"yaxis{axis}"].update(range=[h - 0.5, -0.5], dtick=max(1, h // 8), scaleanchor=f"x{axis}", **square)
 
 
 def bytes_of(values: np.ndarray, top: float) -> np.ndarray:
-    """Amounts from 0 to `top` as uint8 on a square-root scale, which keeps small amounts visible; `root_ticks` labels the bar."""
+    """Amounts from 0 to `top` as uint8 on a square-root scale, which keeps small amounts visible; `root_ticks` labels
+    the colour bar."""
     return np.nan_to_num(255 * np.sqrt(np.clip(values / top, 0, 1))).round().astype(np.uint8)
 
 
@@ -182,13 +249,3 @@ def root_ticks(top: float) -> dict[str, list]:
     """Colour bar ticks for `bytes_of`, in the original unit."""
     at = [0, 0.04, 0.16, 0.36, 0.64, 1]
     return {"tickvals": [255 * a**0.5 for a in at], "ticktext": [f"{a * top:.2g}" for a in at]}
-
-
-def words(task: str) -> str:
-    """A task in words."""
-    return TASK_WORDS.get(task, task)
-
-
-def plain(text: str) -> str:
-    """Text that a figure shows as it is: `<s>` and the like are markup to plotly."""
-    return html.escape(text, quote=False)
