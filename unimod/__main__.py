@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="as one JSON object")
 
     command = add(commands, "bench", run_bench, "what routing saves in time and memory on this machine, measured in turn with the dense model")
-    command.add_argument("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, looking (at the attention of one "
-                         "long row), or gpu (all, on released sizes)")
+    command.add_argument("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture (of one long row's "
+                         "attention), or gpu (all, on released sizes)")
     command.add_argument("--preset", default="", help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
-                         "these four; for looking showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two (default)")
+                         "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two (default)")
     command.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
     command.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help="drop what is not done by then (default: none; 450 for gpu)")
     command.add_argument("--json", action="store_true", help="as one JSON object")
@@ -191,8 +191,7 @@ def show_plan(args: argparse.Namespace) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measure, write the record and print it. Raises `ParameterError`, before anything is measured."""
-    from .bench.command import bench  # torch is not needed by most other commands
-    from .bench.record import table
+    from .bench.record import bench, table  # torch is not needed by most other commands
 
     if args.out and Path(args.out).is_dir():
         raise ParameterError(f"--out {args.out} is a folder; name a file in it, such as {Path(args.out) / 'bench.json'}.")

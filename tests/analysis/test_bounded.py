@@ -8,10 +8,9 @@ from torch.utils._pytree import tree_leaves
 from unimod import attention_record
 from unimod.analysis.attention import capture_overview, capture_patterns, overview, patterns
 from unimod.batch import Modality, pack
-from unimod.bench.sizes import materialise
 from unimod.capture import capture_batch, capture_summary
 from unimod.ops.attention import reference
-from unimod.presets import preset
+from unimod.presets import materialise, preset
 
 ENTRIES = 2**17
 

@@ -1,4 +1,4 @@
-"""The benchmark: what is counted and said, what is refused and dropped, and plans by predicted time. No wall time is asserted."""
+"""The benchmark: its rows and messages, what is refused and dropped, plans by predicted time. No time is asserted."""
 
 import json
 import math
@@ -9,22 +9,20 @@ import pytest
 import torch
 
 from unimod.__main__ import main
+from unimod.baselines import PRESETS as ROUTERS
 from unimod.batch import Task, pack
 from unimod.bench import costs as costs_module
-from unimod.bench.clock import LEAST, OutOfTime, Times, compared, realised, rounds_of
+from unimod.bench import timing
+from unimod.bench.cases import Job, jobs_of
 from unimod.bench.costs import CostTable, costs, predicted_seconds
-from unimod.bench.estimate import COMMAND, PAPER, on_gpu
-from unimod.bench.job import Job, jobs_of
-from unimod.bench.parts import PARTS, Attribution, part_shares
-from unimod.bench.record import measure, table
-from unimod.bench.sizes import CUDA, SIZES, Size, ragged, row_of, twin
-from unimod.config import PRESETS as ROUTERS
+from unimod.bench.record import COMMAND, PAPER, bench, on_gpu, run_jobs, table
+from unimod.bench.timing import MIN_ROUNDS, PARTS, OutOfTime, Times, paired_ratios, realised, time_interleaved
 from unimod.config import ParameterError
 from unimod.flops import count
 from unimod.layers import apply_mod
 from unimod.losses import losses
 from unimod.plan import CapacityPlan, last_half, solve
-from unimod.presets import preset
+from unimod.presets import CUDA, SIZES, Size, preset, ragged, row_of, shared_copy
 
 TABLE = CostTable("a machine", 1000, dense=10.0, kept=(0.0, 0.5, 1.0), seconds=(2.0, 7.0, 12.0))
 KEYS = {"bench", "preset", "tokens", "capacity", "backend", "realised", "note"}
@@ -38,19 +36,28 @@ def small(monkeypatch, tmp_path):
 
 
 def test_realised_by_hand():
-    assert realised(0.8, 0.6) == pytest.approx(0.5) and realised(1.1, 0.9) == pytest.approx(-1.0) and realised(0.5, 1.0) is None
-    times = {"dense": Times(wall=[2.0, 4.0, 10.0], cpu=[2.0, 2.0, 2.0]), "routed": Times(wall=[1.0, 3.0, 6.0], cpu=[1.0, 1.5, 1.9])}
-    by_wall, by_cpu = compared(times)["routed"], compared(times, "cpu")["routed"]
+    assert realised(0.8, 0.6) == pytest.approx(0.5) and realised(1.1, 0.9) == pytest.approx(-1.0)
+    assert realised(0.5, 1.0) is None
+    times = {
+        "dense": Times(wall=[2.0, 4.0, 10.0], cpu=[2.0, 2.0, 2.0]),
+        "routed": Times(wall=[1.0, 3.0, 6.0], cpu=[1.0, 1.5, 1.9]),
+    }
+    by_wall, by_cpu = paired_ratios(times)["routed"], paired_ratios(times, "cpu")["routed"]
     assert (by_wall["ratio"], by_wall["ratio_low"], by_wall["ratio_high"], by_wall["ms"]) == (0.6, 0.5, 0.75, 3000)
     assert by_cpu["ratio"] == by_wall["cpu"] == 0.75 and by_cpu["wall"] == 0.6 and by_cpu["rounds"] == 3
 
 
 def test_rounds_are_interleaved_and_warm_up_is_not_counted():
     calls = []
-    times = rounds_of({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1, after=lambda: calls.append("."))
+    times = time_interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+        rounds=3,
+        warmup=1,
+        after=lambda: calls.append("."),
+    )
     assert "".join(calls) == "b.a.a.b.b.a.a.b." and all(len(t.wall) == len(t.cpu) == 3 for t in times.values())
     with pytest.raises(OutOfTime, match="0 rounds done, 5 needed"):
-        rounds_of({"a": lambda: None}, rounds=9, until=-math.inf)
+        time_interleaved({"a": lambda: None}, rounds=9, until=-math.inf)
 
 
 def test_a_deadline_leaves_rows_that_say_so():
@@ -65,10 +72,14 @@ def test_a_deadline_leaves_rows_that_say_so():
         raise torch.OutOfMemoryError
         yield
 
-    rows = measure([late, fine], {"layer": None, "step": stops})
-    assert [row["note"] for row in rows] == ["dropped at the deadline: no time was left", "", "dropped at the deadline: 2 rounds done, 5 needed"]
+    rows = run_jobs([late, fine], {"layer": None, "step": stops})
+    assert [row["note"] for row in rows] == [
+        "dropped at the deadline: no time was left",
+        "",
+        "dropped at the deadline: 2 rounds done, 5 needed",
+    ]
     assert all(row.keys() >= KEYS for row in rows) and rows[0]["preset"] == "emu3-tiny" and rows[2]["bench"] == "step"
-    assert measure([fine], {"step": bursts})[0]["note"] == "out of memory"
+    assert run_jobs([fine], {"step": bursts})[0]["note"] == "out of memory"
     assert "dropped at the deadline" in table({"rows": rows})
 
 
@@ -78,23 +89,31 @@ def test_layer_prints_one_json_object_and_nothing_else(capsys, tmp_path):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert found == json.loads(path.read_text()) and set(found) == {"device", "versions", "commit", "command", "rows"}
-    assert found["command"].endswith("python -m unimod bench layer --preset showo-tiny --rounds 5") and "1 of 1, layer showo-tiny" in err
+    assert found["command"].endswith("python -m unimod bench layer --preset showo-tiny --rounds 5")
+    assert "1 of 1, layer showo-tiny" in err
     assert [row["capacity"] for row in found["rows"]] == [1.0, 0.5, "paper"]
     for row in found["rows"]:
-        assert row.keys() >= KEYS and row["tokens"] == 180 and row["rounds"] == 5 and row["memory"] > 0 and row["time_low"] <= row["time"] <= row["time_high"]
+        assert row.keys() >= KEYS and row["tokens"] == 180 and row["rounds"] == 5 and row["memory"] > 0
+        assert row["time_low"] <= row["time"] <= row["time_high"]
     for row in found["rows"][1:]:
         assert row["realised"] == pytest.approx((1 - row["time"]) / (1 - row["flops"]), abs=0.02)
     size = SIZES["showo-tiny"][0]
     model, rows = size.build("cpu", torch.float32)
-    routed = apply_mod(twin(model), size.plans(4)["0.5"])
+    routed = apply_mod(shared_copy(model), size.plans(4)["0.5"])
     assert found["rows"][1]["flops"] == pytest.approx(1 - count(routed, pack(rows)).saved, rel=1e-3)
-    assert {row.task for row in rows} == {Task.T2I, Task.MMU} and routed.layers[0].mlp.fc1.weight is model.layers[0].mlp.fc1.weight
+    assert {row.task for row in rows} == {Task.T2I, Task.MMU}
+    assert routed.layers[0].mlp.fc1.weight is model.layers[0].mlp.fc1.weight
 
 
 def test_a_step_has_the_padded_way_and_shares_that_sum_to_one(capsys):
     assert main(["bench", "step", "--preset", "emu3-tiny", "--rounds", "5", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(row["capacity"], row["way"]) for row in rows] == [(1.0, "packed"), (0.5, "packed"), ("paper", "packed"), (1.0, "padded")]
+    assert [(row["capacity"], row["way"]) for row in rows] == [
+        (1.0, "packed"),
+        (0.5, "packed"),
+        ("paper", "packed"),
+        (1.0, "padded"),
+    ]
     assert rows[3]["shares"] is None and rows[3]["backend"] == "stock,sdpa" and rows[0]["memory"] > rows[1]["memory"]
     for row in rows[:3]:
         assert set(row["shares"]) == set(PARTS) and sum(row["shares"].values()) == pytest.approx(1)
@@ -106,37 +125,51 @@ def test_a_step_has_the_padded_way_and_shares_that_sum_to_one(capsys):
 
 def test_every_product_of_forward_and_backward_is_attributed(model, packed):
     apply_mod(model, CapacityPlan({"t2i": [1, 0.5] * 4}))
-    with Attribution(model) as clock:
-        losses(model, packed).total.backward()
-    products = [part for part, name, *_ in clock.samples if name.split(".")[0] in ("mm", "addmm")]
+
+    def step():
+        with torch.profiler.record_function(timing.RANGE + "head"):
+            loss = losses(model, packed).total
+        loss.backward()
+
+    found = timing.operations(timing.recorded(model, step), cuda=False)
+    products = [part for part, name, _ in found if name in ("aten::mm", "aten::addmm")]
     per_mlp = sum(isinstance(m, torch.nn.Linear) for m in model.layers[0].mlp.modules())
-    assert products.count("mlp") == 3 * 8 * per_mlp and products.count("attention") == 3 * 8 * 4, "one forward, two backward"
+    assert products.count("mlp") == 3 * 8 * per_mlp
+    assert products.count("attention") == 3 * 8 * 4, "one forward, two backward"
     assert products.count("router") == 3 * 4 and products.count("head") == 3 and products.count("other") == 0
-    assert not any(part == "optimiser" for part, *_ in clock.samples)
-    assert sum(part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
+    assert not any(part == "optimiser" for part, *_ in found)
+    assert sum(timing.part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
 
 
 def test_decoding_is_held_against_reading_the_weights(capsys):
     assert main(["bench", "decode", "--preset", "emu3-tiny", "--rounds", "5", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [(r["what"], r["batch"], r["capacity"]) for r in rows] == [(w, b, c) for w in ("answer", "picture") for b in (1, 8) for c in (1.0, "paper")]
+    assert [(r["what"], r["batch"], r["capacity"]) for r in rows] == [
+        (w, b, c) for w in ("answer", "picture") for b in (1, 8) for c in (1.0, "paper")
+    ]
     for row in rows:
-        assert row["of_floor"] == pytest.approx(row["per_second"] / row["floor_per_second"], rel=1e-2) and row["realised"] is None
-        assert row["per_second"] * row["ms"] / 1000 == pytest.approx((8 if row["what"] == "answer" else 6) * row["batch"], rel=1e-2)
+        assert row["of_floor"] == pytest.approx(row["per_second"] / row["floor_per_second"], rel=1e-2)
+        assert row["realised"] is None
+        assert row["per_second"] * row["ms"] / 1000 == pytest.approx(
+            (8 if row["what"] == "answer" else 6) * row["batch"], rel=1e-2
+        )
 
 
 def test_attention_by_every_backend_and_a_table_to_read(capsys, tmp_path):
-    assert main(["bench", "attention", "--preset", "showo-tiny", "--rounds", "5", "--out", str(tmp_path / "r.json")]) == 0
+    assert (
+        main(["bench", "attention", "--preset", "showo-tiny", "--rounds", "5", "--out", str(tmp_path / "r.json")]) == 0
+    )
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())
-    assert [row["backend"] for row in found["rows"]] == ["sdpa"] and table(found) in out and "| showo-tiny" in out and "1.00 [1.00, 1.00]" in out
+    assert [row["backend"] for row in found["rows"]] == ["sdpa"] and table(found) in out and "| showo-tiny" in out
+    assert "1.00 [1.00, 1.00]" in out
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["layers"], "Allowed: layer, step, decode, attention, looking, gpu"),
+    (["layers"], "Allowed: layer, step, decode, attention, capture, gpu"),
     (["layer", "--preset", "showo-1024"], "Allowed: cpu, showo-tiny, emu3-tiny, showo-256"),
-    (["looking", "--preset", "showo-256"], "Allowed: showo-tiny, emu3-tiny, showo-512, emu3-8k, released"),
-    (["layer", "--rounds", "4"], f"less than {LEAST} rounds"),
+    (["capture", "--preset", "showo-256"], "Allowed: showo-tiny, emu3-tiny, showo-512, emu3-8k, released"),
+    (["layer", "--rounds", "4"], f"less than {MIN_ROUNDS} rounds"),
     (["layer", "--deadline", "-1"], "must be seconds"),
     (["layer", "--preset", "showo-256"], "needs CUDA"),
     (["step", "--preset", "gpu"], "The GPU set needs CUDA"),
@@ -154,18 +187,30 @@ def test_rows_of_released_sizes_have_exactly_so_many_tokens(name):
     layout = preset(name)[0].layout
     for size in SIZES[name]:
         assert [len(row_of(layout, size.tokens, mmu).ids) for mmu in (False, True)] == [size.tokens] * 2
-        assert len({len(row.ids) for row in ragged(layout, size.tokens, 4)}) == 4 and len(ragged(layout, size.tokens, 1)[0].ids) == size.tokens
+        assert len({len(row.ids) for row in ragged(layout, size.tokens, 4)}) == 4
+        assert len(ragged(layout, size.tokens, 1)[0].ids) == size.tokens
         assert set(size.plans(16 if name.startswith("emu3") else 24)) == {"0.5", "0.8", "0.2", "paper"}
 
 
 def test_the_gpu_set_begins_with_the_preferred_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("unimod.bench.job.available", lambda family, device: {"kernels": ("triton", "reference"), "attention": ("flash", "sdpa")}[family])
+    monkeypatch.setattr(
+        "unimod.bench.cases.available",
+        lambda family, device: {"kernels": ("triton", "reference"), "attention": ("flash", "sdpa")}[family],
+    )
     jobs = jobs_of(("layer", "step"), [*SIZES["showo-256"], *SIZES["emu3-8k"]], 9)
-    assert [(job.kind, job.attention, job.kernels) for job in jobs[:6]] == [(k, "flash", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3]
+    assert [(job.kind, job.attention, job.kernels) for job in jobs[:6]] == [
+        (k, "flash", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3
+    ]
     assert [(job.kind, job.attention, job.kernels) for job in jobs[6:]] == [("layer", "sdpa", ("triton",))] * 3
-    assert [list(job.size.plans(16)) for job in (jobs[0], jobs[-1])] == [["0.5", "0.8", "0.2", "paper"], ["0.5", "paper"]]
-    assert [job.size.preset for job in jobs_of(("decode",), [SIZES[name][0] for name in CUDA], 9)] == ["showo-256", "emu3-4k"]
+    assert [list(job.size.plans(16)) for job in (jobs[0], jobs[-1])] == [
+        ["0.5", "0.8", "0.2", "paper"],
+        ["0.5", "paper"],
+    ]
+    assert [job.size.preset for job in jobs_of(("decode",), [SIZES[name][0] for name in CUDA], 9)] == [
+        "showo-256",
+        "emu3-4k",
+    ]
     assert main(COMMAND.split()[3:]) == 2, "the command that notebook 06 names is one that exists"
 
 
@@ -173,9 +218,11 @@ def test_a_plan_is_priced_by_the_table():
     model, rows = preset("showo-tiny")
     packed = pack(rows)
     assert [TABLE.routed(share) for share in (0.0, 0.25, 0.5, 0.9, 1.5)] == pytest.approx([2, 4.5, 7, 11, 12])
-    assert CostTable("noisy", 10, 10.0, (0.1, 0.5, 0.9), (4.0, 3.0, 6.0)).routed(0.5) == 4, "more tokens never take less"
+    assert CostTable("noisy", 10, 10.0, (0.1, 0.5, 0.9), (4.0, 3.0, 6.0)).routed(0.5) == 4, (
+        "more tokens never take less"
+    )
     plan = last_half(8, 0.25)
-    kept = count(apply_mod(twin(model), plan), packed).token_layers / len(packed) / 8
+    kept = count(apply_mod(shared_copy(model), plan), packed).token_layers / len(packed) / 8
     assert predicted_seconds(model, plan, packed, TABLE) == pytest.approx(4 * 10 + 4 * (2 + 10 * (2 * kept - 1)))
     assert predicted_seconds(model, last_half(8, 0.005), packed, TABLE) > 80, "a small saving is none"
     solved = solve(partial(last_half, 8), lambda p: predicted_seconds(model, p, packed, TABLE) / 80, 0.8)
@@ -199,10 +246,15 @@ def test_tables_are_kept_and_used_again(monkeypatch, tmp_path, capsys):
     assert len(asked) == 3 and len(list((tmp_path / "unimod" / "costs").glob("*.json"))) == 3
     words = ["plan", "last_half", "--model", "emu3-tiny", "--count", "time", "--saving", "0.2"]
     assert main([*words, "--json"]) == 0 and json.loads(capsys.readouterr().out)["time"] == pytest.approx(0.2, abs=0.01)
-    assert main(words) == 0 and "% saved   of the stack's predicted time, forward and backward of 1000 tokens on a machine" in capsys.readouterr().out
+    assert main(words) == 0
+    assert (
+        "% saved   of the stack's predicted time, forward and backward of 1000 tokens on a machine"
+        in capsys.readouterr().out
+    )
     assert len(asked) == 3
     if not torch.cuda.is_available():
-        assert main(["plan", "last_half", "--model", "showo-256", "--count", "time"]) == 2 and "is not timed on a CPU" in capsys.readouterr().err
+        assert main(["plan", "last_half", "--model", "showo-256", "--count", "time"]) == 2
+        assert "is not timed on a CPU" in capsys.readouterr().err
     with pytest.raises(ParameterError, match="delete its file"):
         CostTable("x", 1, 1.0, (0.5, 0.2), (1.0, 1.0))
 
@@ -210,38 +262,57 @@ def test_tables_are_kept_and_used_again(monkeypatch, tmp_path, capsys):
 def test_a_measured_table_rises_with_what_is_kept():
     model, rows = preset("showo-tiny")
     found = costs_module.measured(model, rows[:1], None, "cpu", rounds=1)
-    assert found.tokens >= 1024 and found.kept == pytest.approx(costs_module.SHARES, abs=0.01) and found.dense > 0 and len(found.seconds) == 6
+    assert found.tokens >= 1024 and found.kept == pytest.approx(costs_module.SHARES, abs=0.01) and found.dense > 0
+    assert len(found.seconds) == 6
 
 
 def test_an_estimate_is_called_one_until_there_is_a_record(tmp_path):
     assert {row["source"] for row in on_gpu(tmp_path)} == {PAPER}
-    row = {"bench": "layer", "preset": "showo-256", "tokens": 3870, "capacity": 0.5, "backend": "triton,flash", "realised": 0.5}
+    row = {
+        "bench": "layer",
+        "preset": "showo-256",
+        "tokens": 3870,
+        "capacity": 0.5,
+        "backend": "triton,flash",
+        "realised": 0.5,
+    }
     for name, device in (("bench-cpu.json", "CPU (x), 1 of 2 cores"), ("bench-gpu.json", "NVIDIA Z")):
-        (tmp_path / name).write_text(json.dumps({"device": device, "commit": "abc", "rows": [row, row | {"realised": None}, row | {"bench": "step"}]}))
-    assert on_gpu(tmp_path) == [{"model": "showo-256, 3870 tokens", "kept": "0.5", "way": "triton,flash", "realised": 0.5,
-                                 "source": "bench-gpu.json: NVIDIA Z, commit abc"}]
+        (tmp_path / name).write_text(
+            json.dumps(
+                {"device": device, "commit": "abc", "rows": [row, row | {"realised": None}, row | {"bench": "step"}]}
+            )
+        )
+    assert on_gpu(tmp_path) == [
+        {
+            "model": "showo-256, 3870 tokens",
+            "kept": "0.5",
+            "way": "triton,flash",
+            "realised": 0.5,
+            "source": "bench-gpu.json: NVIDIA Z, commit abc",
+        }
+    ]
 
 
 def test_every_attention_backend_gets_the_masks_that_it_asks_for(monkeypatch):
-    from unimod.bench.command import bench
 
-    module, seen = sys.modules["unimod.bench.attention"], []
+    module, seen = sys.modules["unimod.bench.cases"], []
     real = module.interval_attention
     monkeypatch.setattr(module, "interval_attention", lambda *given: seen.append(given[7:]) or real(*given))
     rows = bench("attention", "emu3-tiny", rounds=5)["rows"]
-    assert [row["backend"] for row in rows] == ["sdpa"] and all(set(masks) == {"causal"} and memo is seen[0][1] for masks, memo in seen)
+    assert [row["backend"] for row in rows] == ["sdpa"]
+    assert all(set(masks) == {"causal"} and memo is seen[0][1] for masks, memo in seen)
 
 
 def test_what_breaks_leaves_a_row_and_costs_no_other(monkeypatch):
-    from unimod.bench import command
-    from unimod.bench.command import bench
+    from unimod.bench import record
 
     def breaks(job):
         raise RuntimeError("no kernel image\nmore")
-    monkeypatch.setitem(command.MEASURES, "attention", breaks)
+    monkeypatch.setitem(record.MEASURES, "attention", breaks)
     rows = bench("attention", "showo-tiny", rounds=5)["rows"]
     assert rows and all(row["note"] == "failed: RuntimeError: no kernel image" for row in rows)
 
 
 def test_a_folder_is_no_file(tmp_path, capsys):
-    assert main(["bench", "attention", "--preset", "showo-tiny", "--out", str(tmp_path)]) == 2 and "is a folder; name a file" in capsys.readouterr().err
+    assert main(["bench", "attention", "--preset", "showo-tiny", "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err

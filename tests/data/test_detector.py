@@ -37,10 +37,15 @@ def test_found_boxes_lie_on_the_drawn_objects(level):
             assert np.abs(np.subtract(found.box, drawn.box)).max() <= 3
 
 
-@pytest.mark.parametrize(("level", "least"), [("default", 0.99), ("jitter", 0.99), ("backgrounds", 0.95), ("free", 0.97), ("hard", 0.9)])
+@pytest.mark.parametrize(
+    ("level", "least"), [("default", 0.99), ("jitter", 0.99), ("backgrounds", 0.95), ("free", 0.97), ("hard", 0.9)]
+)
 def test_noise_and_blur_do_little_harm(level, least):
     rng = np.random.default_rng(0)
-    assert np.mean([matches(detect(noisy(sample.image, rng, blur=0.8, noise=20)), sample) for sample in many(level, 100)]) >= least
+    assert (
+        np.mean([matches(detect(noisy(sample.image, rng, blur=0.8, noise=20)), sample) for sample in many(level, 100)])
+        >= least
+    )
 
 
 def test_specks_are_ignored():
@@ -78,11 +83,17 @@ def test_a_wrong_picture_never_matches(level):
         mirrored = detect(np.ascontiguousarray(sample.image[:, ::-1]))
         flipped = {(thing.color, thing.shape, thing.cell ^ 1) for thing in sample.things}
         assert {(thing.color, thing.shape, thing.cell) for thing in mirrored} == flipped
-        assert matches(mirrored, sample) == (flipped == {(thing.color, thing.shape, thing.cell) for thing in sample.things})
+        assert matches(mirrored, sample) == (
+            flipped == {(thing.color, thing.shape, thing.cell) for thing in sample.things}
+        )
 
 
 def test_a_wrong_shape_is_told_apart():
-    sample = next(sample for sample in many("default", 50) if sample.caption.startswith("a ") and sample.things[0].shape == "circle")
+    sample = next(
+        sample
+        for sample in many("default", 50)
+        if sample.caption.startswith("a ") and sample.things[0].shape == "circle"
+    )
     x0, y0, x1, y1 = sample.things[0].box
     image = sample.image.copy()
     image[y0:y1, x0:x1] = COLORS[sample.things[0].color]
@@ -96,7 +107,8 @@ def test_partial_scores_count_what_agrees():
     assert partial((), sample) == {"count": 0.0, "colors": 0.0, "shapes": 0.0, "positions": 0.0}
     assert partial(sample.things[:3], sample) == {"count": 0.0, "colors": 0.75, "shapes": 0.75, "positions": 0.75}
     twice = (*sample.things, *sample.things)
-    assert partial(twice, sample) == {"count": 0.0, "colors": 0.5, "shapes": 0.5, "positions": 0.5} and not matches(twice, sample)
+    assert partial(twice, sample) == {"count": 0.0, "colors": 0.5, "shapes": 0.5, "positions": 0.5}
+    assert not matches(twice, sample)
 
 
 def test_what_is_no_object_is_not_found():
@@ -110,10 +122,17 @@ def test_what_is_no_object_is_not_found():
 
 
 def test_cells_are_quarters_by_the_center():
-    assert [cell_of(box, 48) for box in ((0, 0, 20, 20), (20, 0, 30, 20), (0, 30, 40, 40), (30, 30, 40, 40))] == [0, 1, 2, 3]
+    assert [cell_of(box, 48) for box in ((0, 0, 20, 20), (20, 0, 30, 20), (0, 30, 40, 40), (30, 30, 40, 40))] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
-@pytest.mark.parametrize("image", [np.zeros((48, 48, 3)), np.zeros((48, 40, 3), np.uint8), np.zeros((48, 48), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((48, 48, 3)), np.zeros((48, 40, 3), np.uint8), np.zeros((48, 48), np.uint8)]
+)
 def test_other_arrays_are_refused(image):
     with pytest.raises(ValueError, match="uint8 picture"):
         detect(image)

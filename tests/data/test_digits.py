@@ -43,7 +43,11 @@ def test_questions_have_the_right_answer(data):
             elif question.kind == "parity":
                 right = "yes" if question.text == ("is it odd?" if digit % 2 else "is it even?") else "no"
             else:
-                right = "yes" if digit > NAMES.index(re.fullmatch(r"is it greater than (\w+)\?", question.text)[1]) else "no"
+                right = (
+                    "yes"
+                    if digit > NAMES.index(re.fullmatch(r"is it greater than (\w+)\?", question.text)[1])
+                    else "no"
+                )
             assert question.answer == right
             answers[question.kind].append(question.answer)
         assert len({question.text for question in sample.questions}) == 6

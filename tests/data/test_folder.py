@@ -40,7 +40,11 @@ def test_good_entries_are_read(good):
     entries[0]["questions"] = [{"question": "Is it Blue?", "answer": "no", "kind": "existence"}, *ASKED]
     write(folder, [entries[0], "", *entries[1:]])
     data = open_data("folder", folder=str(folder), strict=True)
-    samples = {data.sample(split, index).key: data.sample(split, index) for split in SPLITS for index in range(data.size(split))}
+    samples = {
+        data.sample(split, index).key: data.sample(split, index)
+        for split in SPLITS
+        for index in range(data.size(split))
+    }
     assert sorted(samples) == [f"walls/{number}.png" for number in range(4)]
     first = samples["walls/0.png"]
     assert first.image.shape == (48, 48, 3) and first.image.dtype == np.uint8 and (first.image == (200, 30, 30)).all()
@@ -68,7 +72,11 @@ def test_pictures_are_resized_by_the_short_side_cropped_and_turned(good):
     picture(folder, "walls/3.png", color=100, mode="L")
     write(folder, entries)
     data = Folder(folder, image_size=32)
-    images = {data.sample(split, index).key[6]: data.sample(split, index).image for split in SPLITS for index in range(data.size(split))}
+    images = {
+        data.sample(split, index).key[6]: data.sample(split, index).image
+        for split in SPLITS
+        for index in range(data.size(split))
+    }
     assert (images["0"][:, 4:-4] == (0, 255, 0)).all()
     assert images["1"][:12].max() < 20 and images["1"][-12:].min() > 235
     assert (images["2"] == 255).all() and (images["3"] == 100).all()
@@ -193,7 +201,9 @@ def test_too_few_or_no_usable_pictures_are_refused(good):
         Folder(folder)
 
 
-@pytest.mark.parametrize(("folder", "message"), [("", "no such folder"), ("absent", "no such folder"), (".", "no data.jsonl in it")])
+@pytest.mark.parametrize(
+    ("folder", "message"), [("", "no such folder"), ("absent", "no such folder"), (".", "no data.jsonl in it")]
+)
 def test_a_missing_folder_or_list_is_refused_with_an_example(tmp_path, monkeypatch, folder, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message) as error:

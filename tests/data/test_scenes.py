@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from unimod.data import LEVELS, SPLITS, DataError, Level, Scenes, open_data, split_words
-from unimod.data.scenes import BACKGROUNDS, CATEGORIES, CELLS, COLORS, NUMBERS, QUESTIONS_PER_SAMPLE, SHAPES, scene_split
+from unimod.data.scenes import (
+    BACKGROUNDS,
+    CATEGORIES,
+    CELLS,
+    COLORS,
+    NUMBERS,
+    QUESTIONS_PER_SAMPLE,
+    SHAPES,
+    scene_split,
+)
 
 OBJECT = rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})(?: at the)? ({'|'.join(CELLS)})"
 COUNTED = rf"({'|'.join(NUMBERS)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})s at the (.+)"
@@ -56,7 +65,12 @@ def test_the_same_request_gives_the_same_sample():
         assert (one.key, one.caption, one.questions, one.things) == (two.key, two.caption, two.questions, two.things)
         np.testing.assert_array_equal(one.image, two.image)
     data = Scenes()
-    streams = [data.sample("train", 7), data.sample("train", 8), data.sample("train", 7, seed=1), Scenes(seed=1).sample("train", 7)]
+    streams = [
+        data.sample("train", 7),
+        data.sample("train", 8),
+        data.sample("train", 7, seed=1),
+        Scenes(seed=1).sample("train", 7),
+    ]
     assert len({sample.caption for sample in streams}) == len({sample.key for sample in streams}) == 4
 
 
@@ -83,7 +97,9 @@ def test_every_split_has_single_and_alike_objects():
 def test_about_a_tenth_of_all_contents_is_held_out_in_each_split():
     cells = [[None, *itertools.product(COLORS, SHAPES)]] * 4
     counts = Counter(
-        scene_split(tuple((cell, *look) for cell, look in enumerate(looks) if look)) for looks in itertools.product(*cells) if any(looks)
+        scene_split(tuple((cell, *look) for cell, look in enumerate(looks) if look))
+        for looks in itertools.product(*cells)
+        if any(looks)
     )
     assert counts.total() == 28_560
     assert counts["test"] == pytest.approx(2856, rel=0.05) and counts["validation"] == pytest.approx(2856, rel=0.05)
@@ -191,7 +207,8 @@ def test_boxes_are_tight_and_objects_stay_apart_in_their_quarter(level, image_si
         for thing in sample.things:
             x0, y0, x1, y1 = thing.box
             object_pixels = (sample.image[y0:y1, x0:x1] == COLORS[thing.color]).all(-1)
-            assert object_pixels[-1].any() and object_pixels[0].any() and object_pixels[:, 0].any() and object_pixels[:, -1].any()
+            assert object_pixels[-1].any() and object_pixels[0].any() and object_pixels[:, 0].any()
+            assert object_pixels[:, -1].any()
             around = drawn[y0 - 1 : y1 + 1, x0 - 1 : x1 + 1].copy()
             around[1:-1, 1:-1] = False
             assert not around.any()

@@ -52,7 +52,12 @@ def test_the_device_refuses_what_a_gpu_refuses_and_notes_what_crosses():
             x + torch.ones(6)
         assert (x + torch.tensor(1.0)).sum().device == DEVICE and len(device.copies) == 1
         down = (x.sum().item, x.nonzero, x.tolist, x.cpu, lambda: x[x > 1], lambda: bool(x[0]))
-        up = (lambda: x[[0, 1]], lambda: torch.ones(3).to(DEVICE), lambda: torch.tensor([1, 2], device=DEVICE), lambda: x.clone().copy_(torch.ones(6)))
+        up = (
+            lambda: x[[0, 1]],
+            lambda: torch.ones(3).to(DEVICE),
+            lambda: torch.tensor([1, 2], device=DEVICE),
+            lambda: x.clone().copy_(torch.ones(6)),
+        )
         for n, wait in enumerate((*down, *up), 1):
             wait()
             assert len(device.waits) == n, wait
@@ -71,7 +76,9 @@ def test_a_step_is_the_same_there_and_waits_for_nothing(name, router):
     want = here(packed.to("cpu"))
     want.objective.backward()
     with On() as device:
-        optimizer = torch.optim.AdamW([p for p in elsewhere.parameters() if p.requires_grad] or elsewhere.parameters(), lr=0.0)
+        optimizer = torch.optim.AdamW(
+            [p for p in elsewhere.parameters() if p.requires_grad] or elsewhere.parameters(), lr=0.0
+        )
         moved = packed.to(elsewhere.model.device)               # waited for here; for CUDA it is pinned first
         elsewhere.model(moved)                                  # rotary frequencies follow the model once
         device.waits.clear()
@@ -81,7 +88,9 @@ def test_a_step_is_the_same_there_and_waits_for_nothing(name, router):
         torch.nn.utils.clip_grad_norm_(elsewhere.parameters(), 1e9)
         optimizer.step()
         assert not device.waits
-    torch.testing.assert_close((numbers(got.objective), numbers(got.per_task)), (want.objective, want.per_task), equal_nan=True)
+    torch.testing.assert_close(
+        (numbers(got.objective), numbers(got.per_task)), (want.objective, want.per_task), equal_nan=True
+    )
     for p, q in zip(elsewhere.parameters(), here.parameters()):
         assert (p.grad is None) == (q.grad is None)
         if q.grad is not None:
@@ -93,7 +102,7 @@ def test_learned_capacities_wait_once_a_step():
     learn_capacity(there(model), 0.3)
     with On() as device:
         packed = batches.train(0).to(model.device)
-        model(packed)                                           # capacities are read once, rotary frequencies follow the model
+        model(packed)  # capacities are read once, rotary frequencies follow the model
         device.waits.clear()
         Objective(model).train()(packed).objective.backward()
         assert not device.waits
@@ -120,9 +129,16 @@ def test_a_static_step_can_be_a_graph(name, router):
     model, _, batches = built(name, router)
     if router != "dense":
         calibrate(model, batches.held_out("train", 4))
-    asked = [model.layout.mmu(c, [("is there a red circle?", "")], open_ended=True) for c in batches.codes(batches.samples("test", 0, 2))]
+    asked = [
+        model.layout.mmu(c, [("is there a red circle?", "")], open_ended=True)
+        for c in batches.codes(batches.samples("test", 0, 2))
+    ]
     nothing = torch.zeros(0, dtype=torch.long)
-    drawn = [model.layout.t2i(c, nothing, prompt=True) for c in ("a red circle", "")] if model.layout.causal_images else asked
+    drawn = (
+        [model.layout.t2i(c, nothing, prompt=True) for c in ("a red circle", "")]
+        if model.layout.causal_images
+        else asked
+    )
     options = {"static": True} if model.layout.causal_images else {"steps": 2}
     want = answer(model, asked, static=True), draw(model, ["a red circle"], **options)
     there(model)
@@ -134,12 +150,14 @@ def test_a_static_step_can_be_a_graph(name, router):
             device.waits.clear()
             model(growing._step, cache=growing.cache)
             assert not device.copies and not device.waits
-        assert answer(model, asked, static=True) == want[0] and torch.equal(numbers(draw(model, ["a red circle"], **options)), want[1])
+        assert answer(model, asked, static=True) == want[0]
+        assert torch.equal(numbers(draw(model, ["a red circle"], **options)), want[1])
 
 
 @pytest.mark.parametrize("name, router", [("showo-tiny", "unimod"), ("emu3-tiny", "dense")])
-def test_what_looks_at_a_model_looks_there_too(name, router):
-    """Captures, the three analyses, evaluation and diagnostics: tensors of both kinds are never mixed, and the figures are the CPU's."""
+def test_captures_and_analyses_run_there_too(name, router):
+    """Captures, the three analyses, evaluation and diagnostics: tensors of both devices are never mixed, and the
+    figures are the CPU's."""
     model, tokenizer, batches = built(name, router)
     if router != "dense":
         calibrate(model, batches.held_out("train", 4))
@@ -160,4 +178,5 @@ def test_what_looks_at_a_model_looks_there_too(name, router):
     there(model), there(tokenizer)
     with On():
         for got, expected in zip(figures(), want, strict=True):
-            torch.testing.assert_close(numbers(got), expected, atol=1e-3, rtol=1e-2, equal_nan=True)   # an overview is float16
+            # an overview is float16
+            torch.testing.assert_close(numbers(got), expected, atol=1e-3, rtol=1e-2, equal_nan=True)

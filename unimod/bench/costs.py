@@ -1,11 +1,11 @@
-"""Plans by predicted time: what one decoder layer takes on this device at a handful of kept sizes, measured once and kept.
+"""Plans by predicted time: what one decoder layer takes on this device at a few kept shares, measured once and stored.
 
-    table = costs(model, rows, config)                              # a CostTable, from ~/.cache/unimod/costs when it was measured before
-    seconds = predicted_seconds(model, plan, packed, table, config)
-    plan = solve(partial(last_half, 8), lambda plan: predicted_seconds(...) / (8 * table.dense), 0.8)       # 20 % less time of the stack
+    table = costs(model, rows, config)                   # a CostTable, from ~/.cache/unimod/costs where it is known
+    seconds = predicted_seconds(model, plan, batch, table, config)
+    plan = solve(partial(last_half, 8), lambda plan: predicted_seconds(...) / (8 * table.dense), 0.8)    # 20 % less
 
-A FLOP that is not spent may still cost: routers, gather and scatter take the same time whatever is kept, so a small saving may be none. The
-table holds whole routed layers, so the prediction knows.
+A FLOP that is not spent may still cost: routers, gather and scatter take the same time whatever is kept, so a small
+saving may be none. The table holds whole routed layers, so the prediction includes them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,10 +33,8 @@ from ..layers import MoDLayer, apply_mod
 from ..models.unified import UnifiedModel
 from ..ops.backend import backend
 from ..plan import CapacityPlan
-from .clock import rounds_of
-from .job import dtype_of
-from .record import describe
-from .sizes import materialise, twin
+from ..presets import materialise, shared_copy
+from .timing import describe, dtype_of, time_interleaved
 
 SHARES = (0.05, 0.15, 0.3, 0.5, 0.75, 0.95)
 """Capacities at which a routed layer is measured."""
@@ -47,76 +46,90 @@ SLOW = 1e11
 
 @dataclass(frozen=True)
 class CostTable:
-    """Seconds of one decoder layer, forward and backward, on a batch of `tokens`. Raises `ParameterError` where the numbers do not make a table."""
+    """Seconds of one decoder layer, forward and backward, on a batch of `tokens`: `dense`, and routed in `seconds` at
+    `kept`, the shares of tokens it processed, ascending. Raises `ParameterError` where the numbers make no table."""
 
     device: str
     tokens: int
     dense: float
     kept: tuple[float, ...]
-    """Shares of the tokens that a routed layer processed, ascending."""
     seconds: tuple[float, ...]
-    """What it took."""
 
     def __post_init__(self) -> None:
-        if not self.kept or len(self.kept) != len(self.seconds) or list(self.kept) != sorted(set(self.kept)) or min(self.dense, *self.seconds) <= 0:
-            raise ParameterError(f"Not a table of costs: dense={self.dense}, kept={self.kept}, seconds={self.seconds}; delete its file to measure anew.")
+        ascending = bool(self.kept) and list(self.kept) == sorted(set(self.kept))
+        if not ascending or len(self.kept) != len(self.seconds) or min(self.dense, *self.seconds) <= 0:
+            found = f"dense={self.dense}, kept={self.kept}, seconds={self.seconds}"
+            raise ParameterError(f"Not a table of costs: {found}; delete its file to measure anew.")
 
     def routed(self, share: float) -> float:
-        """Seconds of a routed layer that processes this share of the tokens: linear between the measured ones, never less for more tokens."""
-        rising = [max(self.seconds[: i + 1]) for i in range(len(self.seconds))]
-        for i in range(1, len(self.kept)):
-            if share <= self.kept[i]:
-                a, b = self.kept[i - 1], self.kept[i]
-                return rising[i - 1] + (rising[i] - rising[i - 1]) * (max(share, a) - a) / (b - a)
-        return rising[-1]
+        """Seconds of a routed layer that processes this share of the tokens: linear between the measured ones."""
+        # never less for more tokens: one noisy measurement must not make a plan look cheaper by keeping more
+        return float(np.interp(share, self.kept, np.maximum.accumulate(self.seconds)))
 
 
-def predicted_seconds(model: UnifiedModel, plan: CapacityPlan, packed: Batch, table: CostTable, config: RouterConfig | None = None) -> float:
-    """Seconds of the layer stack under a plan, forward and backward, on a batch of `table.tokens` like `packed`; the dense model is left as it was."""
+def predicted_seconds(
+    model: UnifiedModel, plan: CapacityPlan, batch: Batch, table: CostTable, config: RouterConfig | None = None
+) -> float:
+    """Seconds of the layer stack under a plan, forward and backward, on a batch of `table.tokens` like `batch`.
+
+    The dense model is left as it was.
+    """
     with planned(model, plan, config):
-        return sum(table.routed(sum(layer.router.kept(packed)) / len(packed)) if isinstance(layer, MoDLayer) else table.dense for layer in model.layers)
+        shares = [sum(x.router.kept(batch)) / len(batch) if isinstance(x, MoDLayer) else None for x in model.layers]
+    return sum(table.dense if share is None else table.routed(share) for share in shares)
 
 
-def costs(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConfig | None = None, folder: Path | None = None) -> CostTable:
+def costs(
+    model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConfig | None = None, folder: Path | None = None
+) -> CostTable:
     """The table of a dense model (on any device; weights do not matter), measured now or before.
 
-    Kept under `folder` (default ~/.cache/unimod/costs) by device, dtype, threads, versions, backends, router and sizes. Raises `ParameterError` for
-    a layer too large to be measured on a CPU.
+    Kept under `folder` (default ~/.cache/unimod/costs) by device, dtype, threads, versions, backends, router and sizes.
+    Raises `ParameterError` for a layer too large to be measured on a CPU.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = sum(p.numel() for p in model.layers[0].parameters())
-    tokens = sum(len(row.ids) for row in rows)
-    if device == "cpu" and 2 * weights * max(tokens, TOKENS["cpu"]) > SLOW:
-        raise ParameterError(f"A layer of {weights / 1e6:.0f} M weights is not timed on a CPU, and its time here would say nothing about a GPU. Run this where "
-                             "there is CUDA, or count FLOPs: --count full.")
+    lengths = [len(row.ids) for row in rows]
+    if device == "cpu" and 2 * weights * max(sum(lengths), TOKENS["cpu"]) > SLOW:
+        raise ParameterError(
+            f"A layer of {weights / 1e6:.0f} M weights is not timed on a CPU, and its time here would say nothing "
+            "about a GPU. Run this where there is CUDA, or count FLOPs: --count full."
+        )
     versions = {k: v for k, v in facts()["versions"].items() if k in ("unimod", "torch", "transformers", "triton")}
-    key = {"device": describe(device), "dtype": str(dtype_of(device)), "versions": versions, "model": model.decoder.config.to_dict(),
-           "rows": [len(row.ids) for row in rows],
-           "backends": [backend(family, device, dtype_of(device)) for family in ("kernels", "attention")], "router": asdict(config or RouterConfig())}
+    backends = [backend(family, device, dtype_of(device)) for family in ("kernels", "attention")]
+    key = {
+        "device": describe(device), "dtype": str(dtype_of(device)), "versions": versions,
+        "model": model.decoder.config.to_dict(), "rows": lengths, "backends": backends,
+        "router": asdict(config or RouterConfig()),
+    }
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    path = (folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unimod" / "costs") / f"{name}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    path = (folder or cache / "unimod" / "costs") / f"{name}.json"
     if path.exists():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))["table"]
-            return CostTable(known["device"], known["tokens"], known["dense"], tuple(known["kept"]), tuple(known["seconds"]))
-        except (ValueError, KeyError, TypeError):           # half-written or of another make: measured anew
+            return CostTable(**known | {"kept": tuple(known["kept"]), "seconds": tuple(known["seconds"])})
+        except (ValueError, KeyError, TypeError):  # half-written or of another make: measured anew
             path.unlink()
     table = measured(model, rows, config, device)
     write(path, json.dumps({"key": key, "table": asdict(table)}, indent=1, default=str) + "\n")
     return table
 
 
-def measured(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConfig | None, device: str, rounds: int = 7) -> CostTable:
+def measured(
+    model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterConfig | None, device: str, rounds: int = 7
+) -> CostTable:
     """Time one layer with random weights: dense, and routed at each of `SHARES`, in turn."""
     one = copy.deepcopy(model).to("meta")
     one.decoder.layers = one.decoder.layers[-1:]
-    seam.set_final_norm(one.decoder, nn.Identity())         # what is not timed
+    seam.set_final_norm(one.decoder, nn.Identity())  # what is not timed
     seam.set_embedding(one.decoder, nn.Embedding(1, 1))
     one.lm.lm_head = nn.Linear(1, 1)
     one = materialise(one, device, dtype_of(device))
-    packed = pack(list(rows) * math.ceil(TOKENS[device] / sum(len(row.ids) for row in rows))).to(device)
-    h = torch.randn(len(packed), model.width, device=device, dtype=dtype_of(device), requires_grad=True)
-    arms = {1.0: one} | {c: apply_mod(twin(one), CapacityPlan(dict.fromkeys(TASKS, (c,))), config).train() for c in SHARES}
+    batch = pack(list(rows) * math.ceil(TOKENS[device] / sum(len(row.ids) for row in rows))).to(device)
+    h = torch.randn(len(batch), model.width, device=device, dtype=dtype_of(device), requires_grad=True)
+    plans = {share: CapacityPlan(dict.fromkeys(TASKS, (share,))) for share in SHARES}
+    arms = {1.0: one} | {share: apply_mod(shared_copy(one), plan, config).train() for share, plan in plans.items()}
     for arm in arms.values():
         arm.__dict__["embed"] = lambda _: h
 
@@ -125,7 +138,12 @@ def measured(model: UnifiedModel, rows: Sequence[TokenSequence], config: RouterC
         for arm in arms.values():
             arm.zero_grad(set_to_none=True)
 
-    times = rounds_of({c: (lambda arm=arm: arm(packed).sum().backward()) for c, arm in arms.items()}, rounds, warmup=2, after=clear)
-    seconds = {c: statistics.median(t.wall if device == "cuda" else t.cpu) for c, t in times.items()}
-    found = {sum(arms[c].layers[0].router.kept(packed)) / len(packed): seconds[c] for c in SHARES}
-    return CostTable(describe(device), len(packed), seconds[1.0], tuple(sorted(found)), tuple(found[c] for c in sorted(found)))
+    steps = {share: (lambda arm=arm: arm(batch).sum().backward()) for share, arm in arms.items()}
+    times = time_interleaved(steps, rounds, warmup=2, after=clear)
+    seconds = {share: statistics.median(t.wall if device == "cuda" else t.cpu) for share, t in times.items()}
+    kept = {share: sum(arms[share].layers[0].router.kept(batch)) / len(batch) for share in SHARES}
+    ascending = sorted(SHARES, key=kept.get)
+    return CostTable(
+        describe(device), len(batch), seconds[1.0],
+        tuple(kept[share] for share in ascending), tuple(seconds[share] for share in ascending),
+    )

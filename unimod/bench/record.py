@@ -1,13 +1,16 @@
-"""What a benchmark leaves: one JSON object, or a table to read.
+"""The command `python -m unimod bench`: its record, one JSON object, and the table to read.
 
-    {"device", "versions", "commit", "command", "rows": [{"preset", "tokens", "capacity", "backend", "realised", ...}]}
+    found = bench("layer", "cpu", rounds=9)         # {"device", "versions", "commit", "command", "rows": [...]}
+    table(found)                                    # Markdown
+    on_gpu(Path("notebooks/records"))               # realised shares on a GPU, or the estimate on paper
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,42 +18,74 @@ from pathlib import Path
 
 import torch
 
+from ..config import ParameterError
 from ..files import facts
-from .clock import OutOfTime
-from .job import Job
-from .parts import PARTS
+from ..presets import CAPTURE_SIZES, CUDA, SIZES
+from .capture import capture
+from .cases import Job, attention, decode, jobs_of, layer, step
+from .timing import MIN_ROUNDS, PARTS, OutOfTime, describe
 
+MEASURES = {"layer": layer, "step": step, "decode": decode, "attention": attention, "capture": capture}
+GPU_SECONDS = 450.0
+"""Deadline of the whole GPU set where none is given: with loading and the last round it ends within 8 minutes."""
 COLUMNS = {
-    "layer": ("preset", "tokens", "batch", "layers", "capacity", "backend", "flops", "time", "time_wall", "realised", "realised_wall", "memory", "ms", "rounds",
-              "note"),
-    "step": ("preset", "tokens", "layers", "way", "capacity", "backend", "flops", "time", "realised", "memory", "ms", "rounds", "note"),
-    "shares": ("preset", "tokens", "layers", "capacity", *PARTS),
-    "decode": ("preset", "what", "batch", "layers", "capacity", "backend", "per_second", "time", "of_floor", "ms", "rounds", "note"),
-    "attention": ("preset", "tokens", "batch", "backend", "time", "ms", "rounds", "note"),
-    "looking": ("preset", "tokens", "layers", "way", "ms", "memory", "kept", "disk", "rounds", "note"),
+    "layer": "preset tokens batch layers capacity backend flops time time_wall realised realised_wall memory ms rounds "
+    "note",
+    "step": "preset tokens layers way capacity backend flops time realised memory ms rounds note",
+    "shares": "preset tokens layers capacity " + " ".join(PARTS),
+    "decode": "preset what batch layers capacity backend per_second time of_floor ms rounds note",
+    "attention": "preset tokens batch backend time ms rounds note",
+    "capture": "preset tokens layers way ms memory kept disk rounds note",
 }
 """What the table shows of each kind of row; shares: of each part in the steps."""
-HEADS = {"flops": "FLOPs", "time_wall": "wall time", "realised_wall": "realised, wall", "per_second": "tokens/s", "of_floor": "of the read floor"}
+HEADS = {
+    "flops": "FLOPs", "time_wall": "wall time", "realised_wall": "realised, wall", "per_second": "tokens/s",
+    "of_floor": "of the read floor",
+}
 
 
-def record(command: str, device: str, rows: list[dict]) -> dict:
-    """The JSON object: what ran where, and the rows."""
-    known = facts()
-    return {"device": describe(device), "versions": {k: known["versions"].get(k) for k in ("python", "torch", "transformers", "triton")},
-            "commit": (known["git"]["sha"] or "unknown") + ("+changes" if known["git"]["dirty"] else ""), "command": command, "rows": rows}
+def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0) -> dict:
+    """Measure and return the record.
+
+    kind: layer, step, decode, attention, capture, or gpu (all of them on all released sizes); preset: by default cpu,
+    for capture released; deadline: seconds, 0 for none. Raises `ParameterError` for what is not known or cannot run
+    here.
+    """
+    if kind == "looking":
+        print("unimod bench: looking is now called capture", file=sys.stderr)
+        kind = "capture"
+    if kind not in (*MEASURES, "gpu"):
+        raise ParameterError(f"bench {kind!r} is not known. Allowed: {', '.join(MEASURES)}, gpu.")
+    captures = kind == "capture"
+    preset, known = preset or ("released" if captures else "cpu"), CAPTURE_SIZES if captures else (*SIZES, "gpu")
+    if preset not in known:
+        raise ParameterError(f"--preset {preset} is not known. Allowed: {', '.join(known)}.")
+    if rounds < MIN_ROUNDS:
+        raise ParameterError(f"--rounds {rounds}: nothing is claimed from less than {MIN_ROUNDS} rounds.")
+    if not deadline >= 0:
+        raise ParameterError(f"--deadline {deadline:g} must be seconds, or 0 for none.")
+    whole = "gpu" in (kind, preset)
+    if (whole or (preset in CUDA and not captures)) and not torch.cuda.is_available():
+        what, on_cpu = "The GPU set" if whole else f"--preset {preset}", [name for name in SIZES if name not in CUDA]
+        raise ParameterError(
+            f"{what} needs CUDA, and torch sees no CUDA device here. Presets for a CPU: {', '.join(on_cpu)}."
+        )
+    command = f"python -m unimod bench {kind}" + (f" --preset {preset}" if kind != "gpu" else "")
+    command += f" --rounds {rounds}" + (f" --deadline {deadline:g}" if deadline else "")
+    if "OMP_NUM_THREADS" in os.environ:
+        command = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} {command}"
+    sizes = [size for name in (CUDA if whole else (preset,)) for size in (CAPTURE_SIZES if captures else SIZES)[name]]
+    until = time.monotonic() + (deadline or (GPU_SECONDS if whole else math.inf))
+    if kind == "gpu":
+        jobs = jobs_of([name for name in MEASURES if name != "capture"], sizes, rounds, until)
+        jobs += jobs_of(["capture"], CAPTURE_SIZES["released"], rounds, until)
+    else:
+        jobs = jobs_of([kind], sizes, rounds, until)
+    return record(command, jobs[0].device, []) | {"rows": run_jobs(jobs, MEASURES)}
 
 
-def describe(device: str) -> str:
-    """The device in words."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"CPU ({names[0] if names else platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} cores"
-
-
-def measure(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[dict]]]) -> list[dict]:
-    """The rows of all jobs; one that finds no time or memory leaves a row that says so. Progress goes to stderr."""
+def run_jobs(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[dict]]]) -> list[dict]:
+    """The rows of all jobs; one that finds no time or memory leaves a row with the reason. Progress goes to stderr."""
     rows: list[dict] = []
     for n, job in enumerate(jobs, 1):
         began, before = time.monotonic(), len(rows)
@@ -62,27 +97,44 @@ def measure(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[di
             rows.append(job.missing(f"dropped at the deadline: {error}"))
         except torch.OutOfMemoryError:
             rows.append(job.missing("out of memory"))
-        except Exception as error:                          # a backend that breaks must not cost the others their rows
-            rows.append(job.missing(f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"))
-        gc.collect()                                        # a routed layer and its norm refer to one another
+        except Exception as error:  # a backend that breaks must not cost the others their rows
+            message = (str(error).splitlines() or [""])[0][:200]
+            rows.append(job.missing(f"failed: {type(error).__name__}: {message}"))
+        gc.collect()  # a routed layer and its norm refer to one another
         if job.device == "cuda":
             torch.cuda.empty_cache()
-        print(f"unimod bench: {n} of {len(jobs)}, {job}: {len(rows) - before} rows in {time.monotonic() - began:.0f} s"
-              + (f" ({rows[-1]['note']})" if rows[-1]["note"] else ""), file=sys.stderr, flush=True)
+        spent, note = time.monotonic() - began, f" ({rows[-1]['note']})" if rows[-1]["note"] else ""
+        done = f"unimod bench: {n} of {len(jobs)}, {job}: {len(rows) - before} rows in {spent:.0f} s{note}"
+        print(done, file=sys.stderr, flush=True)
     return rows
+
+
+def record(command: str, device: str, rows: list[dict]) -> dict:
+    """The JSON object: what ran where, and the rows."""
+    known = facts()
+    return {
+        "device": describe(device),
+        "versions": {k: known["versions"].get(k) for k in ("python", "torch", "transformers", "triton")},
+        "commit": (known["git"]["sha"] or "unknown") + ("+changes" if known["git"]["dirty"] else ""),
+        "command": command, "rows": rows,
+    }
 
 
 def table(found: dict) -> str:
     """The record as Markdown, one table per kind of row: what the command prints and the README quotes."""
-    parts, shares = [], [{**row, **row["shares"], "bench": "shares"} for row in found["rows"] if row.get("shares")]
+    # rows of earlier records are of kind "looking", the former name of capture
+    every = [row | {"bench": "capture"} if row["bench"] == "looking" else row for row in found["rows"]]
+    every += [{**row, **row["shares"], "bench": "shares"} for row in every if row.get("shares")]
+    parts = []
     for kind, columns in COLUMNS.items():
-        rows = [row for row in (*found["rows"], *shares) if row["bench"] == kind]
+        rows = [row for row in every if row["bench"] == kind]
         if rows:
-            shown = [c for c in columns if any(row.get(c) not in (None, "") for row in rows)]
+            shown = [c for c in columns.split() if any(row.get(c) not in (None, "") for row in rows)]
             lines = [[HEADS.get(c, c) for c in shown], *([_cell(row, c) for c in shown] for row in rows)]
             width = [max(len(line[i]) for line in lines) for i in range(len(shown))]
             lines.insert(1, ["-" * w for w in width])
-            parts.append("".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |\n" for line in lines))
+            padded = [" | ".join(cell.ljust(w) for cell, w in zip(line, width)) for line in lines]
+            parts.append("".join(f"| {line} |\n" for line in padded))
     return "\n".join(parts)
 
 
@@ -93,9 +145,46 @@ def _cell(row: dict, column: str) -> str:
     if column == "time":
         return f"{value:.2f} [{row['time_low']:.2f}, {row['time_high']:.2f}]"
     if column in ("memory", "kept", "disk"):
-        return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB" if value >= 2**20 else f"{value / 2**10:.0f} KiB"
+        if value >= 2**30:
+            return f"{value / 2**30:.1f} GiB"
+        return f"{value / 2**20:.0f} MiB" if value >= 2**20 else f"{value / 2**10:.0f} KiB"
     if column in ("ms", "per_second"):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     if column == "capacity":
         return str(value) if isinstance(value, str) else "dense" if value == 1 else f"{value:g}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+PAPER = "estimate on paper, H200, not measured"
+ESTIMATE = (
+    # Per routed layer at capacity 0.5: matrix products at 790 TFLOP/s, memory at 4.3 TB/s; with x = 2 D T bytes,
+    # router, gather and scatter move (10 + 22 c) x in plain torch, (4 + 15 c) x fused, (1 + 6 c) x fused in place,
+    # forward and backward.
+    ("showo-256, 387 x 10", {"plain torch": 0.75, "fused": 0.90, "fused in place": 0.95}),
+    ("showo-512, 1,155 x 24", {"plain torch": 0.91, "fused": 0.95, "fused in place": 0.98}),
+    ("emu3-4k, 4,096 x 4", {"plain torch": 0.955, "fused": 0.98, "fused in place": 0.99}),
+)
+"""Realised share of the theoretical saving, shown until there is a record of a GPU."""
+COMMAND = "python -m unimod bench gpu --out notebooks/records/bench-gpu.json"
+"""Makes the record that takes the estimate's place."""
+
+
+def on_gpu(folder: Path) -> list[dict]:
+    """Realised shares of the stack on a GPU, of the committed records (bench-*.json); where there is none, the
+    estimate. `source` tells which; `kept` is the capacity of every other layer, or "paper" for the paper's own plan."""
+    rows = []
+    for path in sorted(folder.glob("bench-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["device"].startswith("CPU"):
+            continue
+        source = f"{path.name}: {found['device']}, commit {found['commit'][:10]}"
+        for row in found["rows"]:
+            if row["bench"] == "layer" and row["realised"] is not None:
+                model = f"{row['preset']}, {row['tokens']} tokens"
+                measured = {"way": row["backend"], "realised": row["realised"], "source": source}
+                rows.append({"model": model, "kept": str(row["capacity"]), **measured})
+    estimates = [(model, way, share) for model, ways in ESTIMATE for way, share in ways.items()]
+    return rows or [
+        {"model": model, "kept": "0.5", "way": way, "realised": share, "source": PAPER}
+        for model, way, share in estimates
+    ]

@@ -1,4 +1,4 @@
-"""Is the packed way right? Held against transformers' own forward, and against the way such models are usually trained.
+"""Is the packed way right? Compared with transformers' own forward, and with the way such models are usually trained.
 
     error = against_stock(model, rows)        # one sequence at a time, eager attention, dense mask
     loss = padded_step(model, rows)           # rows padded to one length, dense mask, logits of every token
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from ..seam import ATTENTION, query_projection
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute difference of logits and of one gradient, each with the largest value it is to be seen against."""
+    """Largest absolute difference of logits and of one gradient, each with the largest absolute value that occurs."""
 
     logits: float
     largest_logit: float
@@ -32,14 +32,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Padded:
-    """Rows padded to n tokens: ids, position, target int64 [B, n]; mask [B, 1, n, n], 0 or the least number of its dtype."""
+    """Rows padded to n tokens: ids, position, target int64 [B, n]; mask [B, 1, n, n], 0 or its dtype's least number.
+
+    tasks: of each row; None where it has no target.
+    """
 
     ids: Tensor
     position: Tensor
     target: Tensor
     mask: Tensor
     tasks: tuple[Task | None, ...]
-    """Of each row; None where it has no target."""
 
     @classmethod
     def of(cls, rows: list[TokenSequence], like: Tensor) -> Padded:
@@ -47,11 +49,16 @@ class Padded:
         n = max(len(row.ids) for row in rows)
 
         def padded(name: str, value: int = 0) -> Tensor:
-            return torch.stack([F.pad(getattr(row, name), (0, n - len(row.ids)), value=value) for row in rows]).to(like.device)
+            each = [F.pad(getattr(row, name), (0, n - len(row.ids)), value=value) for row in rows]
+            return torch.stack(each).to(like.device)
 
         hidden = torch.arange(n, device=like.device) >= padded("hi", n)[:, None, :, None]
         mask = like.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(like.dtype).min)
         return cls(padded("ids"), padded("position"), padded("target", IGNORE), mask, tuple(map(_learned, rows)))
+
+    def logits(self, lm: nn.Module) -> Tensor:
+        """Logits [B, n, V] of a transformers model."""
+        return lm(input_ids=self.ids, attention_mask=self.mask, position_ids=self.position).logits
 
 
 @contextmanager
@@ -67,39 +74,36 @@ def stock_attention(model: UnifiedModel, name: str = "eager") -> Iterator[nn.Mod
 def against_stock(model: UnifiedModel, rows: list[TokenSequence]) -> Difference:
     """The packed forward and backward of a dense model against transformers' own, row by row with a dense mask."""
     weight = query_projection(model.layers[0]).weight
-    packed = pack(rows).to(model.device)
+    batch = pack(rows).to(model.device)
     with torch.no_grad():
-        ours = model.head(model(packed))
-    gradient = torch.autograd.grad(losses(model, packed).total, weight)[0]
+        ours = model.head(model(batch))
+    gradient = torch.autograd.grad(losses(model, batch).total, weight)[0]
     with stock_attention(model) as lm:
-        theirs = [_logits(lm, Padded.of([row], weight))[0] for row in rows]
-    expected = torch.autograd.grad(_loss(theirs, [row.target.to(weight.device) for row in rows], list(map(_learned, rows))), weight)[0]
+        theirs = [Padded.of([row], weight).logits(lm)[0] for row in rows]
+    loss = _loss(theirs, [row.target.to(weight.device) for row in rows], list(map(_learned, rows)))
+    expected = torch.autograd.grad(loss, weight)[0]
     logits = torch.cat(theirs).detach()
-    return Difference(float((ours - logits).abs().max()), float(logits.abs().max()), float((gradient - expected).abs().max()), float(expected.abs().max()))
+    numbers = ours - logits, logits, gradient - expected, expected
+    return Difference(*(float(x.abs().max()) for x in numbers))
 
 
 def padded_step(model: UnifiedModel, rows: list[TokenSequence] | Padded) -> Tensor:
     """The loss the usual way: rows padded to one length, a dense mask, logits of every token."""
-    batch = rows if isinstance(rows, Padded) else Padded.of(rows, model.head.weight)
+    padded = rows if isinstance(rows, Padded) else Padded.of(rows, model.head.weight)
     with stock_attention(model, "sdpa") as lm:
-        return _loss(_logits(lm, batch), batch.target, batch.tasks)
-
-
-def _logits(lm: nn.Module, batch: Padded) -> Tensor:
-    """Logits [B, n, V] of one padded forward."""
-    return lm(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position).logits
+        return _loss(padded.logits(lm), padded.target, padded.tasks)
 
 
 def _learned(row: TokenSequence) -> Task | None:
     return row.task if (row.target != IGNORE).any() else None
 
 
-def _loss(logits: Tensor | list[Tensor], target: Tensor | list[Tensor], tasks: tuple[Task | None, ...] | list[Task | None]) -> Tensor:
+def _loss(logits: Sequence[Tensor], target: Sequence[Tensor], tasks: Sequence[Task | None]) -> Tensor:
     """The weighted sum of each task's mean cross entropy over all places of its rows that have a target."""
     total = torch.zeros((), device=logits[0].device)
     for task in Task:
-        mine = [i for i, t in enumerate(tasks) if t == task]
-        if mine:
-            x, y = (torch.cat([part[i] for i in mine]) for part in (logits, target))
+        rows = [i for i, t in enumerate(tasks) if t == task]
+        if rows:
+            x, y = (torch.cat([part[i] for i in rows]) for part in (logits, target))
             total = total + COEFFICIENTS[task] * F.cross_entropy(x.float(), y, ignore_index=IGNORE)
     return total

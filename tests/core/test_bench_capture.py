@@ -1,4 +1,6 @@
-"""What looking at attention takes: every way is measured by itself, and what is scaled or not measured says so. No time is asserted."""
+"""What capturing attention takes: every way is measured by itself, and rows that are scaled or not measured have a
+note. No time is asserted.
+"""
 
 import json
 import math
@@ -10,13 +12,13 @@ import pytest
 import torch
 
 from unimod.__main__ import main
-from unimod.bench import looking as module
-from unimod.bench.job import Job
-from unimod.bench.looking import WAYS, looking
-from unimod.bench.record import measure, table
-from unimod.bench.sizes import LOOKED
+from unimod.bench import capture as module
+from unimod.bench.capture import WAYS, capture
+from unimod.bench.cases import Job
+from unimod.bench.record import run_jobs, table
+from unimod.presets import CAPTURE_SIZES
 
-JOB = Job("looking", LOOKED["showo-tiny"][0], 5, ("reference",), "sdpa")
+JOB = Job("capture", CAPTURE_SIZES["showo-tiny"][0], 5, ("reference",), "sdpa")
 
 
 @pytest.fixture
@@ -27,20 +29,24 @@ def here(monkeypatch):
         module._child(job, way, SimpleNamespace(send=sent.append))
         return sent[0]
 
-    monkeypatch.setattr(module, "_apart", apart)
+    monkeypatch.setattr(module, "_in_own_process", apart)
     monkeypatch.setitem(sys.modules, "bertviz", None)
 
 
 def test_a_row_per_way(here):
     pytest.importorskip("pyarrow", reason="what a record takes on disk needs pyarrow, of the extra notebooks")
-    rows = list(looking(JOB))
-    assert [row["way"] for row in rows] == list(WAYS) and {row["tokens"] for row in rows} == {100} and {row["layers"] for row in rows} == {8}
+    rows = list(capture(JOB))
+    assert [row["way"] for row in rows] == list(WAYS) and {row["tokens"] for row in rows} == {100}
+    assert {row["layers"] for row in rows} == {8}
     plain, look, patterns, observed, maps, *pages = rows
     assert [row["note"] for row in pages] == ["not measured: bertviz is not installed"] * 2 and "ms" not in pages[0]
-    assert all(row["ms"] > 0 and row["rounds"] == 5 and row["measured_share"] == 1 and row["note"] == "" for row in rows[:5])
+    assert all(
+        row["ms"] > 0 and row["rounds"] == 5 and row["measured_share"] == 1 and row["note"] == "" for row in rows[:5]
+    )
     model, _ = module.stack(JOB)
     assert maps["kept"] == 4 * 8 * 4 * 100**2 and observed["kept"] == 4 * 8 * 2 * 100 * model.width
-    assert plain["kept"] is plain["disk"] is patterns["disk"] is maps["disk"] is None and 0 < patterns["kept"] < look["kept"] < observed["kept"] < maps["kept"]
+    assert plain["kept"] is plain["disk"] is patterns["disk"] is maps["disk"] is None
+    assert 0 < patterns["kept"] < look["kept"] < observed["kept"] < maps["kept"]
     assert 0 < look["disk"] < observed["disk"]
     shown = table({"rows": rows})
     assert "| plain forward " in shown and "KiB" in shown and "bertviz is not installed" in shown
@@ -49,16 +55,22 @@ def test_a_row_per_way(here):
 def test_its_own_process_and_what_becomes_of_one_that_is_ended(monkeypatch, capsys, tmp_path):
     pytest.importorskip("pyarrow", reason="what a record takes on disk needs pyarrow, of the extra notebooks")
     monkeypatch.setattr(module, "WAYS", {"look": WAYS["look"]})
-    assert main(["bench", "looking", "--preset", "emu3-tiny", "--rounds", "5", "--json", "--out", str(tmp_path / "r.json")]) == 0
+    assert (
+        main(
+            ["bench", "capture", "--preset", "emu3-tiny", "--rounds", "5", "--json", "--out", str(tmp_path / "r.json")]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     row, = found["rows"]
-    assert found["command"].endswith("bench looking --preset emu3-tiny --rounds 5") and row["disk"] > 0 and row["memory"] > 0 and row["preset"] == "emu3-tiny"
+    assert found["command"].endswith("bench capture --preset emu3-tiny --rounds 5") and row["disk"] > 0
+    assert row["memory"] > 0 and row["preset"] == "emu3-tiny"
 
     class Ended:
         def __reduce__(self):
             return os._exit, (1,)
 
-    assert module._apart(JOB, Ended()) == ({}, "out of memory: the system ended it")
+    assert module._in_own_process(JOB, Ended()) == ({}, "out of memory: the system ended it")
 
 
 def test_the_peak_is_what_was_there_at_most():
@@ -78,12 +90,14 @@ def test_maps_that_do_not_fit_are_scaled(monkeypatch):
     monkeypatch.setattr(module, "_free", lambda device: one // 2)
     with pytest.raises(MemoryError, match="the maps of one head take"):
         WAYS["full maps"](model, packed)
-    row, = measure([JOB], {"looking": looking})
+    row, = run_jobs([JOB], {"capture": capture})
     assert "GiB of weights, 0.0 GiB of memory free" in row["note"] and row["realised"] is None
 
 
-@pytest.mark.parametrize(("entries", "shape", "share", "what"), [(2**22, (4, 100, 100), 1 / 8, "4 of 32 maps"),
-                                                                   (3000, (1, 54, 54), 54**2 / 320_000, "54 x 54 of one map")])
+@pytest.mark.parametrize(
+    ("entries", "shape", "share", "what"),
+    [(2**22, (4, 100, 100), 1 / 8, "4 of 32 maps"), (3000, (1, 54, 54), 54**2 / 320_000, "54 x 54 of one map")],
+)
 def test_bertviz_is_given_what_it_can_hold(monkeypatch, entries, shape, share, what):
     given = {}
 
@@ -96,5 +110,7 @@ def test_bertviz_is_given_what_it_can_hold(monkeypatch, entries, shape, share, w
     monkeypatch.setattr(module, "ENTRIES", entries)
     with torch.no_grad():
         run, found, note = WAYS["bertviz model_view"](*module.built(JOB))
-    assert run()[0] == 1000 and found == share and note == f"scaled from {what}; bertviz 1.2.3" and given["action"] == "return"
-    assert given["a"].shape == (1, *shape) and len(given["tokens"]) == shape[1] and given["a"].sum(-1).allclose(torch.ones(1, *shape[:2]))
+    assert run()[0] == 1000 and found == share and note == f"scaled from {what}; bertviz 1.2.3"
+    assert given["action"] == "return"
+    assert given["a"].shape == (1, *shape) and len(given["tokens"]) == shape[1]
+    assert given["a"].sum(-1).allclose(torch.ones(1, *shape[:2]))
