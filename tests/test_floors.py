@@ -14,7 +14,7 @@ FLOORS = [
     ("baselines", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),
     ("data", "flops", "attention_record", "capture", "generate", "train", "evaluate", "analysis", "presets"),
-    ("bench", "tiny", "session", "gallery", "arms", "views"),
+    ("bench", "experiment", "gallery", "views"),
     ("workbook",),
     ("__main__",),
 ]

@@ -204,7 +204,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
 def train_tiny(args: argparse.Namespace) -> None:
     """Train, evaluate on the test split and say how good it is."""
-    from .tiny import train_tiny as make  # torch is not needed by the other commands
+    from .experiment import train_tiny as make  # torch is not needed by the other commands
 
     card = make(args.name, args.out)
     print(f"{args.out}: questions right {card['quality']['questions']['all']:.3f}, pictures right {card['quality']['pictures']['all']:.3f}")

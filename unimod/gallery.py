@@ -27,8 +27,8 @@ from .batch import Modality, Task, pack
 from .capture import AttentionRecord, CaptureError, capture_batch
 from .config import ParameterError
 from .data.sources import read_picture
+from .experiment import Session
 from .models.unified import UnifiedModel
-from .session import Session
 
 LONGEST = 1000
 """Characters of a prompt, which may be as many tokens."""

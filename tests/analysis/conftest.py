@@ -31,6 +31,16 @@ def world():
     return found
 
 
+@pytest.fixture
+def untouched(world):
+    """Fails the test when a model's weights or layers changed."""
+    before = {name: copy.deepcopy(model.state_dict()) for name, (model, _) in world.items()}
+    yield world
+    for name, (model, _) in world.items():
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in before[name].items())
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
 @pytest.fixture(scope="session")
 def dense_maps():
     """The function below."""

@@ -7,18 +7,17 @@ import torch
 from pretend import DEVICE, On, Pretend, there
 
 from unimod.analysis.attention import capture_overview, capture_patterns
-from unimod.analysis.importance import importance
-from unimod.analysis.interactions import gradient_cosine
+from unimod.analysis.layers import importance
 from unimod.analysis.redundancy import arank
 from unimod.analysis.routing import diagnose
+from unimod.analysis.tasks import gradient_cosine
 from unimod.baselines import PRESETS
 from unimod.batch import Task
 from unimod.capture import capture_batch
 from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.evaluate.inference import in_use
-from unimod.evaluate.quality import evaluate
+from unimod.evaluate import evaluate, in_use
 from unimod.generate import Growing, answer, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import from_pretrained, shipped

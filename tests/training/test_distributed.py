@@ -22,11 +22,11 @@ from unimod.batch import pack
 from unimod.config import ParameterError, RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
+from unimod.experiment import fit_image_tokenizer, vocabulary
 from unimod.flops import BACKWARD, count
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
-from unimod.tiny import fit_image_tokenizer, vocabulary
 from unimod.train import Objective, TrainConfig, _groups, train
 
 WORLD = 2

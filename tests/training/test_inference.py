@@ -8,7 +8,7 @@ from unimod.batch import Task, pack
 from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.evaluate.inference import agreement, alone, cache_share, decided, guidance
+from unimod.evaluate import agreement, cache_share, guidance, loss_by_decision, per_token
 from unimod.generate import calibrate, draw
 from unimod.layers import apply_mod, record_routing
 from unimod.losses import losses
@@ -50,13 +50,13 @@ def test_agreement_is_that_of_the_thresholds_with_top_k(world):
 def test_a_decision_alone_has_its_own_loss(world):
     model, _, batches = world
     packed = batches.held_out("validation", 4)
-    rows = {(r["task"], r["decided"]): r for r in decided(model, packed)}
+    rows = {(r["task"], r["decided"]): r for r in loss_by_decision(model, packed)}
     with torch.no_grad():
         direct = losses(model, packed).per_task
     assert rows["t2i", "top-k"]["loss"] == pytest.approx(float(direct[Task.T2I]))
     assert rows["t2i", "alone"]["loss"] != rows["t2i", "top-k"]["loss"]
     assert rows["t2i", "top-k"]["kept"] == pytest.approx(0.4, abs=0.03) and 0.1 < rows["t2i", "alone"]["kept"] < 0.8
-    assert alone(packed).segments != packed.segments and all(s.rule != "topk" for s in alone(packed).segments)
+    assert per_token(packed).segments != packed.segments and all(s.rule != "topk" for s in per_token(packed).segments)
 
 
 def test_what_cannot_judge_alone_says_so(world):

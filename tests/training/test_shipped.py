@@ -8,8 +8,7 @@ import torch
 from unimod.config import MODELS
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.evaluate.detector import detect, matches
-from unimod.evaluate.quality import evaluate, to_pictures
+from unimod.evaluate import detect, evaluate, matches, to_pictures
 from unimod.models.checkpoint import from_pretrained, shipped
 
 DATA = open_data("scenes")

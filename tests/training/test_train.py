@@ -7,19 +7,17 @@ import pytest
 import torch
 
 from unimod.analysis.redundancy import shares
-from unimod.arms import arms_of, read_arms, run_arm
 from unimod.baselines import PRESETS
 from unimod.batch import Task
 from unimod.bench import time_steps
 from unimod.config import ParameterError, Params, RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.evaluate.quality import evaluate
+from unimod.evaluate import evaluate
+from unimod.experiment import Session, arms_of, fit_image_tokenizer, read_arms, run_arm, vocabulary
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
-from unimod.session import Session
-from unimod.tiny import fit_image_tokenizer, vocabulary
 from unimod.train import TrainConfig, train
 
 DATA = open_data("scenes")
@@ -134,7 +132,7 @@ def test_layers_by_arank_and_capacities_per_task(monkeypatch):
     model = fresh().eval()
     session = Session("showo-tiny", model, TOKENIZER, DATA, batches(model))
     asked = []
-    monkeypatch.setattr("unimod.arms.shares", lambda *given: asked.append(given[2:]) or shares(*given))
+    monkeypatch.setattr("unimod.experiment.shares", lambda *given: asked.append(given[2:]) or shares(*given))
     names = ["unimod", "separate.lowest_arank", "shared.highest_arank", "shared.last_half_per_task", "separate.middle"]
     arms = {a.name: a for a in arms_of(Params(models=["showo-tiny"], arms=names, samples=2, tolerance=0.1), session)}
     assert asked == [(2, 0.1)], "measured once, with the run's own samples and tolerance"
@@ -165,7 +163,7 @@ def test_capacities_learned_for_an_arm_cost_what_unimods_do():
                                         ("tread.learned", "one decision"),
                                         ("early-exit.learned", "never comes back")])
 def test_arms_that_do_not_go_together_are_refused(arm, words, monkeypatch):
-    monkeypatch.setattr("unimod.arms.train", lambda *_: pytest.fail("trained before it was refused"))
+    monkeypatch.setattr("unimod.experiment.train", lambda *_: pytest.fail("trained before it was refused"))
     session = Session("showo-tiny", fresh().eval(), TOKENIZER, DATA, batches(fresh()))
     with pytest.raises(ParameterError, match=words):
         arms_of(Params(models=["showo-tiny"], arms=["dense", arm], steps=1, batch=2), session)

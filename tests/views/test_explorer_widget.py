@@ -15,11 +15,11 @@ from PIL import Image
 from unimod.batch import Modality, Task, pack
 from unimod.capture import capture_batch
 from unimod.config import ParameterError, Params
+from unimod.experiment import load
 from unimod.gallery import Gallery
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import build_model
 from unimod.plan import last_half
-from unimod.session import load
 from unimod.views import attention, panels
 from unimod.views.explore import ONE, Explorer, explore
 from unimod.workbook.run_folder import Run

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from unimod.analysis.attention import Patterns
-from unimod.analysis.findings import Finding
-from unimod.analysis.importance import Importance
-from unimod.analysis.interactions import Competition, GradientCosine, JointOrSingle
-from unimod.analysis.redundancy import Spectra, drift
+from unimod.analysis.layers import Importance
+from unimod.analysis.redundancy import Finding, Spectra, drift
+from unimod.analysis.tasks import Competition, GradientCosine, JointOrSingle
 from unimod.batch import Modality, Task, TokenSequence, pack
 from unimod.capture import AttentionRecord, LayerAttention
 from unimod.mask import prefix_hi

@@ -1,23 +1,23 @@
-"""What routers do: whom they keep, by task, layer, modality and place in the picture, and how alike their choices are.
+"""What routers do: which tokens they keep, by task, layer, modality and place in the picture; how alike they choose.
 
-    log = routings(model, packed)                       # or what layers.record_routing gave, on the device of `packed`
-    kept(log, packed), neighbours(log, packed), histograms(log, packed)      # rows of tables
-    positions(log, packed, grid=(6, 6))                 # share kept: [L, 2, h, w]
-    tasks(routings(model, pairs), pairs)                # pairs = batches.paired("test", 16): the same pictures in both tasks
+    log = routings(model, batch)                        # or what layers.record_routing gave, on the device of `batch`
+    kept(log, batch), neighbours(log, batch), histograms(log, batch)         # rows of tables
+    positions(log, batch, grid=(6, 6))                  # share kept: [L, 2, h, w]
+    tasks(routings(model, pairs), pairs)                # pairs = batches.paired("test", 16): pictures in both tasks
     diagnose(model, batches)                            # all of these at once
 
-`packed` is the batch as the model got it, before any layer. A router is judged by the tokens that were up for choice (`Routing.open`). What a
-rule keeps (answers, kinds that are never dropped, tasks at capacity 1, everything under a random router in evaluation) is no evidence of it and
-counts in one column only, `processed` of `kept`. Routers that have stopped choosing are named by `analysis.collapse`.
+`batch` is the batch as the model got it, before any layer. A router is judged by its eligible tokens (`Routing.open`).
+Tokens kept by rule (answers, modalities that are never dropped, tasks at capacity 1, everything under a random router
+in evaluation) are no evidence of it and count in one column only, `processed` of `kept`. Collapse: `analysis.layers`.
 
-Two choices A and B among the same n tokens, of every pool of tokens that compete (a segment; a picture), are compared by
+Two choices A and B among the same n tokens, of every pool of competing tokens (a segment; a picture), are compared by
 
     overlap = sum |A & B| / sum min(|A|, |B|)              1: in every pool the smaller choice lies in the larger one
-    chance  = sum |A| |B| / n / sum min(|A|, |B|)          exactly what independent uniform choices of these sizes give on average
+    chance  = sum |A| |B| / n / sum min(|A|, |B|)          its mean over independent uniform choices of these sizes
     excess  = (overlap - chance) / (1 - chance)            0: as by chance, 1: the same, below 0: they avoid one another
 
 Unlike Jaccard's index this reaches 1 when two layers have different capacities, and its chance has a closed form.
-Letters: L routed layers, T tokens, N tokens of a picture (h x w).
+Letters: L routed layers, T tokens, N tokens of a picture (h x w), P pools.
 """
 
 from __future__ import annotations
@@ -45,48 +45,59 @@ SIDE = 32
 
 
 @torch.no_grad()
-def routings(model: UnifiedModel, packed: Batch) -> dict[int, Routing]:
-    """What every routed layer decides on a batch, by layer, on the CPU, in the mode that the model is in; empty for a dense model."""
+def routings(model: UnifiedModel, batch: Batch) -> dict[int, Routing]:
+    """The routing of every routed layer on a batch, on the CPU, in the model's present mode; {} for a dense model."""
     with record_routing() as log:
-        model(packed.to(model.device))
-    return {layer: replace(r, **{f.name: x.cpu() for f in fields(r) if isinstance(x := getattr(r, f.name), Tensor)}) for layer, r in log.items()}
+        model(batch.to(model.device))
+    return {layer: replace(r, **{f.name: x.cpu() for f in fields(r) if isinstance(x := getattr(r, f.name), Tensor)})
+            for layer, r in log.items()}
 
 
 def choosing(log: Log) -> bool:
-    """Whether any token of the batch was up for choice: not so for a dense model, nor for random routers in evaluation, which keep all."""
+    """Whether any token was eligible: none in a dense model or under random routers in evaluation, which keep all."""
     return any(bool(routing.open.any()) for routing in log.values())
 
 
-def kept(log: Log, packed: Batch) -> list[Row]:
+def kept(log: Log, batch: Batch) -> list[Row]:
     """One row per layer, task and modality that the batch has.
 
-    kept: share of the `up` tokens that were up for choice which the router kept (nan for none); processed: share of all `tokens` that go
-    through the layer, those kept by rule included, which is what the layer costs.
+    kept: share of the `up` eligible tokens that the router kept (nan for none); processed: share of all `tokens` that
+    go through the layer, those kept by rule included, which is what the layer costs.
     """
     rows = []
-    for layer, routing in log.items():
-        through = routing.stays
-        for task in dict.fromkeys(packed.tasks):
-            for modality in Modality:
-                mine = (packed.task == task) & (packed.modality == modality)
-                up = mine & routing.open
-                if mine.any():
-                    rows.append({"layer": layer, "task": _name(task), "modality": _name(modality), "kept": _mean(through[up]), "up": int(up.sum()),
-                                 "processed": _mean(through[mine]), "tokens": int(mine.sum())})
+    for (layer, routing), task, modality in itertools.product(log.items(), dict.fromkeys(batch.tasks), Modality):
+        mine = (batch.task == task) & (batch.modality == modality)
+        if mine.any():
+            up, through = mine & routing.open, routing.stays
+            rows.append({"layer": layer, "task": _name(task), "modality": _name(modality), "kept": _mean(through[up]),
+                         "up": int(up.sum()), "processed": _mean(through[mine]), "tokens": int(mine.sum())})
     return rows
 
 
-def positions(log: Log, packed: Batch, grid: tuple[int, int]) -> Tensor:
-    """Share of the rows that keep each picture token: float32 [L, 2, h, w], layers in the log's order, tasks t2i and mmu.
+def pictures(batch: Batch, task: Task) -> Tensor:
+    """Packed places of the image tokens of a task's rows, in raster order: int64 [rows, N], [0, 0] for none.
 
-    nan where no token was up for choice. Raises ValueError when the pictures of the batch are not of this grid.
+    Raises ValueError for pictures of different sizes.
+    """
+    where = ((batch.modality == Modality.IMAGE) & (batch.task == task)).nonzero()[:, 0]
+    _, sizes = batch.row[where].unique_consecutive(return_counts=True)
+    if len(sizes.unique()) > 1:
+        raise ValueError(f"The pictures of the {_name(task)} rows have between {int(sizes.min())} and "
+                         f"{int(sizes.max())} tokens; their positions compare only at one size.")
+    return where.view(len(sizes), -1) if len(sizes) else where.view(0, 0)
+
+
+def positions(log: Log, batch: Batch, grid: tuple[int, int]) -> Tensor:
+    """Share of the rows that keep each image token: float32 [L, 2, h, w], layers in the log's order, tasks t2i and mmu.
+
+    nan where no token was eligible. Raises ValueError when the pictures of the batch are not of this grid.
     """
     out = torch.full((len(log), len(BOTH), *grid), torch.nan)
     for t, task in enumerate(BOTH):
-        where = pictures(packed, task)
+        where = pictures(batch, task)
         if len(where) and where.shape[1] != grid[0] * grid[1]:
-            raise ValueError(f"The pictures of the {_name(task)} rows have {where.shape[1]} tokens, a grid of {grid} has {grid[0] * grid[1]}; "
-                             "give model.layout.grid and whole pictures.")
+            raise ValueError(f"The pictures of the {_name(task)} rows have {where.shape[1]} tokens, a grid of {grid} "
+                             f"has {grid[0] * grid[1]}; give model.layout.grid and whole pictures.")
         for i, routing in enumerate(log.values()):
             up = routing.open[where]
             if up.any():
@@ -94,135 +105,118 @@ def positions(log: Log, packed: Batch, grid: tuple[int, int]) -> Tensor:
     return out
 
 
-def pools(packed: Batch) -> Tensor:
-    """The segment of every token: int64 [T]."""
-    return torch.repeat_interleave(torch.tensor([s.length for s in packed.segments])).to(packed.ids.device)
-
-
-def pictures(packed: Batch, task: Task) -> Tensor:
-    """Where the picture tokens of a task's rows lie, in raster order: int64 [rows, N], [0, 0] for none.
-
-    Raises ValueError for pictures of different sizes.
-    """
-    where = ((packed.modality == Modality.IMAGE) & (packed.task == task)).nonzero()[:, 0]
-    _, sizes = packed.row[where].unique_consecutive(return_counts=True)
-    if len(sizes.unique()) > 1:
-        raise ValueError(f"The pictures of the {_name(task)} rows have between {int(sizes.min())} and {int(sizes.max())} tokens; "
-                         "their positions compare only at one size.")
-    return where.view(len(sizes), -1) if len(sizes) else where.view(0, 0)
-
-
-def neighbours(log: Log, packed: Batch) -> list[Row]:
-    """One row per routed layer, the `next` routed one, and task: how much they keep the same tokens, in pools that are the segments."""
-    rows = []
-    pool = pools(packed)
-    for (layer, first), (following, second) in itertools.pairwise(log.items()):
-        for task in dict.fromkeys(packed.tasks):
-            up = first.open & second.open & (packed.task == task)
-            if up.any():
-                rows.append({"layer": layer, "next": following, "task": _name(task), **_between(first.stays[up], second.stays[up], pool[up])})
-    return rows
-
-
-def tasks(log: Log, packed: Batch) -> list[Row]:
-    """One row per layer: how much the tasks keep the same tokens of the same pictures, in pools that are the pictures.
-
-    packed: rows of t2i, then the same pictures as rows of mmu, every code known, as `Batches.paired` writes them (Show-o's masked tokens have
-    no content to compare). How many picture tokens a row keeps beside its text is taken as given. Raises ValueError for other batches.
-    """
-    t2i, mmu = (pictures(packed, task).flatten() for task in BOTH)
-    if not len(t2i) or not torch.equal(packed.ids[t2i], packed.ids[mmu]):
-        raise ValueError("The rows of t2i and of mmu do not show the same pictures in the same order, with every code known; write them with Batches.paired.")
-    rows = []
-    for layer, routing in log.items():
-        up = routing.open[t2i] & routing.open[mmu]
-        if up.any():
-            through = routing.stays
-            rows.append({"layer": layer, "task": "t2i and mmu", **_between(through[t2i][up], through[mmu][up], packed.row[t2i][up])})
-    return rows
-
-
 def overlap(both: Tensor, a: Tensor, b: Tensor, n: Tensor) -> Row:
-    """The measure at the top of this file from counts per pool, each [P]: tokens in both choices, in each, and in the pool.
+    """Overlap, chance and excess from counts per pool, each [P]: tokens in both choices, in each, and in the pool.
 
     excess is nan where there was nothing to choose.
     """
     both, a, b, n = (x.double() for x in (both, a, b, n))
     smaller = torch.minimum(a, b).sum()
     found, chance = both.sum() / smaller, (a * b / n).nansum() / smaller
-    return {"overlap": float(found), "chance": float(chance), "excess": float((found - chance) / (1 - chance)), "tokens": int(n.sum())}
+    return {"overlap": float(found), "chance": float(chance), "excess": float((found - chance) / (1 - chance)),
+            "tokens": int(n.sum())}
 
 
-def histograms(log: Log, packed: Batch, bins: int = BINS) -> list[Row]:
-    """One row per layer, task, value and bin: share of the task's tokens in it, from `low` to `high`; the bins span the task's values in the layer.
+def _between(a: Tensor, b: Tensor, pool: Tensor) -> Row:
+    """`overlap` of two choices, bool [M] each, among M tokens of the pools int64 [M]."""
+    return overlap(*(torch.bincount(pool, weights=x.double()) for x in (a & b, a, b, torch.ones_like(a))))
 
-    value: "score" of the tokens that were up for choice, or "gate", the factor on the update of those of them that were kept.
+
+def neighbours(log: Log, batch: Batch) -> list[Row]:
+    """One row per routed layer, the `next` routed one, and task: overlap of their choices, pooled by segment."""
+    rows = []
+    for (layer, first), (following, second) in itertools.pairwise(log.items()):
+        for task in dict.fromkeys(batch.tasks):
+            up = first.open & second.open & (batch.task == task)
+            if up.any():
+                rows.append({"layer": layer, "next": following, "task": _name(task),
+                             **_between(first.stays[up], second.stays[up], batch.segment[up])})
+    return rows
+
+
+def tasks(log: Log, batch: Batch) -> list[Row]:
+    """One row per layer: overlap of the tasks' choices on the same pictures, pooled by picture.
+
+    batch: rows of t2i, then the same pictures as rows of mmu, no token masked, as `Batches.paired` writes them (a
+    masked token has no content to compare). How many image tokens a row keeps beside its text is taken as given. Raises
+    ValueError for other batches.
     """
+    t2i, mmu = (pictures(batch, task).flatten() for task in BOTH)
+    if not len(t2i) or not torch.equal(batch.ids[t2i], batch.ids[mmu]):
+        raise ValueError("The rows of t2i and of mmu do not show the same pictures in the same order, with every code "
+                         "known; write them with Batches.paired.")
+    rows = []
+    for layer, routing in log.items():
+        up, through = routing.open[t2i] & routing.open[mmu], routing.stays
+        if up.any():
+            rows.append({"layer": layer, "task": "t2i and mmu",
+                         **_between(through[t2i][up], through[mmu][up], batch.row[t2i][up])})
+    return rows
+
+
+def histograms(log: Log, batch: Batch, bins: int = BINS) -> list[Row]:
+    """One row per layer, task, value and bin: share of the task's tokens in it, from `low` to `high`; the bins span the
+    task's values in the layer. value: "score" of the eligible tokens, or "gate", the factor on a kept one's update."""
     rows = []
     for layer, routing in log.items():
         chosen = routing.open[routing.index]
-        for value, numbers, of in (("score", routing.score[routing.open], packed.task[routing.open]),
-                                   ("gate", routing.weight[chosen], packed.task[routing.index[chosen]])):
+        values = {"score": (routing.score[routing.open], batch.task[routing.open]),
+                  "gate": (routing.weight[chosen], batch.task[routing.index[chosen]])}
+        for value, (numbers, of) in values.items():
             for task in of.unique().tolist():
                 mine = numbers[of == task].detach().double().cpu()
                 low, high = float(mine.min()), float(mine.max())
                 low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
                 edges, counts = torch.linspace(low, high, bins + 1).tolist(), torch.histc(mine, bins, low, high)
-                rows += [{"layer": layer, "task": _name(Task(task)), "value": value, "low": a, "high": b, "share": float(n) / len(mine)}
-                         for a, b, n in zip(edges, edges[1:], counts)]
+                rows += [{"layer": layer, "task": _name(Task(task)), "value": value, "low": a, "high": b,
+                          "share": float(n) / len(mine)} for a, b, n in zip(edges, edges[1:], counts)]
     return rows
 
 
-def figures(log: Log, packed: Batch, start: Log) -> dict[str, float]:
-    """A few flat figures of one evaluation, means over the routed layers, for curves over training; {} where no token was up for choice.
+def figures(log: Log, batch: Batch, start: Log) -> dict[str, float]:
+    """Scalars of one evaluation for curves over training, means over the routed layers; {} where no token was eligible.
 
-    routing/kept_<task>_<modality>, routing/neighbours_<task> (excess), routing/same_<task>: share of the tokens kept in `start`, the routings
-    of the same batch before training, that are still kept; routing/score: median |score|; routing/gate and gate_sd: its mean and spread.
+    routing/kept_<task>_<modality>, routing/neighbours_<task> (excess), routing/same_<task>: share of the tokens kept in
+    `start`, the routings of the same batch before training, that are still kept; routing/score: median |score|;
+    routing/gate and gate_sd: its mean and spread.
     """
     found: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
         found.setdefault(f"routing/{name}", []).append(value)
 
-    for row in kept(log, packed):
+    for row in kept(log, batch):
         if row["task"] != "lm" and row["modality"] != "special":
             add(f"kept_{row['task']}_{row['modality']}", row["kept"])
-    for row in neighbours(log, packed):
+    for row in neighbours(log, batch):
         if row["task"] != "lm":
             add(f"neighbours_{row['task']}", row["excess"])
     for layer, routing in log.items():
         for task in BOTH:
-            before = start[layer].stays & start[layer].open & (packed.task == task)
+            before = start[layer].stays & start[layer].open & (batch.task == task)
             add(f"same_{_name(task)}", _mean(routing.stays[before]))
         gate = routing.weight[routing.open[routing.index]].double()
         add("score", float(routing.score[routing.open].abs().median()))
         add("gate", float(gate.mean()))
         add("gate_sd", float(gate.var(correction=0).sqrt()) if len(gate) else float("nan"))
-    known = {name: [v for v in values if v == v] for name, values in found.items()}
+    known = {name: [v for v in values if v == v] for name, values in found.items()}            # without nan
     return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def diagnose(model: UnifiedModel, batches: Batches, count: int = 16) -> dict[str, list[Row]]:
-    """The tables of a model on `count` held-out pictures per task: kept, positions, overlaps (neighbours, then tasks) and histograms.
-
-    {} when no token is up for choice (`choosing`). Maps of large pictures are pooled to 32 x 32 cells.
-    """
-    packed, pairs = batches.held_out("test", count), batches.paired("test", count)
-    log = routings(model, packed)
+    """The tables of a model on `count` held-out pictures per task: kept, positions, overlaps (neighbours, then tasks)
+    and histograms; {} when no token is eligible. Maps of large pictures are pooled to SIDE x SIDE cells."""
+    batch, pairs = batches.held_out("test", count), batches.paired("test", count)
+    log = routings(model, batch)
     if not choosing(log):
         return {}
-    maps = positions(log, packed, batches.layout.grid)
+    maps = positions(log, batch, batches.layout.grid)
     maps = F.adaptive_avg_pool2d(maps, tuple(min(side, SIDE) for side in maps.shape[2:]))
     cells = [{"layer": layer, "task": _name(task), "row": y, "column": x, "kept": share}
              for layer, of_layer in zip(log, maps) for task, table in zip(BOTH, of_layer) if not table.isnan().all()
              for y, line in enumerate(table.tolist()) for x, share in enumerate(line)]
-    return {"kept": kept(log, packed), "positions": cells, "overlaps": neighbours(log, packed) + tasks(routings(model, pairs), pairs),
-            "histograms": histograms(log, packed)}
-
-
-def _between(a: Tensor, b: Tensor, pool: Tensor) -> Row:
-    """`overlap` of two choices, bool [M] each, among M tokens of the pools int64 [M]."""
-    return overlap(*(torch.bincount(pool, weights=x.double()) for x in (a & b, a, b, torch.ones_like(a))))
+    alike = neighbours(log, batch) + tasks(routings(model, pairs), pairs)
+    return {"kept": kept(log, batch), "positions": cells, "overlaps": alike, "histograms": histograms(log, batch)}
 
 
 def _name(kind: Task | Modality) -> str:

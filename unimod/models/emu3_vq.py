@@ -9,7 +9,7 @@ The file holds the stock key layout (encoder., decoder., quantize., quant_conv.,
 
 Measured on scenes (default level, 4,000 training and 400 test pictures), the small one, 1,092,543 parameters, 1,000 steps (`python -m
 unimod.models.image_tokenizer emu3vq pictures.npz`), 170 s of one core: test pictures 27.3 dB, 255 codes, all 400 read fully right by
-unimod.evaluate.detector after encode and decode.
+unimod.evaluate after encode and decode.
 
 D latent channels, K codes, t frames.
 """

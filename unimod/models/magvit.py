@@ -8,7 +8,7 @@ Modules are named as in the checkpoint showlab/magvitv2, so its 382 entries load
 
 Measured on scenes (default level, 4,000 training and 400 test pictures), the small one, 621,723 parameters, 1,000 steps (`python -m
 unimod.models.image_tokenizer magvit pictures.npz`), 90 to 111 s of one core: test pictures 28.2 dB, 206 codes, all 400 read fully right by
-unimod.evaluate.detector after encode and decode.
+unimod.evaluate after encode and decode.
 
 N latent vectors, D bits.
 """

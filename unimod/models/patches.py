@@ -7,7 +7,7 @@ When the fitting pictures hold at most `codebook_size` distinct patches, those a
 them (the scenes' default level: 89). Otherwise k-means makes the codes and the report says so. Code 0 is the most frequent patch.
 
 Measured on 4,000 scenes: default level 89 codes in 0.3 s, no picture of 400 in test changed. Hard level, 2,000 scenes: 12,508 distinct
-patches, 256 codes in 2 s, 22.2 dB, .27 of 200 test pictures still read fully right by unimod.evaluate.detector.
+patches, 256 codes in 2 s, 22.2 dB, .27 of 200 test pictures still read fully right by unimod.evaluate.
 
 N patches or pictures, K codes, p pixels along one side of a patch, P = 3 p p values in it.
 """

@@ -1,7 +1,7 @@
 """Figures of notebooks 02, 03 and 07: which layers can be skipped, how much of a map is new, and what training changed
 of it.
 
-    skip_one_layer(frame({"showo-tiny": [t2i, mmu]}))                   # analysis.importance.Importance
+    skip_one_layer(frame({"showo-tiny": [t2i, mmu]}))                   # analysis.layers.Importance
     right_without(frame({"showo-tiny": [questions, pictures]}))         # the same with a share of right answers as the metric
     arank_by_layer(frame({"showo-tiny": [t2i, mmu]}))                   # analysis.redundancy.ARank
     spectra_by_layer(frame({"showo-tiny": [spectra_t2i, spectra_mmu]}))

@@ -8,11 +8,11 @@
     overlaps(pd.DataFrame(tables["overlaps"]))
     score_histograms(pd.DataFrame(tables["histograms"]))
     kept_over_training(evaluation_frame(results))                       # views.runs
-    kept_shares(frame({"showo-tiny": [competition]}))                   # analysis.interactions.Competition; as `kept_by_layer`
+    kept_shares(frame({"showo-tiny": [competition]}))                   # analysis.tasks.Competition; as `kept_by_layer`
     kept_over_steps(frame({"showo-tiny": [competition]}, "steps"))
     gradient_angles(pd.DataFrame(found.table("t2i and mmu")))           # GradientCosine, with a column model
     joint_against_single(frame({"showo-tiny": [result]}))               # JointOrSingle
-    findings(frame({"showo-tiny": found}))                              # analysis.findings.Finding
+    findings(frame({"showo-tiny": found}))                              # analysis.redundancy.Finding
 
 A token is eligible where the plan has the layer choose among tokens of its kind; the others are always kept.
 """

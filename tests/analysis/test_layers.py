@@ -1,5 +1,7 @@
-"""Every way to collapse, made by hand and named by its name alone; routers that look at their tokens are not named."""
+"""Importance against direct computation, without touching the model; every way to collapse, made by hand and named by its
+name alone, while routers that read their tokens are not named."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,11 +9,100 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unimod.analysis.collapse import collapsed
+from unimod.analysis.layers import collapsed, importance
 from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
-from unimod.config import GATES, RouterConfig
+from unimod.capture import capture
+from unimod.config import GATES, ParameterError, RouterConfig
+from unimod.evaluate import evaluate, pictures_right, questions_right
+from unimod.generate import answer, calibrate, draw
+from unimod.layers import apply_mod
+from unimod.losses import losses
 from unimod.mask import prefix_hi
+from unimod.models.unified import without
+from unimod.plan import last_half
 from unimod.router import TaskRouter
+
+
+@pytest.mark.parametrize("name", ("showo-tiny", "emu3-tiny"))
+def test_skipping_a_layer(untouched, name):
+    model, batches = untouched[name]
+    mmu = [batches.single_task(Task.MMU, "validation", 2, start=2 * i) for i in range(2)]
+    found = importance(model, mmu, Task.MMU)
+    short = copy.deepcopy(model)
+    del short.lm.model.layers[3]
+    with torch.no_grad():
+        without_3, whole = losses(short, mmu[1]).per_task[Task.MMU], losses(model, mmu[0]).per_task[Task.MMU]
+    assert found.value[3, 1].item() == pytest.approx(without_3.item(), abs=1e-5)
+    assert found.base[0].item() == pytest.approx(whole.item(), abs=1e-5)
+    assert found.damage.shape == (8, 2) and (found.cosine.abs() <= 1).all() and len(found.table()) == 8
+    with pytest.raises(ValueError, match="no t2i target"):
+        importance(model, mmu, Task.T2I)
+    assert not model.skipped                                                # also after an error
+
+
+@pytest.mark.parametrize("name", ("showo-tiny", "emu3-tiny"))
+@pytest.mark.parametrize("routed", (False, True))
+def test_a_model_without_a_layer_answers_and_draws_like_one_that_lost_it(untouched, name, routed):
+    model, batches = untouched[name]
+    codes, model = batches.codes(batches.samples("test", 0, 3)), copy.deepcopy(model)
+    rows = [model.layout.mmu(c, [("what is it?", "")], open_ended=True) for c in codes]
+    if routed:
+        apply_mod(model, last_half(8, 0.3), RouterConfig())
+        calibrate(model, batches.single_task(Task.T2I, "train", 8))
+    short = copy.deepcopy(model)
+    del short.lm.model.layers[5]
+    with without(model, 5):
+        told, drawn = answer(model, rows), draw(model, ["a red circle"], steps=2, seed=3)
+        with torch.no_grad(), capture(model) as record:
+            model(pack(rows).to(model.device))
+    assert record.layers == (0, 1, 2, 3, 4, 6, 7)
+    assert told == answer(short, rows) and torch.equal(drawn, draw(short, ["a red circle"], steps=2, seed=3))
+    batch = batches.held_out("validation", 2)
+    with torch.no_grad():
+        whole = model(batch)
+        with without(model, 5), without(model, 2):
+            twice = model(batch)
+        del short.lm.model.layers[2]
+        torch.testing.assert_close(twice, short(batch))
+        assert torch.equal(whole, model(batch)) and not torch.allclose(whole, twice)
+
+
+def test_a_layer_comes_back_after_an_error(untouched):
+    model, _ = untouched["showo-tiny"]
+    for bad in (8, -1):
+        with pytest.raises(ParameterError, match="allowed: 0 to 7"), without(model, bad):
+            pass
+    with pytest.raises(ParameterError, match="left out already"), without(model, 1), without(model, 1):
+        pass
+    with pytest.raises(KeyError), without(model, 1):
+        raise KeyError
+    assert model.skipped == frozenset()
+
+
+def test_any_metric_with_its_spread_over_seeds(untouched):
+    model, _ = untouched["showo-tiny"]
+
+    def toy(model, batch):
+        return batch - 10.0 * sum(model.skipped)
+
+    found = importance(model, [1, 3, 5, 7], Task.T2I, toy, name="toy", seeds=[0, 0, 4, 4])
+    row = found.table()[2]
+    assert found.damage.tolist() == [[-10.0 * i] * 4 for i in range(8)] and found.cosine.isnan().all()
+    assert found.per_seed(found.base).tolist() == [2, 6]
+    assert [row[name] for name in ("metric", "value", "base", "seeds", "batches")] == ["toy", 4 - 20, 4, 2, 4]
+    assert row["value_sd"] == pytest.approx(8**0.5) and row["damage_sd"] == 0
+    with pytest.raises(ParameterError, match="3 seeds for 4 batches"):
+        importance(model, [1, 3, 5, 7], Task.T2I, toy, seeds=[0, 1, 2])
+
+
+def test_shares_of_right_answers_are_those_of_the_evaluation(untouched):
+    model, batches = untouched["emu3-tiny"]
+    samples = batches.samples("validation", 3, 4, seed=0)
+    whole = evaluate(model, batches.image_tokenizer, batches.data, "validation", 4, start=3)
+    assert sum(questions_right(model, batches, samples)["all"]) / 8 == whole.questions["all"]
+    pictures = pictures_right(model, batches.image_tokenizer, samples)
+    assert sum(pictures["all"]) / 4 == whole.pictures["all"]
+
 
 TEXT, SIDE = 10, 5
 
