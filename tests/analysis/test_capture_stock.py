@@ -24,11 +24,13 @@ from transformers import (
 from unimod.batch import Modality, Task
 from unimod.capture import CaptureError, capture_stock
 
-SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+SIZES = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
     "grouped heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2)),
     "sliding window": lambda: MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)),
-    "learned positions": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
+    "learned positions": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "bidirectional": lambda: BertModel(BertConfig(**SIZES)),
 }
 IDS = torch.randint(5, 90, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -43,11 +45,12 @@ def test_outputs_are_bit_equal_and_maps_are_the_eager_ones(name, padded):
     with torch.no_grad():
         plain = model(IDS, attention_mask=mask)[0]
         with capture_stock(model) as record:
-            watched = model(input_ids=IDS, attention_mask=mask)[0]
-        assert torch.equal(plain, watched) and torch.equal(plain, model(IDS, attention_mask=mask)[0])
+            captured = model(input_ids=IDS, attention_mask=mask)[0]
+        assert torch.equal(plain, captured) and torch.equal(plain, model(IDS, attention_mask=mask)[0])
         model.set_attn_implementation("eager")
         dense = model(IDS, attention_mask=mask, output_attentions=True).attentions
-    assert record.layers == (0, 1) and record.whole.lengths == tuple(mask.sum(1).tolist()) and set(record.whole.tasks) == {Task.LM}
+    assert record.layers == (0, 1) and record.whole.lengths == tuple(mask.sum(1).tolist())
+    assert set(record.whole.tasks) == {Task.LM}
     for layer, maps in enumerate(dense):
         for row, (a, real) in enumerate(zip(maps, mask.bool())):
             torch.testing.assert_close(record.map(row, layer), a[:, real][:, :, real], atol=1e-5, rtol=1e-4)
@@ -61,10 +64,10 @@ def test_what_the_model_does_on_another_thread_is_not_recorded():
     assert record.whole.lengths == (9, 9, 9)
 
 
-def test_a_vision_language_models_picture_tokens_are_pictures():
+def test_image_tokens_of_a_vision_language_model_have_that_modality():
     torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
-             "model_type": "clip_vision_model", "projection_dim": 16}
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "image_size": 16, "patch_size": 8, "model_type": "clip_vision_model", "projection_dim": 16}
     config = LlavaConfig(vision_config=tower, text_config={**SIZES, "model_type": "llama"}, image_token_index=99)
     model = LlavaForConditionalGeneration(config).eval()
     ids = torch.tensor([[1, 99, 99, 99, 99, 7, 8]])
@@ -72,8 +75,6 @@ def test_a_vision_language_models_picture_tokens_are_pictures():
         model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16))
     assert record.layers == (0, 1) and record.whole.tasks == (Task.MMU,)
     assert (record.whole.modality == Modality.IMAGE).tolist() == [False, True, True, True, True, False, False]
-
-
     model.model.vision_tower.set_attn_implementation("eager")
     with torch.no_grad(), capture_stock(model):
         model(input_ids=ids, pixel_values=torch.randn(1, 3, 16, 16))
@@ -111,8 +112,9 @@ def test_masks_of_numbers_hide_and_add_nothing(lowest):
 
 
 def test_what_cannot_be_recorded_is_refused_with_the_reason():
-    both = BartForConditionalGeneration(BartConfig(vocab_size=100, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                                                   decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))
+    both = BartForConditionalGeneration(BartConfig(
+        vocab_size=100, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16))
     with pytest.raises(CaptureError, match="has an encoder beside its decoder"), capture_stock(both):
         pass
     model = MODELS["grouped heads"]().eval()
@@ -127,5 +129,6 @@ def test_what_cannot_be_recorded_is_refused_with_the_reason():
         model(IDS, attention_mask=holes)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
-    with pytest.raises(CaptureError, match="has 'eager'. Load it with attn_implementation='sdpa'"), capture_stock(model):
+    message = "has 'eager'. Load it with attn_implementation='sdpa'"
+    with pytest.raises(CaptureError, match=message), capture_stock(model):
         pass

@@ -1,4 +1,4 @@
-"""Looking at attention on a GPU: the kernels' statistics, maps, tiles and overviews are those of the CPU."""
+"""Captures on a GPU: the kernels' statistics, maps, tiles and overviews are those of the CPU."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ def both(request):
     if request.param:
         torch.manual_seed(0)
         apply_mod(model, last_half(8, 0.2))
-    packed = batches.single_task(Task.MMU, "validation", 3)
-    record = capture_batch(model, packed)
-    return record, capture_batch(model.to("cuda"), packed), model, packed
+    batch = batches.single_task(Task.MMU, "validation", 3)
+    record = capture_batch(model, batch)
+    return record, capture_batch(model.to("cuda"), batch), model, batch
 
 
 def test_maps_tiles_and_patterns(both):
-    here, there, model, packed = both
+    here, there, model, batch = both
     for layer in (0, 5):
         if not torch.equal(here.index(layer), there.index(layer).cpu()):
             continue                                            # a tie at a router's edge may fall otherwise
@@ -38,15 +38,15 @@ def test_maps_tiles_and_patterns(both):
         asked = here.batch(layer).modality[here.span(1, layer)] == Modality.TEXT
         mine, theirs = (record.layer(layer).received(record.span(1, layer), asked) for record in (here, there))
         torch.testing.assert_close(theirs.cpu(), mine, atol=1e-4, rtol=1e-3)
-    mine, theirs = patterns(here, Task.MMU), capture_patterns(model, [packed], Task.MMU)
+    mine, theirs = patterns(here, Task.MMU), capture_patterns(model, [batch], Task.MMU)
     torch.testing.assert_close(theirs.received[0], mine.received[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(theirs.entropy[0], mine.entropy[0], atol=1e-3, rtol=1e-3)
 
 
 def test_an_overview_is_made_where_the_model_is_and_lies_on_the_cpu(both):
-    here, there, model, packed = both
-    a, b = overview(here, 1, model.layout.token, model.layout.grid), capture_overview(model, packed, 1)
+    here, there, model, batch = both
+    a, b = overview(here, 1, model.layout.token, model.layout.grid), capture_overview(model, batch, 1)
     assert b.maps.device.type == b.received.device.type == b.kept.device.type == b.patterns.mass.device.type == "cpu"
     torch.testing.assert_close(a.maps[0], b.maps[0], atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(a.received[0], b.received[0], atol=1e-3, rtol=1e-2, equal_nan=True)
-    assert len(capture_summary(model, packed, lambda layer: layer.q.device.type)) == 8 and there.layer(0).q.is_cuda
+    assert len(capture_summary(model, batch, lambda layer: layer.q.device.type)) == 8 and there.layer(0).q.is_cuda
