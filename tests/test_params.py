@@ -9,7 +9,7 @@ import yaml
 from unimod.baselines import PRESETS
 from unimod.config import LAYERS, ROUTERS, ParameterError, Params
 from unimod.plan import MAKERS
-from unimod.workbook.run_folder import RUNNERS
+from unimod.workbook.run_folder import RUN_PARAMS
 
 FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).resolve().parents[1] / "params").glob("*.yaml"))}
 
@@ -17,7 +17,7 @@ FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__
 @pytest.mark.parametrize("name", FILES)
 def test_every_key_is_a_parameter_with_a_value_of_its_type(name, tmp_path):
     values = FILES[name]
-    assert values and not set(values) & set(RUNNERS)
+    assert values and not set(values) & set(RUN_PARAMS)
     needs = {"folder": str(tmp_path)} if values.get("data") == "folder" else {}
     params = dataclasses.asdict(Params.of(**values, **needs))
     assert {key: params[key] for key in values} == values  # YAML gave the type itself: 1e-4 without a dot would be a text

@@ -1,6 +1,8 @@
-"""The command line: `python -m unimod {list,check,run,report,inspect,plan,bench,train-tiny,doctor}`; each command explains itself with --help.
+"""The command line: `python -m unimod {list,check,run,report,inspect,plan,bench,train-tiny,doctor}`; each has a --help.
 
     python -m unimod run all -f params/default.yaml
+
+torch takes over a second to import and most commands do without: an action imports what it alone needs.
 """
 
 from __future__ import annotations
@@ -18,92 +20,101 @@ from .files import write
 from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .workbook import report, runner
 from .workbook.request import Request, notebooks
-from .workbook.run_folder import RUNNERS, RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and give its exit code; what went wrong is one paragraph on stderr."""
-    for stream in (sys.stdout, sys.stderr):                 # a bar that a terminal of another encoding cannot show is replaced, and ends nothing
+    """Run one command and return its exit code (`runner`'s); an error is one paragraph on stderr."""
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    add(commands, "list", list_notebooks, "the notebooks, what each asks and how long it takes")
-    for name, action, what in (("check", check, "resolve and print the parameters, and run nothing"),
-                               ("run", run, "run notebooks headlessly and write the report")):
-        command = add(commands, name, action, what)
-        command.add_argument("notebook", help="number (03), name, path, or all")
-        command.add_argument("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins")
-        command.add_argument("-p", "--param", action="append", default=[], metavar="NAME=VALUE", help="one parameter; wins over every file")
-        command.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
-        command.add_argument("--force", action="store_true", help="run again what is done already, from scratch")
-        if name == "run":
-            command.add_argument("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
-    command = add(commands, "report", write_report, "write the report of runs that are done")
-    command.add_argument("runs", type=expanded, help="folder of all runs, or of one run")
-
-    command = add(commands, "inspect", inspect, "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing")
-    command.add_argument("folder", type=expanded, help="folder with config.json and the weights")
-    command.add_argument("--json", action="store_true", help="as one JSON object")
-
-    command = add(commands, "plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
-    command.add_argument("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and plan-highest.yaml")
-    command.add_argument("--model", required=True, type=expanded, help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
-    command.add_argument("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)")
-    command.add_argument("--count", choices=("paper", "full", "time"), default="paper",
-                         help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the stack's time on this "
-                              "machine, predicted from measured layers (default paper)")
-    command.add_argument("--router", default="unimod", help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)")
-    command.add_argument("--json", action="store_true", help="as one JSON object")
-
-    command = add(commands, "bench", run_bench, "what routing saves in time and memory on this machine, measured in turn with the dense model")
-    command.add_argument("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture (of one long row's "
-                         "attention), or gpu (all, on released sizes)")
-    command.add_argument("--preset", default="", help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
-                         "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two (default)")
-    command.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
-    command.add_argument("--deadline", type=float, default=0.0, metavar="SECONDS", help="drop what is not done by then (default: none; 450 for gpu)")
-    command.add_argument("--json", action="store_true", help="as one JSON object")
-    command.add_argument("--out", metavar="FILE", type=expanded, help="also write the JSON object there, such as notebooks/records/bench-h200.json")
-
-    command = add(commands, "train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
-    command.add_argument("name", choices=MODELS)
-    command.add_argument("--out", required=True, metavar="DIR", type=expanded, help="folder for the checkpoint; an interrupted training there goes on")
-
-    command = add(commands, "doctor", show_diagnosis, "versions against the tested ones, device, backends and why, what is missing and what that costs")
-    command.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs, which has to be writable (default: runs)")
-    command.add_argument("--json", action="store_true", help="as one JSON object")
-
-    args = parser.parse_args(argv)
+            stream.reconfigure(errors="replace")            # a terminal that cannot show a bar's character ends nothing
+    args = parser().parse_args(argv)
     try:
         args.action(args)
-    except (ParameterError, RunError) as error:
-        return fail(2, error)
-    except SetupError as error:
-        return fail(error.code, error)
-    except runner.Stop as stop:
-        return fail(stop.code, stop)
-    except report.ReportError as error:
-        return fail(4, error)
-    except OSError as error:
-        return fail(3, f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).")
-    except KeyboardInterrupt:
-        return fail(130, "Interrupted. The notebook under way counts as not done; the same command goes on from there.")
+    except BaseException as error:
+        code = runner.exit_code(error)
+        if code == 1:                                       # unforeseen: with its traceback
+            raise
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
+        elif isinstance(error, KeyboardInterrupt):
+            message = "Interrupted. The notebook under way counts as not done; the same command goes on from there."
+        print(f"unimod: {message}", file=sys.stderr, flush=True)
+        return code
     return 0
 
 
-def add(commands: argparse._SubParsersAction, name: str, action: Callable, what: str) -> argparse.ArgumentParser:
-    """Add a command whose `action` takes the parsed arguments."""
-    command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
-    command.set_defaults(action=action)
-    return command
+def parser() -> argparse.ArgumentParser:
+    """All commands; each sets `action`, a function of the parsed arguments."""
+    top = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
+    def add(name: str, action: Callable, what: str) -> Callable:
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        command.set_defaults(action=action)
+        return command.add_argument
 
-def fail(code: int, message: object) -> int:
-    """Say why on stderr; gives `code` back."""
-    print(f"unimod: {message}", file=sys.stderr, flush=True)
-    return code
+    def as_json(option: Callable) -> None:
+        option("--json", action="store_true", help="as one JSON object")
+
+    add("list", list_notebooks, "the notebooks, what each asks and how long it takes")
+
+    for name, action, what in (("check", check, "resolve and print the parameters, and run nothing"),
+                               ("run", run, "run notebooks headlessly and write the report")):
+        option = add(name, action, what)
+        option("notebook", help="number (03), name, path, or all")
+        option("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins")
+        option("-p", "--param", action="append", default=[], metavar="NAME=VALUE",
+               help="one parameter; wins over every file")
+        option("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
+        option("--force", action="store_true", help="run again what is done already, from scratch")
+    option("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
+
+    option = add("report", write_report, "write the report of runs that are done")
+    option("runs", type=expanded, help="folder of all runs, or of one run")
+
+    option = add("inspect", inspect,
+                 "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing")
+    option("folder", type=expanded, help="folder with config.json and the weights")
+    as_json(option)
+
+    option = add("plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
+    option("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and "
+                        "plan-highest.yaml")
+    option("--model", required=True, type=expanded,
+           help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
+    option("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)")
+    option("--count", choices=("paper", "full", "time"), default="paper",
+           help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the "
+                "stack's time on this machine, predicted from measured layers (default paper)")
+    option("--router", default="unimod",
+           help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)")
+    as_json(option)
+
+    option = add("bench", run_bench,
+                 "what routing saves in time and memory on this machine, measured in turn with the dense model")
+    option("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture "
+                        "(of one long row's attention), or gpu (all, on released sizes)")
+    option("--preset", default="",
+           help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
+                "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two (default)")
+    option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
+    option("--deadline", type=float, default=0.0, metavar="SECONDS",
+           help="drop what is not done by then (default: none; 450 for gpu)")
+    as_json(option)
+    option("--out", metavar="FILE", type=expanded,
+           help="also write the JSON object there, such as notebooks/records/bench-h200.json")
+
+    option = add("train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
+    option("name", choices=MODELS)
+    option("--out", required=True, metavar="DIR", type=expanded,
+           help="folder for the checkpoint; an interrupted training there goes on")
+
+    option = add("doctor", show_diagnosis,
+                 "versions against the tested ones, device, backends and why, what is missing and what that costs")
+    option("--runs", default="runs", metavar="DIR", help="folder of all runs, which has to be writable (default: runs)")
+    as_json(option)
+    return top
 
 
 def list_notebooks(args: argparse.Namespace) -> None:
@@ -113,53 +124,56 @@ def list_notebooks(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Everything a run would check before its first kernel, and what it would do."""
+    """Check all that a run would check before its first kernel, and print what it would do."""
     for step in Request.of(args.notebook, args.file, args.param, args.runs).steps(args.force):
-        state = "waits for an earlier notebook" if step.folder is None else "done before" if step.done and not args.force else "to run"
-        print(f"{step.book.name}: {state}" + (f", {step.folder}" if step.folder else ""))
-        for name in step.book.defaults:
-            if name not in RUNNERS:
-                print(f"    {name} = {getattr(step.params, name)!r}")
+        state = "waits for an earlier notebook"
+        if step.folder is not None:
+            state = f"{'done before' if step.done and not args.force else 'to run'}, {step.folder}"
+        print(f"{step.book.name}: {state}")
+        for name, value in step.asked.items():
+            print(f"    {name} = {value!r}")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run and say where the report is."""
-    page = runner.run(Request.of(args.notebook, args.file, args.param, args.runs), args.force, args.timeout)
-    print(f"report: {page}")
+    """Run, and print where the report is."""
+    request = Request.of(args.notebook, args.file, args.param, args.runs)
+    print(f"report: {runner.run(request, args.force, args.timeout)}")
 
 
 def write_report(args: argparse.Namespace) -> None:
-    """Write the report and say where it is."""
+    """Write the report, and print where it is."""
     print(f"report: {report.write_report(Path(args.runs))}")
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Say what a folder holds. Raises `ParameterError` (after saying it) when its weights do not fit its configuration."""
-    from .models.checkpoint import inspect as look  # torch is not needed by most other commands
+    """Print what a folder holds, then raise `ParameterError` when its weights do not fit its configuration."""
+    from .models.checkpoint import inspect as examine
 
-    found = look(args.folder)
+    found = examine(args.folder)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if not found.loads:
-        raise ParameterError(f"{args.folder} cannot be loaded: its weights do not fit its config.json (see the keys above).")
+        raise ParameterError(f"{args.folder} cannot be loaded: its weights do not fit its config.json (see the keys "
+                             "above).")
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    """Print a plan and its savings. Raises `ParameterError`, for all but what depends on the model before there is one."""
+    """Print a plan and its savings. Raises `ParameterError`, for what depends on no model before one is built."""
     from .baselines import PRESETS
     from .batch import pack
-    from .bench.costs import costs, predicted_seconds  # torch is not needed by most other commands
+    from .bench.costs import costs, predicted_seconds
     from .flops import count, planned, savings
     from .presets import picture_tokenizer, preset
 
     make = maker_of(args.plan)
-    alone = [name for name, config in PRESETS.items() if config.compete == "segment"]
-    if args.router not in alone:
-        raise ParameterError(f"--router {args.router} is not known, or needs many rows where one of each task is counted. Allowed: {', '.join(alone)}.")
+    countable = [name for name, config in PRESETS.items() if config.compete == "segment"]
+    if args.router not in countable:
+        raise ParameterError(f"--router {args.router} is not known, or needs many rows where one of each task is "
+                             f"counted. Allowed: {', '.join(countable)}.")
     if not 0 <= args.saving < 1:
         raise ParameterError(f"--saving {args.saving:g} must be a share: 0 saves nothing, 0.3 saves 30 %.")
     (model, rows), image_tokenizer, router = preset(args.model), picture_tokenizer(args.model), PRESETS[args.router]
 
-    def cost(plan: CapacityPlan) -> float:
+    def flops(plan: CapacityPlan) -> float:
         with planned(model, plan, router):
             found = count(model, pack(rows), image_tokenizer)
         return found.step / found.dense_step
@@ -170,31 +184,41 @@ def show_plan(args: argparse.Namespace) -> None:
     maker = partial(make, len(model.layers))
     try:
         table = costs(model, rows, router) if args.count == "time" else None
-        plan = maker(args.saving) if args.count == "paper" else solve(maker, seconds if table else cost, 1 - args.saving)
+        cost = seconds if table else flops
+        plan = maker(args.saving) if args.count == "paper" else solve(maker, cost, 1 - args.saving)
     except ParameterError as error:
-        raise ParameterError(f"{args.plan} on {args.model}, {args.saving:.1%} counted as {args.count}: {error}") from None
+        asked = f"{args.plan} on {args.model}, {args.saving:.1%} counted as {args.count}"
+        raise ParameterError(f"{asked}: {error}") from None
     found = savings(model, plan, rows, router, image_tokenizer)
     tokens, kinds = {row.task.name.lower(): len(row.ids) for row in rows}, [plan.kind(i) for i in range(plan.layers)]
+    time = 1 - seconds(plan) if table else None
     if args.json:
-        print(json.dumps({"model": args.model, "plan": args.plan, "router": args.router, "layers": plan.layers, "tokens": tokens,
-                          "capacity": plan.capacity, "kinds": kinds, "savings": asdict(found), "time": 1 - seconds(plan) if table else None}))
+        print(json.dumps({"model": args.model, "plan": args.plan, "router": args.router, "layers": plan.layers,
+                          "tokens": tokens, "capacity": plan.capacity, "kinds": kinds, "savings": asdict(found),
+                          "time": time}))
         return
     print(plan, f"kinds  {' '.join(kinds)}", plan.draw(), sep="\n")
-    print(f"on {args.model}, routers {args.router}, one row of {' and one of '.join(f'{n} {task} tokens' for task, n in tokens.items())}:")
-    print(f"  paper     {found.paper:6.1%} saved   kept tokens, as the paper counts")
-    print(f"  full      {found.full:6.1%} saved   a training step: attention's quadratic term, routers, head, text kept by rule, the pictures' codes")
-    print(f"  measured  {found.measured:6.1%} saved   torch's counter, forward and backward, on the same step")
-    print(f"  model     {found.model:6.1%} saved   as full, without the pictures' codes")
+    sizes = " and one of ".join(f"{n} {task} tokens" for task, n in tokens.items())
+    print(f"on {args.model}, routers {args.router}, one row of {sizes}:")
+    lines = [("paper", found.paper, "kept tokens, as the paper counts"),
+             ("full", found.full, "a training step: attention's quadratic term, routers, head, text that is always "
+                                  "kept, the image tokenizer"),
+             ("measured", found.measured, "torch's counter, forward and backward, on the same step"),
+             ("model", found.model, "as full, without the image tokenizer")]
     if table:
-        print(f"  time      {1 - seconds(plan):6.1%} saved   of the stack's predicted time, forward and backward of {table.tokens} tokens on {table.device}")
+        lines.append(("time", time, f"of the stack's predicted time, forward and backward of {table.tokens} tokens on "
+                                    f"{table.device}"))
+    for name, saved, what in lines:
+        print(f"  {name:9s} {saved:6.1%} saved   {what}")
 
 
 def run_bench(args: argparse.Namespace) -> None:
     """Measure, write the record and print it. Raises `ParameterError`, before anything is measured."""
-    from .bench.record import bench, table  # torch is not needed by most other commands
+    from .bench.record import bench, table
 
     if args.out and Path(args.out).is_dir():
-        raise ParameterError(f"--out {args.out} is a folder; name a file in it, such as {Path(args.out) / 'bench.json'}.")
+        raise ParameterError(f"--out {args.out} is a folder; name a file in it, such as "
+                             f"{Path(args.out) / 'bench.json'}.")
     found = bench(args.what, args.preset, args.rounds, args.deadline)
     text = json.dumps(found, indent=1) + "\n"
     if args.out:
@@ -203,15 +227,16 @@ def run_bench(args: argparse.Namespace) -> None:
 
 
 def train_tiny(args: argparse.Namespace) -> None:
-    """Train, evaluate on the test split and say how good it is."""
-    from .experiment import train_tiny as make  # torch is not needed by the other commands
+    """Train, evaluate on the test split and print how good it is."""
+    from .experiment import train_tiny as make
 
-    card = make(args.name, args.out)
-    print(f"{args.out}: questions right {card['quality']['questions']['all']:.3f}, pictures right {card['quality']['pictures']['all']:.3f}")
+    quality = make(args.name, args.out)["quality"]
+    questions, pictures = quality["questions"]["all"], quality["pictures"]["all"]
+    print(f"{args.out}: questions right {questions:.3f}, pictures right {pictures:.3f}")
 
 
 def show_diagnosis(args: argparse.Namespace) -> None:
-    """Say how this installation stands. Raises `SetupError` (after saying it) when something has to be mended."""
+    """Print how this installation stands, then raise `SetupError` when something has to be mended."""
     from .workbook.doctor import diagnose
 
     found = diagnose(args.runs)

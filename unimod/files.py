@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, the folder of runs, and what a record says of the code and the machine behind it.
+"""Files that are written whole or not at all, the folder of runs, and the code and machine that a record names.
 
-Standard library only: every room may use it, and importing it costs nothing.
+Standard library only: every room may use it, and the command line imports it in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,35 +16,18 @@ from pathlib import Path
 
 from .config import SetupError, expanded
 
-
-def home() -> Path:
-    """The folder that relative run folders start from: JupyterLab works in notebooks/, everything else one folder above."""
-    here = Path.cwd()
-    return here.parent if here.name == "notebooks" else here
-
-
-def runs_folder(runs: str | Path) -> Path:
-    """`runs` as an absolute path, the same one from a notebook in JupyterLab and from the command line."""
-    return home() / expanded(runs)
-
-
-def writable(runs: Path) -> None:
-    """Raise `SetupError` where nothing can be written under `runs`, an absolute path that need not exist; nothing is made."""
-    nearest = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise SetupError(f"The folder of runs, {runs}, cannot be made: {nearest} is not a folder. Choose another one with --runs DIR.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise SetupError(f"The folder of runs, {runs}, cannot be written: {nearest} is read-only here. Choose another one with --runs DIR.")
+RECORDED = ("unimod", "torch", "transformers", "triton", "plotly", "papermill")
+"""Packages whose versions are noted beside every result."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise `SetupError` where the disk refuses what the block writes: a full one, a read-only one, a file in a folder's place."""
+    """Raise `SetupError` where the disk refuses what the block writes: full, read-only, a file in a folder's place."""
     try:
         yield
     except OSError as error:
-        raise SetupError(f"{path} cannot be written ({error.strerror or error}). Make room there, or choose another folder of runs with --runs DIR "
-                         "(in a notebook: runs).") from None
+        raise SetupError(f"{path} cannot be written ({error.strerror or error}). Make room there, or choose another "
+                         "folder of runs with --runs DIR (in a notebook: runs).") from None
 
 
 def write(path: Path, text: str) -> None:
@@ -53,25 +36,53 @@ def write(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        os.replace(part, path)              # atomic within a file system: no reader ever sees half a file
+
+
+def writable(runs: Path) -> None:
+    """Raise `SetupError` where nothing can be written under `runs`, an absolute path that need not exist yet."""
+    nearest = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
+    fault = None
+    if not nearest.is_dir():
+        fault = f"cannot be made: {nearest} is not a folder"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        fault = f"cannot be written: {nearest} is read-only here"
+    if fault:
+        raise SetupError(f"The folder of runs, {runs}, {fault}. Choose another one with --runs DIR.")
+
+
+def home() -> Path:
+    """The folder that relative run folders start from."""
+    here = Path.cwd()
+    return here.parent if here.name == "notebooks" else here        # JupyterLab works in notebooks/, all else one above
+
+
+def runs_folder(runs: str | Path) -> Path:
+    """`runs` as an absolute path, the same one from a notebook in JupyterLab and from the command line."""
+    return home() / expanded(runs)
 
 
 def facts() -> dict[str, object]:
-    """What ran this: code, versions, machine."""
+    """What runs here: git commit (`sha`, `dirty`; None without a checkout), versions by package, platform."""
     root = Path(__file__).resolve().parents[1]
-    git = {"sha": None, "dirty": None}
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()
+
+    commit = {"sha": None, "dirty": None}
     if (root / ".git").exists() and shutil.which("git"):
-        say = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()  # noqa: E731
-        git = {"sha": say("rev-parse", "--verify", "-q", "HEAD") or None, "dirty": bool(say("status", "--porcelain"))}
-    versions = {"python": platform.python_version()}
-    for name in ("unimod", "torch", "transformers", "triton", "plotly", "papermill"):
+        sha = git("rev-parse", "--verify", "-q", "HEAD")
+        commit = {"sha": sha or None, "dirty": bool(git("status", "--porcelain"))}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in RECORDED:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"git": git, "versions": versions, "platform": platform.platform()}
+    return {"git": commit, "versions": versions, "platform": platform.platform()}
 
 
 def describe_cpu() -> str:
-    """The CPU in words: the cores that this process may use."""
-    return f"CPU, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    """The CPU in words: how many cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU, {cores} cores"

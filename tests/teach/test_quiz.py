@@ -24,7 +24,7 @@ def test_headless_it_prints_everything_and_the_answers_below(capsys):
 
 def test_without_a_front_end_or_without_widgets_it_prints(capsys, monkeypatch):
     assert quiz(True, *ASKED) is None and "Answers" in capsys.readouterr().out
-    monkeypatch.setattr(room, "someone_looks", lambda: True)
+    monkeypatch.setattr(room, "has_front_end", lambda: True)
     assert quiz(False, *ASKED) is None and "Answers" in capsys.readouterr().out
 
 
@@ -35,7 +35,7 @@ def test_the_module_needs_no_widgets():
 
 
 def test_a_click_is_answered_with_the_reason(capsys, monkeypatch):
-    monkeypatch.setattr(room, "someone_looks", lambda: True)
+    monkeypatch.setattr(room, "has_front_end", lambda: True)
     box = quiz(True, *ASKED)
     first, second, score = box.children
     title, no, yes, _, said = first.children

@@ -1,1 +1,1 @@
-"""The workbook: runs notebooks, keeps what they find in run folders, writes the report, checks exercises and the installation."""
+"""The workbook: runs notebooks, keeps their results in run folders, writes the report, checks exercises."""

@@ -16,8 +16,11 @@ from ..files import describe_cpu, runs_folder, writable
 from ..versions import CHECKOUT, advice, fits, installed, locked, remedy, tested
 from .run_folder import notebook_folders
 
-CORE = ("torch", "transformers", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "pillow", "pyyaml", "psutil", "packaging")
-NOTEBOOKS = ("jupyterlab", "ipykernel", "ipywidgets", "anywidget", "plotly", "papermill", "nbformat", "nbconvert", "pandas", "pyarrow")
+CORE = ("torch", "transformers", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "pillow", "pyyaml",
+        "psutil", "packaging")
+NOTEBOOKS = ("jupyterlab", "ipykernel", "ipywidgets", "anywidget", "plotly", "papermill", "nbformat", "nbconvert",
+             "pandas", "pyarrow")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass
@@ -39,10 +42,14 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [f"Python {self.python} on {self.platform}", f"{'':15s}{'installed':>14s}{'locked':>12s}  tested"]
         for name, row in self.versions.items():
-            mark = "" if row["fits"] else "not installed" if row["installed"] is None else "<- outside the tested range"
-            if row["fits"] and row["locked"] not in (None, row["installed"].split("+")[0]):
+            version, locked, mark = row["installed"], row["locked"], ""
+            if version is None:
+                mark = "not installed"
+            elif not row["fits"]:
+                mark = "<- outside the tested range"
+            elif locked not in (None, version.split("+")[0]):
                 mark = "not the lock's, but tested"
-            lines.append(f"{name:15s}{row['installed'] or '-':>14s}{row['locked'] or '-':>12s}  {row['tested']:22s} {mark}".rstrip())
+            lines.append(f"{name:15s}{version or '-':>14s}{locked or '-':>12s}  {row['tested']:22s} {mark}".rstrip())
         lines.append(f"device: {self.device}")
         for family, row in self.backends.items():
             why = "; ".join(f"{name}: {reason}" for name, reason in row["not"].items())
@@ -52,35 +59,40 @@ class Diagnosis:
 
 
 def diagnose(runs: str = "runs") -> Diagnosis:
-    """Look at this machine and installation; nothing is written."""
+    """Examine this machine and installation; nothing is written."""
     found = Diagnosis(platform.python_version(), platform.platform())
     for name in (*CORE, *NOTEBOOKS, "triton"):
         need = tested().get(name)
-        found.versions[name] = {"installed": installed(name), "locked": locked().get(name), "tested": str(need.specifier) if need else "", "fits": fits(name)}
+        found.versions[name] = {"installed": installed(name), "locked": locked().get(name),
+                                "tested": str(need.specifier) if need else "", "fits": fits(name)}
     lacking = [name for name in CORE if installed(name) is None]
     if lacking:
         found.wrong.append(f"{', '.join(lacking)} not installed, and nothing runs without. Install: {remedy()}.")
-    if text := advice():
-        found.wrong.append(text)
-    if lacking := [name for name in NOTEBOOKS if installed(name) is None]:
-        found.missing.append(f"{', '.join(lacking)}: no notebooks and no report; models, training and benchmarks run without. "
-                             "Install: pip install 'unimod[notebooks]', in a checkout pip install -e '.[notebooks]'.")
+    if advice():
+        found.wrong.append(advice())
+    lacking = [name for name in NOTEBOOKS if installed(name) is None]
+    if lacking:
+        found.missing.append(f"{', '.join(lacking)}: no notebooks and no report; models, training and benchmarks run "
+                             "without. Install: pip install 'unimod[notebooks]', in a checkout "
+                             "pip install -e '.[notebooks]'.")
     if not any(folder.is_dir() for folder in notebook_folders()):
-        found.missing.append("the notebooks: this installation carries none. They lie in the folder notebooks/ of a checkout; call from there.")
+        found.missing.append("the notebooks: this installation carries none. They lie in the folder notebooks/ of a "
+                             "checkout; call from there.")
     if not locked():
-        found.missing.append(f"requirements.lock: not in {CHECKOUT}, so versions are held against the tested ranges alone.")
-    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        found.missing.append(f"requirements.lock: not in {CHECKOUT}, so versions are held against the tested ranges "
+                             "alone.")
+    if not any(map(shutil.which, BROWSERS)):
         found.missing.append("a Chromium browser: only the tests that drive JupyterLab and the report are skipped.")
     try:
         writable(runs_folder(runs))
     except (SetupError, ParameterError) as error:
         found.wrong.append(str(error))
     if found.versions["torch"]["installed"]:
-        _look_at_device(found)
+        _examine_device(found)
     return found
 
 
-def _look_at_device(found: Diagnosis) -> None:
+def _examine_device(found: Diagnosis) -> None:
     import torch
 
     from ..ops.backend import FAMILIES, choice
@@ -99,5 +111,6 @@ def _look_at_device(found: Diagnosis) -> None:
         found.wrong.append(str(error))
     if cuda and find_spec("triton") is None:
         found.missing.append("triton: routed layers gather and scatter in plain torch, slower and with more memory.")
-    if threads := os.environ.get("OMP_NUM_THREADS"):
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads:
         found.device += f", OMP_NUM_THREADS={threads}"

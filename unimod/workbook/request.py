@@ -1,12 +1,12 @@
-"""What was asked of the runner, read and checked without a kernel: notebooks, parameters, run folders.
+"""What is asked of the runner, read and checked without a kernel: notebooks, parameters, run folders.
 
     request = Request.of("all", files=["params/smoke.yaml"], sets=["seed=1"], runs="runs")
     for step in request.steps():
         print(step.book.name, step.folder, step.done)
 
 A notebook's values are its own < files < -p, coerced and checked by `unimod.config.Params`. Its run folder is
-<runs>/<notebook>/<key>/; the key is a hash of the notebook, its parameters, this package and the input files.
-"""
+<runs>/<notebook>/<key>/; the key is a hash of the notebook, its parameters, this package and the input files. No torch
+here. """
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +25,21 @@ import yaml
 from ..config import ParameterError, Params, SetupError, expanded
 from ..files import runs_folder, writable
 from ..plan import maker_of
-from .run_folder import RUNNERS, latest, notebook_folders
+from .run_folder import RUN_PARAMS, latest, notebook_folders
 
+PACKAGE = Path(__file__).parents[1]
 WIRES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "07_training": ("plan", "03_token_redundancy", lambda folder: str(folder / "plan.yaml")),
     "08_compare_runs": ("compare", "07_training", lambda folder: [str(folder)]),
 }
-"""What flows from notebook to notebook unless the user sets it: the parameter, the notebook that makes it, and what of its folder."""
+"""Results handed on unless the user sets them: a parameter, the notebook that makes it, and what of its folder."""
+INPUTS = ("plan", "checkpoint", "routed", "folder")
+"""Parameters that may name a file or folder whose content belongs to the key."""
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """What the runner knows of a notebook without a kernel: its question, measured minutes, parameters and source."""
+    """What is known of a notebook without a kernel: its question, measured minutes, parameters and source."""
 
     path: Path
     title: str
@@ -53,26 +56,26 @@ class Notebook:
     def read(cls, path: Path) -> Notebook:
         """Read a notebook. Raises `ParameterError` when its parameters cell does not hold literals with known names."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            cells = [(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in content["cells"]]
+            cells, metadata = _parse(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ParameterError(f"{path} cannot be read as a notebook ({type(error).__name__}: {error}).") from None
         prose = "\n".join(text for kind, text, _ in cells if kind == "markdown").splitlines()
         title = next((line.lstrip("# ") for line in prose if line.startswith("#")), path.stem)
-        tagged = [text for _, text, tags in cells if "parameters" in tags]
+        tagged = _parameter_cells(cells)
         if len(tagged) != 1:
-            raise ParameterError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; a notebook of the workbook has exactly one.")
+            raise ParameterError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; a notebook of the "
+                                 "workbook has exactly one.")
         defaults = _literals(tagged[0], path.name)
         missing = [name for name in ("interactive", "run_dir") if name not in defaults]
         if missing:
-            raise ParameterError(f"{path.name} has no {' and no '.join(missing)} in its parameters cell, and the runner has to set them.")
-        minutes = content["metadata"].get("unimod", {}).get("minutes", 1.0)
-        return cls(path, title, minutes, defaults, json.dumps(cells))
+            raise ParameterError(f"{path.name} has no {' and no '.join(missing)} in its parameters cell, and the "
+                                 "runner has to set them.")
+        return cls(path, title, metadata.get("unimod", {}).get("minutes", 1.0), defaults, json.dumps(cells))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One notebook of a call: what it will be given, and its run folder, unknown while it waits for another notebook's result."""
+    """One notebook of a call: its parameters, and its run folder; None while it waits for another notebook's result."""
 
     book: Notebook
     params: Params
@@ -85,6 +88,11 @@ class Step:
             return False
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["status"] == "ok"
 
+    @property
+    def asked(self) -> dict[str, object]:
+        """What it computes: all its parameters but those that the runner sets."""
+        return {name: getattr(self.params, name) for name in self.book.defaults if name not in RUN_PARAMS}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -96,37 +104,32 @@ class Request:
 
     @classmethod
     def of(cls, which: str, files: Sequence[str] = (), sets: Sequence[str] = (), runs: str | Path = "runs") -> Request:
-        """Find the notebooks and gather the values; `steps` then checks them. Raises `ParameterError` for a name nobody declares, `SetupError` where
-        there are no notebooks or runs cannot be written."""
+        """Find the notebooks and gather the values; `steps` then checks them.
+
+        Raises `ParameterError` for a name that no notebook declares, `SetupError` where there are no notebooks or runs
+        cannot be written.
+        """
         books = find(which)
-        from_files = {name: value for file in files for name, value in _read_yaml(Path(file)).items()}
+        known = books if which.endswith(".ipynb") else notebooks()      # a notebook given by its path needs no others
+        from_files = {name: value for file in files for name, value in _read_yaml(file).items()}
         from_line = dict(_assignment(text) for text in sets)
-        known = books if which.endswith(".ipynb") else notebooks()          # a notebook given by its path needs no others
-        for names, where in ((from_files, {book.name: book for book in (*known, *books)}.values()), (from_line, books)):
-            for name in names:
-                if name in RUNNERS:
-                    raise ParameterError(f"{name} is set by the runner. To choose the folder of all runs use --runs DIR.")
-                if name not in Params.names():
-                    Params.of(**{name: ""})  # raises, with the nearest name
-                if not any(name in book.defaults for book in where):
-                    asked = f"{books[0].name} does not declare" if len(books) == 1 else "No notebook declares"
-                    owners = [book.name for book in known if name in book.defaults]
-                    raise ParameterError(f"{asked} {name!r}." + (f" It belongs to {', '.join(owners)}." if owners else "")
-                                         + f" Declared: {', '.join(sorted({n for b in where for n in b.defaults} - set(RUNNERS)))}.")
-        writable(runs_folder(runs))
-        return cls(books, from_files | from_line, runs_folder(runs))
+        _refuse_undeclared(from_files, known, books, known)             # one file serves all notebooks
+        _refuse_undeclared(from_line, books, books, known)
+        folder = runs_folder(runs)
+        writable(folder)
+        return cls(books, from_files | from_line, folder)
 
     def step(self, book: Notebook, made: Mapping[str, Path]) -> Step:
-        """A notebook with its resolved parameters; `made` holds the folders of this call's finished runs, for the wires."""
+        """A notebook with its resolved parameters; `made`: by name, the folders of this call's finished runs."""
         values = dict(book.defaults) | {name: value for name, value in self.given.items() if name in book.defaults}
+        parameter, source, take = WIRES.get(book.name, ("", "", None))
         waits = False
-        if book.name in WIRES and WIRES[book.name][0] in book.defaults and not self.given.get(WIRES[book.name][0]):
-            name, source, take = WIRES[book.name]
+        if parameter in book.defaults and not self.given.get(parameter):
             waits = source not in made and any(other.name == source for other in self.books)
             if source in made:
-                values[name] = take(made[source])
-            elif name == "compare" and not waits:
-                values[name] = take(latest(self.runs, source))
+                values[parameter] = take(made[source])
+            elif parameter == "compare" and not waits:                  # a plan has a default, a comparison has none
+                values[parameter] = take(latest(self.runs, source))
         try:
             params = Params.of(**values | {"interactive": False, "runs": str(self.runs), "run_dir": ""})
             if "plan" in book.defaults or "saving" in book.defaults:
@@ -137,27 +140,29 @@ class Request:
             raise ParameterError(f"{book.name}: {error}") from None
         if waits:
             return Step(book, params, None)
-        folder = self.runs / book.name / _key(book, params)
+        folder = self.runs / book.name / _key(Step(book, params, None))
         return Step(book, dataclasses.replace(params, run_dir=str(folder)), folder)
 
     def steps(self, force: bool = False) -> list[Step]:
-        """All notebooks as far as they are known before the first one runs. Raises `ParameterError`, also for a missing GPU."""
+        """All notebooks as far as known before the first one runs. Raises `ParameterError`, also for a missing GPU."""
         made: dict[str, Path] = {}
         steps = []
         for book in self.books:
-            steps.append(self.step(book, made))
-            if steps[-1].done and not force:
-                made[book.name] = steps[-1].folder
+            step = self.step(book, made)
+            steps.append(step)
+            if step.done and not force:
+                made[book.name] = step.folder
         if any(step.params.device == "cuda" for step in steps):
-            import torch
+            import torch  # over a second: only for a call that names CUDA
 
             if not torch.cuda.is_available():
-                raise ParameterError("device='cuda', but torch sees no CUDA device here. Use device=auto or device=cpu.")
+                raise ParameterError("device='cuda', but torch sees no CUDA device here. Use device=auto or "
+                                     "device=cpu.")
         return steps
 
 
 def notebooks() -> tuple[Notebook, ...]:
-    """The workbook's numbered notebooks, of the first of `notebook_folders` that holds any; other people's are passed over.
+    """The workbook's numbered notebooks, of the first of `notebook_folders` that holds any; others are left out.
 
     Raises `SetupError` where there are none.
     """
@@ -165,28 +170,19 @@ def notebooks() -> tuple[Notebook, ...]:
         found = {path: _of_the_workbook(path) for path in sorted(place.glob("[0-9][0-9]_*.ipynb"))}
         if True in found.values():
             return tuple(Notebook.read(path) for path, ours in found.items() if ours is not False)
-    raise SetupError("This installation of unimod carries no notebooks, and there are none in the folder notebooks/ here. They come with a checkout of "
-                     "the project, and with an installation made from one (pip install PATH/TO/CHECKOUT): call from the checkout, or install anew. A "
-                     "notebook of your own runs by its path.")
-
-
-def _of_the_workbook(path: Path) -> bool | None:
-    """Whether a notebook says that it is one of the workbook's; None: it cannot be read, so nobody knows."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tagged = ["".join(cell["source"]) for cell in content["cells"] if "parameters" in cell["metadata"].get("tags", [])]
-        return "unimod" in content["metadata"] or any("run_dir" in text for text in tagged)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    raise SetupError("This installation of unimod carries no notebooks, and there are none in the folder notebooks/ "
+                     "here. They come with a checkout of the project, and with an installation made from one (pip "
+                     "install PATH/TO/CHECKOUT): call from the checkout, or install anew. A notebook of your own runs "
+                     "by its path.")
 
 
 def find(which: str) -> tuple[Notebook, ...]:
-    """Notebooks by number (3 or 03), name, path, or all of them."""
+    """Notebooks by number (3 or 03), name, path, or all of them. Raises `ParameterError` when there is none such."""
     if which.endswith(".ipynb"):
         return (Notebook.read(Path(expanded(which))),)
     books = notebooks()
-    prefix = f"{int(which):02d}_" if which.isdecimal() else which
-    found = [book for book in books if which in ("all", book.name) or (which.isdecimal() and book.name.startswith(prefix))]
+    number = f"{int(which):02d}_" if which.isdecimal() else None
+    found = [book for book in books if which in ("all", book.name) or (number and book.name.startswith(number))]
     if not found:
         near = difflib.get_close_matches(which, [book.name for book in books], n=1, cutoff=0.4)
         raise ParameterError(f"There is no notebook {which!r}." + (f" Did you mean {near[0]!r}?" if near else "")
@@ -194,34 +190,79 @@ def find(which: str) -> tuple[Notebook, ...]:
     return tuple(found)
 
 
+def _parse(path: Path) -> tuple[list[tuple[str, str, list[str]]], dict]:
+    """Type, source and tags of every cell, and the notebook's metadata; nbformat's import alone takes 0.3 s."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cells = content["cells"]
+    return ([(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells],
+            content["metadata"])
+
+
+def _parameter_cells(cells: Iterable[tuple[str, str, list[str]]]) -> list[str]:
+    return [text for _, text, tags in cells if "parameters" in tags]
+
+
+def _of_the_workbook(path: Path) -> bool | None:
+    """Whether a notebook is one of the workbook's by its own account; None when it cannot be read."""
+    try:
+        cells, metadata = _parse(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return "unimod" in metadata or any("run_dir" in text for text in _parameter_cells(cells))
+
+
 def _literals(source: str, where: str) -> dict[str, object]:
-    """The assignments of a parameters cell."""
+    """The assignments of a parameters cell by name. Raises `ParameterError` for anything else in it."""
     values = {}
     try:
         body = ast.parse(source).body
     except SyntaxError as error:
         raise ParameterError(f"{where}: the parameters cell is not Python ({error}).") from None
     for node in body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
         try:
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             values[target.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            raise ParameterError(f"{where}: `{ast.unparse(node)}` in the parameters cell is not a name with a plain value. What is "
-                                 "computed there goes stale when a parameter is set; move it into the next cell.") from None
+            raise ParameterError(f"{where}: `{ast.unparse(node)}` in the parameters cell is not a name with a plain "
+                                 "value. What is computed there goes stale when a parameter is set; move it into "
+                                 "the next cell.") from None
     try:
-        Params.of(**{name: "" for name in values if name not in Params.names()})
+        for name in values:
+            _refuse_unknown(name)
     except ParameterError as error:
         raise ParameterError(f"{where}: {error}") from None
     return values
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def _refuse_unknown(name: str) -> None:
+    if name not in Params.names():
+        Params.of(**{name: ""})                                         # raises, with the nearest name
+
+
+def _refuse_undeclared(values: Iterable[str], allowed: Iterable[Notebook], asked: Sequence[Notebook],
+                       known: Iterable[Notebook]) -> None:
+    """Raise `ParameterError` for a name that none of the `allowed` notebooks declares."""
+    declared = {name for book in allowed for name in book.defaults} - set(RUN_PARAMS)
+    for name in values:
+        if name in RUN_PARAMS:
+            raise ParameterError(f"{name} is set by the runner. To choose the folder of all runs use --runs DIR.")
+        _refuse_unknown(name)
+        if name not in declared:
+            who = f"{asked[0].name} does not declare" if len(asked) == 1 else "No notebook declares"
+            owners = ", ".join(book.name for book in known if name in book.defaults)
+            raise ParameterError(f"{who} {name!r}." + (f" It belongs to {owners}." if owners else "")
+                                 + f" Declared: {', '.join(sorted(declared))}.")
+
+
+def _read_yaml(path: str) -> dict[str, object]:
+    """The values of a parameter file."""
     try:
         values = yaml.safe_load(Path(expanded(path)).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ParameterError(f"The parameter file {str(path)!r} cannot be read: {error}. The folder params/ holds examples.") from None
+        raise ParameterError(f"The parameter file {path!r} cannot be read: {error}. The folder params/ holds "
+                             "examples.") from None
     if not isinstance(values, dict | None):
-        raise ParameterError(f"The parameter file {str(path)!r} must hold lines such as 'steps: 60'.")
+        raise ParameterError(f"The parameter file {path!r} must hold lines such as 'steps: 60'.")
     return values or {}
 
 
@@ -234,37 +275,38 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _layers(params: Params) -> int | None:
     """Layers of the model that a run starts from; None where its config.json does not say."""
-    folder = Path(params.checkpoint or Path(__file__).parents[1] / "checkpoints" / params.models[0])
+    folder = Path(params.checkpoint or PACKAGE / "checkpoints" / params.models[0])
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_hidden_layers")
     except (OSError, ValueError):
         return None
 
 
-def _key(book: Notebook, params: Params) -> str:
+def _key(step: Step) -> str:
     """The same for the same computation wherever it lies on the disk: inputs count by what they hold."""
-    values = {name: getattr(params, name) for name in book.defaults if name not in RUNNERS}
-    for name in ("plan", "checkpoint", "routed", "folder"):
+    values = step.asked
+    for name in INPUTS:
         if values.get(name) and Path(values[name]).exists():
             values[name] = _fingerprint(Path(values[name]))
     if "compare" in values:
         values["compare"] = [_fingerprint(Path(folder) / "done.json") for folder in values["compare"]]
-    return hashlib.sha256(json.dumps([book.source, values, _package()], sort_keys=True).encode()).hexdigest()[:10]
+    return hashlib.sha256(json.dumps([step.book.source, values, _package()], sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _fingerprint(path: Path) -> str:
     """A file by its content; a folder, which may hold gigabytes, by the names, sizes and times of its files."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    files = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.rglob("*")) if p.is_file()]
+    found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    files = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 @functools.cache
 def _package() -> str:
     """All of this package's files, the shipped checkpoints included, by content."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*")):
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+            digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
     return digest.hexdigest()

@@ -5,12 +5,11 @@
     run.figure(fig, "rank_by_layer", caption="What to see in it.", alt="What is drawn, for those who cannot see it.")
     run.finish()
 
-No notebook package is imported before it is needed: a figure is anything with `to_json`, a table anything with `to_parquet`.
-"""
+Notebook packages are imported when first needed: a figure is anything with `to_json`, a table anything with
+`to_parquet`. """
 
 from __future__ import annotations
 
-import array
 import base64
 import dataclasses
 import importlib.util
@@ -32,22 +31,29 @@ import yaml
 from ..config import Params
 from ..files import describe_cpu, home, runs_folder, write, writing
 
-SAY_EVERY = 5.0
+PROGRESS_SECONDS = 5.0
 """Seconds between two progress lines where no bar can be drawn."""
-RUNNERS = ("run_dir", "interactive", "runs")
-"""Parameters that say where and how a run happens, not what it computes."""
+RUN_PARAMS = ("run_dir", "interactive", "runs")
+"""Parameters that say where and how a run happens, not what it computes; the runner sets them."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-OWN_FILES = {"results.json", "done.json", "run.json", "params.yaml", "log.txt", "report.html", "plotly.min.js", "figures", "tables"}
+OWN_FILES = {"results.json", "done.json", "run.json", "params.yaml", "log.txt", "report.html", "plotly.min.js",
+             "figures", "tables"}
+DATA_KEYS = ("x", "y", "z", "r", "theta", "values", "a", "b", "lat", "lon", "cells", "dimensions", "link", "source",
+             "value")
+"""Where plotly's traces keep what they draw."""
 
 
 class RunError(RuntimeError):
-    """Something that cannot be written into a run folder: the message says what and how to mend it."""
+    """Something that cannot be written into a run folder, or is missing there: the message says what and the fix."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder. Everything but `finish` may be called in any order; a cell that is run again replaces what it wrote."""
+    """An open run folder. All but `finish` may be called in any order; a cell run again replaces what it wrote.
+
+    Methods raise `RunError` for what a run folder does not take, `SetupError` where the disk refuses.
+    """
 
     notebook: str
     dir: Path
@@ -57,54 +63,57 @@ class Run:
 
     @classmethod
     def open(cls, notebook: str, params: Params) -> Run:
-        """Start writing to `params.run_dir`, or without one to <runs>/<notebook>/interactive, where older files stay until replaced."""
+        """Start writing to `params.run_dir`; without one to <runs>/<notebook>/interactive, where older files stay."""
         folder = Path(params.run_dir) if params.run_dir else runs_folder(params.runs) / notebook / "interactive"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "done.json").unlink(missing_ok=True)
         write(folder / "results.json", "[]\n")
         if not params.run_dir:
-            values = {name: value for name, value in dataclasses.asdict(params).items() if name not in RUNNERS}
+            values = {name: value for name, value in dataclasses.asdict(params).items() if name not in RUN_PARAMS}
             write(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
         return cls(notebook, folder, params)
 
     def result(self, name: str, value: object, unit: str = "", n: int | None = None, seed: int | None = None) -> None:
-        """Note one number (or word) with its unit, the number of samples behind it and its seed. None says: could not be measured."""
+        """Note one number (or word) with its unit, the samples behind it and its seed; None: could not be measured."""
         if hasattr(value, "item"):
             value = value.item()
         if isinstance(value, float) and not math.isfinite(value):
-            raise RunError(f"Result {name!r} is {value}: not a number anyone can compare. Find its cause, or note None where nothing "
-                           "could be measured.")
+            raise RunError(f"Result {name!r} is {value}: not a number anyone can compare. Find its cause, or note "
+                           "None where nothing could be measured.")
         if not name or not (value is None or isinstance(value, bool | int | float | str)):
-            raise RunError(f"Result {name!r} = {value!r} must have a name and be one number, word, true, false or None.")
+            raise RunError(f"Result {name!r} = {value!r} must have a name and be one number, word, true, false or "
+                           "None.")
         results = self.written["results"]
         others = [row for row in results if (row["name"], row["seed"]) != (name, seed)]
-        self._once("result", name, len(others) < len(results))
+        self._refuse_second("result", name, len(others) < len(results))
         results[:] = [*others, {"name": name, "value": value, "unit": unit, "n": n, "seed": seed}]
         write(self.dir / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
     def figure(self, fig, name: str, caption: str, alt: str):
-        """Save a plotly figure for the report and give it back, so that the cell shows it."""
-        from ..views.style import FIGURE_BYTES  # plotly is imported with it: not before there is a figure
+        """Save a plotly figure for the report and return it, so that the cell shows it."""
+        from ..views.style import FIGURE_BYTES
 
         self._claim("figures", name)
-        for what, text in (("caption", caption), ("alt", alt)):
-            if not text.strip():
-                raise RunError(f"Figure {name!r} has no {what}: say in a sentence what {'to see' if what == 'caption' else 'is drawn'}.")
+        if not caption.strip():
+            raise RunError(f"Figure {name!r} has no caption: say in a sentence what to see.")
+        if not alt.strip():
+            raise RunError(f"Figure {name!r} has no alt: say in a sentence what is drawn.")
         text = fig.to_json()
-        size = len(text.encode())
+        size, content = len(text.encode()), json.loads(text)
         if size > FIGURE_BYTES:
-            raise RunError(f"Figure {name!r} is {size / 1000:.0f} KB; a report stays light with at most {FIGURE_BYTES // 1000} KB each. "
-                           "Pool its maps to 32 bins as uint8, or draw fewer slider frames; raw data belongs into run.table or run.path.")
-        content = json.loads(text)
+            raise RunError(f"Figure {name!r} is {size / 1000:.0f} KB; a report stays light with at most "
+                           f"{FIGURE_BYTES // 1000} KB each. Pool its maps to 32 bins as uint8, or draw fewer slider "
+                           "frames; raw data belongs into run.table or run.path.")
         if not drawable(content):
-            raise RunError(f"Figure {name!r} would be blank: none of its visible traces holds data. Look at the frame it was made from.")
+            raise RunError(f"Figure {name!r} would be blank: none of its visible traces holds data. Look at the "
+                           "frame it was made from.")
         saved = {"name": name, "caption": caption, "alt": alt, "figure": content}
         write(self.dir / "figures" / f"{name}.json", json.dumps(saved, separators=(",", ":")))
         return fig
 
     def table(self, frame, name: str):
-        """Save a data frame as parquet for the report and give it back, so that the cell shows it."""
+        """Save a data frame as parquet for the report and return it, so that the cell shows it."""
         self._claim("tables", name)
         path = self.dir / "tables" / f"{name}.parquet"
         with writing(path):
@@ -114,11 +123,11 @@ class Run:
         return frame
 
     def path(self, name: str) -> Path:
-        """Where another file or folder of this run goes (`plan.yaml`, `checkpoints/unimod`); `finish` checks that it was written."""
+        """Where another file or folder of this run goes (`checkpoints/unimod`); `finish` checks that it is there."""
         parts = name.split("/")
         if not all(PART.fullmatch(part) for part in parts) or parts[0] in OWN_FILES:
-            raise RunError(f"{name!r} cannot be a file of a run: letters, digits, '.', '_' and '-', folders separated by '/', and not one "
-                           f"of {', '.join(sorted(OWN_FILES))}.")
+            raise RunError(f"{name!r} cannot be a file of a run: letters, digits, '.', '_' and '-', folders "
+                           f"separated by '/', and not one of {', '.join(sorted(OWN_FILES))}.")
         if name not in self.written["files"]:
             self.written["files"].append(name)
         path = self.dir / name
@@ -127,104 +136,112 @@ class Run:
         return path
 
     def finish(self) -> None:
-        """Mark the run as done, as the very last thing, after checking that it holds what it promised."""
+        """Mark the run as done, as the very last thing, after checking that it holds all it announced."""
         if not any(self.written.values()):
-            raise RunError(f"{self.notebook} has written nothing: call run.result, run.figure, run.table or run.path before run.finish().")
+            raise RunError(f"{self.notebook} has written nothing: call run.result, run.figure, run.table or run.path "
+                           "before run.finish().")
         missing = [name for name in self.written["files"] if not (self.dir / name).exists()]
         if missing:
             raise RunError(f"{self.notebook} asked for a place for {', '.join(missing)} but wrote nothing there.")
-        done = {"notebook": self.notebook, "finished": datetime.now(UTC).isoformat(), "seconds": round(time.monotonic() - self.opened, 1),
-                "device": _device(self.params.device), **self.written, "results": len(self.written["results"])}
+        done = {"notebook": self.notebook, "finished": datetime.now(UTC).isoformat(),
+                "seconds": round(time.monotonic() - self.opened, 1), "device": _device(self.params.device),
+                **self.written, "results": len(self.written["results"])}
         write(self.dir / "done.json", json.dumps(done, indent=1) + "\n")
-        print(f"{self.notebook} is done, in {self.dir}: "
-              f"results {done['results']}, figures {len(done['figures'])}, tables {len(done['tables'])}, files {len(done['files'])}")
+        counts = ", ".join(f"{kind} {len(entries)}" for kind, entries in self.written.items())
+        print(f"{self.notebook} is done, in {self.dir}: {counts}")
 
     def _claim(self, kind: str, name: str) -> None:
         if not NAME.fullmatch(name):
-            raise RunError(f"{name!r} cannot name one of the {kind}: 1 to 64 letters, digits, '_' and '-', such as rank_by_layer.")
-        self._once(kind.rstrip("s"), name, name in self.written[kind])
+            raise RunError(f"{name!r} cannot name one of the {kind}: 1 to 64 letters, digits, '_' and '-', such as "
+                           "rank_by_layer.")
+        self._refuse_second(kind.rstrip("s"), name, name in self.written[kind])
         if name not in self.written[kind]:
             self.written[kind].append(name)
 
-    def _once(self, kind: str, name: str, again: bool) -> None:
-        if again and not self.params.interactive:  # in a headless run every cell runs once: the first would be lost without a word
-            raise RunError(f"The {kind} {name!r} is written twice in one run; the second would replace the first. Give each its own name.")
+    def _refuse_second(self, kind: str, name: str, again: bool) -> None:
+        if again and not self.params.interactive:       # a headless run runs each cell once: the first would be lost
+            raise RunError(f"The {kind} {name!r} is written twice in one run; the second would replace the first. "
+                           "Give each its own name.")
 
 
 def latest(runs: str | Path, notebook: str) -> Path:
     """The newest finished run folder of `notebook`, headless or interactive. Raises `RunError` when there is none."""
     folders = [done.parent for done in (runs_folder(runs) / notebook).glob("*/done.json")]
     if not folders:
-        raise RunError(f"There is no finished run of {notebook} in {runs_folder(runs)}. Make one with: python -m unimod run {notebook}")
+        raise RunError(f"There is no finished run of {notebook} in {runs_folder(runs)}. Make one with: "
+                       f"python -m unimod run {notebook}")
     return max(folders, key=lambda folder: json.loads((folder / "done.json").read_text(encoding="utf-8"))["finished"])
 
 
 def notebook_folders() -> tuple[Path, ...]:
-    """Where the workbook's notebooks may lie, the first that holds any counts: the working folder, the checkout that this package lies in, and
-    where an installation puts them (beside a --target, in an environment, in a user's own site)."""
-    package, user = Path(__file__).resolve().parents[2], site.getuserbase() if site.ENABLE_USER_SITE else None
-    installed = [package, Path(sysconfig.get_path("data")), *([Path(user)] if user else [])]
-    return home() / "notebooks", package / "notebooks", *(place / "share" / "unimod" / "notebooks" for place in installed)
+    """Where the workbook's notebooks may lie, in order of precedence: the working folder, the checkout of this
+    package, and where installers put data files (beside a --target, in an environment, in a user's own site)."""
+    package = Path(__file__).resolve().parents[2]
+    installed = [package, Path(sysconfig.get_path("data"))]
+    if site.ENABLE_USER_SITE:
+        installed.append(Path(site.getuserbase()))
+    shared = [place / "share" / "unimod" / "notebooks" for place in installed]
+    return home() / "notebooks", package / "notebooks", *shared
 
 
 def records_folder() -> Path:
-    """The committed records of measurements, beside the notebooks; they need not be there."""
-    return next((folder / "records" for folder in notebook_folders() if (folder / "records").is_dir()), home() / "notebooks" / "records")
+    """The committed records of measurements, beside the notebooks; it need not exist."""
+    places = [folder / "records" for folder in notebook_folders()]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
-    """Go through `items` and say how far it is: a bar in a notebook that someone looks at, else a plain line every few seconds."""
+    """Iterate over `items` and show how far it is: a bar where there is a front end, else a line every few seconds."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
-    if someone_looks():
+    if has_front_end():
         from tqdm.notebook import tqdm
 
         yield from tqdm(items, desc=label, total=total)
         return
-    start = said = time.monotonic()
+    start = printed = time.monotonic()
     count = 0
     for count, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - said >= SAY_EVERY and count != total:
-            said = now
+        if now - printed >= PROGRESS_SECONDS and count != total:
+            printed = now
             left = f" of {total}, about {(now - start) / count * (total - count):.0f} s left" if total else ""
             print(f"{label}: {count}{left}", flush=True)
-    if said > start:
+    if printed > start:
         print(f"{label}: {count} in {time.monotonic() - start:.0f} s", flush=True)
 
 
+def has_front_end() -> bool:
+    """Whether a person can click here: a front end lets the kernel ask for input, papermill and nbconvert do not."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    asks = bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+    return asks and importlib.util.find_spec("ipywidgets") is not None
+
+
 def drawable(figure: dict) -> bool:
-    """Whether a plotly figure (as a dict) shows anything: at least one visible trace whose data arrays all hold something."""
-    keys = ("x", "y", "z", "r", "theta", "values", "a", "b", "lat", "lon", "cells", "dimensions", "link", "source", "value")
+    """Whether a plotly figure (as a dict) shows anything: a visible trace whose data arrays all hold values."""
     for trace in figure.get("data", []):
-        data = [trace[key] for key in keys if key in trace]
-        if trace.get("visible", True) is True and data and all(_holds(part) for part in data):
+        data = [trace[key] for key in DATA_KEYS if key in trace]
+        if trace.get("visible", True) is True and data and all(map(_has_values, data)):
             return True
     return False
 
 
-def _holds(data: object) -> bool:
-    """Whether a (nested) array holds at least one value that is neither null nor NaN; plotly packs numpy arrays as base64."""
-    if isinstance(data, dict) and "bdata" in data:
-        raw = base64.b64decode(data["bdata"])
-        kind = {"f4": "f", "f8": "d"}.get(data["dtype"])
-        return any(x == x for x in array.array(kind, raw)) if kind else bool(raw)
-    if isinstance(data, dict):
-        return any(_holds(part) for part in data.values())
-    if isinstance(data, list):
-        return any(_holds(part) for part in data)
+def _has_values(data: object) -> bool:
+    """Whether a (nested) array holds at least one value that is neither null nor NaN."""
+    if isinstance(data, dict) and "bdata" in data:      # plotly packs numpy arrays as base64, under numpy's dtype names
+        import numpy as np  # 0.1 s that `check` need not wait for
+
+        values = np.frombuffer(base64.b64decode(data["bdata"]), data["dtype"])
+        return bool((values == values).any())
+    if isinstance(data, dict | list):
+        return any(map(_has_values, data.values() if isinstance(data, dict) else data))
     return data is not None and data != "" and data == data
 
 
-def someone_looks() -> bool:
-    """A front end with a person before it lets the kernel ask for input; papermill and nbconvert do not."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False)) and importlib.util.find_spec("ipywidgets") is not None
-
-
 def _device(asked: str) -> str:
-    torch = sys.modules.get("torch")
+    torch = sys.modules.get("torch")                    # a notebook that never imported it ran on the CPU
     if asked != "cpu" and torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return describe_cpu()
