@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .batch import Batch, Segment, Task
+from .batch import Batch, Segment, Task, lengths_of
 from .config import expanded
+from .mask import IntervalMask
 from .ops.attention import attention_mass
 
 ENTRIES = 2**23
@@ -63,7 +64,7 @@ class LayerAttention:
         size = len(queries) if whole else ENTRIES // max(1, len(k) * n)
         for some in queries.split(max(1, size)):
             at = some.to(k.device) + span.start
-            visible = (j >= self.batch.lo[at, None]) & (j < self.batch.hi[at, None])
+            visible = (j >= self.batch.mask.lo[at, None]) & (j < self.batch.mask.hi[at, None])
             logits = (self.q[heads][:, at].float() @ k).mul_(self.scale)
             yield some, logits.masked_fill_(~visible, -torch.inf).softmax(-1)
 
@@ -98,7 +99,7 @@ class LayerAttention:
         label: int64 [K] in [0, labels). Returns float32 [H, K, labels], [H, K] and [H, K]; see `ops.attention`.
         """
         b = self.batch
-        return attention_mass(self.q, self.k, b.lo, b.hi, label, labels, b.lengths, self.scale, b.position)
+        return attention_mass(self.q, self.k, b.mask.lo, b.mask.hi, label, labels, b.lengths, self.scale, b.position)
 
 
 @dataclass(eq=False)
@@ -193,11 +194,11 @@ class AttentionRecord:
         chosen = {number: self.layer(number) for number in (self.layers if layers is None else layers)}
         # dense layers share one batch: each is stored once, the whole batch first
         batches = list({id(batch): batch for batch in (self.whole, *(a.batch for a in chosen.values()))}.values())
-        tensors = {f"batch{n}.{name}": getattr(batch, name) for n, batch in enumerate(batches) for name in COLUMNS}
+        tensors = {f"batch{n}.{name}": _column(batch, name) for n, batch in enumerate(batches) for name in COLUMNS}
         notes = {"about": self.about, "batches": [], "layers": {}}
         for batch in batches:
             segments = [[s.row, int(s.task), s.length, s.rule] for s in batch.segments]
-            notes["batches"].append({"masks": batch.masks, "segments": segments})
+            notes["batches"].append({"masks": batch.mask.kinds, "segments": segments})
         for number, a in chosen.items():
             tensors |= {f"layer{number}.q": a.q, f"layer{number}.k": a.k}
             notes["layers"][number] = {"scale": a.scale, "batch": [batch is a.batch for batch in batches].index(True)}
@@ -212,7 +213,8 @@ class AttentionRecord:
             for n, host in enumerate(notes["batches"]):
                 segments = tuple(Segment(row, Task(task), length, rule) for row, task, length, rule in host["segments"])
                 columns = {name: tensors[f"batch{n}.{name}"] for name in COLUMNS}
-                batches.append(Batch(**columns, segments=segments, masks=tuple(host["masks"])))
+                mask = IntervalMask(columns.pop("lo"), columns.pop("hi"), lengths_of(segments), tuple(host["masks"]))
+                batches.append(Batch(**columns, mask=mask, segments=segments))
             for number, a in notes["layers"].items():
                 q, k = tensors[f"layer{number}.q"], tensors[f"layer{number}.k"]
                 captured[int(number)] = LayerAttention(q, k, a["scale"], batches[a["batch"]])
@@ -283,3 +285,7 @@ def read_tensors(folder: str | Path, name: str, what: str, writer: str,
     except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise CaptureError(f"{folder} cannot be read as an {what} ({type(error).__name__}: {error}). "
                            "Save it again.") from error
+
+
+def _column(batch: Batch, name: str) -> Tensor:
+    return getattr(batch.mask if name in ("lo", "hi") else batch, name)

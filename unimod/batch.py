@@ -1,28 +1,25 @@
-"""The one shape of the whole package: packed tokens with intervals.
+"""The one shape of a batch: packed tokens.
 
-A batch is one row of `T` real tokens, no padding. Token `i` may attend to the packed tokens `lo[i] <= j < hi[i]`, which
-expresses exactly every mask of Show-o (t2i, mmu, lm) and Emu3 (causal). Intervals are closed under a sorted gather, so a
-routed layer is the same computation on fewer tokens:
+A batch is one row of `T` real tokens, no padding, each with its task, its modality, its position and its target;
+`IntervalMask` says whom a token may attend to.
 
-    >>> packed = pack([sequence_a, sequence_b])
-    >>> smaller = packed.take(idx, segments)      # idx sorted; positions kept, intervals renumbered
+    >>> batch = pack([sequence_a, sequence_b])
+    >>> smaller = batch.take(index, segments)     # index sorted; positions kept, intervals renumbered
 
-Letters used in the whole package: T tokens, K kept, B sequences, H heads, D width, L layers.
+Letters used in the whole package: T tokens, K kept, B sequences, S segments, H heads, D width, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .config import RULES
-from .mask import mask_kind
+from .mask import IntervalMask, mask_kind
 
 IGNORE = -100
 """Target of a token that predicts nothing (torch's own convention)."""
@@ -32,7 +29,7 @@ FEATURE = -1
 
 
 class Task(IntEnum):
-    """What a sequence asks of the model."""
+    """What a sequence asks of the model: text-to-image, understanding, or plain language modelling."""
 
     T2I = 0
     MMU = 1
@@ -47,10 +44,10 @@ class Modality(IntEnum):
     SPECIAL = 2
 
 
-
 @dataclass(frozen=True)
 class Segment:
-    """A run of consecutive tokens of one row that compete for the same places in a routed layer."""
+    """A run of consecutive tokens of one sequence that compete for the same places in a routed layer, by one of
+    `config.RULES`."""
 
     row: int
     task: Task
@@ -62,9 +59,10 @@ class Segment:
 class TokenSequence:
     """One sequence before packing; all tensors are int64 [n].
 
-    `position` counts the pads of the reference layout; `hi` is relative to the sequence's first token and `lo` is always
-    that token; `target[i]` is what token i must predict (already shifted for next-token tasks), or `IGNORE`.
-    `parts` cuts the sequence into (length, rule) from left to right. `features`: float [F, D_v], one per id that is `FEATURE`.
+    `position` counts the pads of the reference layout; `hi` is relative to the sequence's first token and `lo` is
+    always that token; `target[i]` is what token i must predict (already shifted for next-token tasks), or `IGNORE`.
+    `parts` cuts the sequence into (length, rule) from left to right. `features`: float [F, D_v], one per id that is
+    `FEATURE`. Raises ValueError on fields that do not fit one another.
     """
 
     task: Task
@@ -80,11 +78,13 @@ class TokenSequence:
         n = len(self.ids)
         for name in ("position", "modality", "hi", "target"):
             if len(getattr(self, name)) != n:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {n} tokens; all fields of a sequence have one length.")
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {n} tokens; "
+                                 "all fields of a sequence have one length.")
         if n == 0:
             raise ValueError("A sequence needs at least one token.")
-        if sum(length for length, _ in self.parts) != n:
-            raise ValueError(f"parts {self.parts} add up to {sum(length for length, _ in self.parts)} tokens, the sequence has {n}.")
+        covered = sum(length for length, _ in self.parts)
+        if covered != n:
+            raise ValueError(f"parts {self.parts} add up to {covered} tokens, the sequence has {n}.")
         for _, rule in self.parts:
             if rule not in RULES:
                 raise ValueError(f"Unknown rule {rule!r} in parts; allowed: {', '.join(RULES)}.")
@@ -95,113 +95,105 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch: int64 tensors [T] and, on the host, the segments they are made of.
-
-    `lo`, `hi`: token i may attend to packed tokens lo[i] .. hi[i] - 1. `segments` are in packed order; their lengths add up
-    to T (an empty segment is allowed after routing). `features`: float [F, D_v], one per id that is `FEATURE`, in packed order.
-    """
+    """B packed sequences: int64 tensors [T] and, on the host, the segments they are made of; `pack` makes one."""
 
     ids: Tensor
     row: Tensor
+    """The sequence of each token."""
     position: Tensor
+    """Original positions, pads of the reference layout counted, for the rotary embedding."""
     task: Tensor
     modality: Tensor
-    lo: Tensor
-    hi: Tensor
     target: Tensor
+    """What each token must predict, or `IGNORE`."""
+    mask: IntervalMask
     segments: tuple[Segment, ...]
+    """In packed order; their lengths add up to T (an empty segment is allowed after routing)."""
     features: Tensor | None = None
-    twin: Tensor | None = None
-    """int64 [T]: the token by whose score a router judges each token, where it is not its own."""
-    static: bool = False
-    """One further token of every row, all of one rule: layers work on all rows and drop by a mask, so that a step has one size and waits for nothing."""
-    masks: tuple[str, ...] = ()
-    """How each row's intervals are made (`mask_kind`), on the host: [B], or nothing where it is not known. A sorted gather leaves it as it is."""
-    memo: ClassVar[dict | None] = None
-    """What attention works out from the intervals, for the layers that share this batch: the model puts a dict in its place; a routed layer's has none."""
-    _always: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    """float [F, D_v], one per id that is `FEATURE`, in packed order."""
+    score_source: Tensor | None = None
+    """int64 [T]: the token by whose score a router judges each token, where it is not its own (guidance pairs)."""
+    host: Batch | None = field(default=None, init=False, repr=False, compare=False)
+    """This batch before `to` moved it, from which host numbers are read without waiting for the device. `replace`
+    leaves it behind: a changed batch speaks for itself."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each row, on the host: [B]."""
-        n = [0] * (self.segments[-1].row + 1)
-        for segment in self.segments:
-            n[segment.row] += segment.length
-        return tuple(n)
+        """Tokens of each sequence, on the host: [B]."""
+        return self.mask.lengths
 
-    @cached_property
+    @property
     def tasks(self) -> tuple[Task, ...]:
-        """Task of each row, on the host: [B]."""
+        """Task of each sequence, on the host: [B]."""
         return tuple({segment.row: segment.task for segment in self.segments}.values())
 
-    @cached_property
-    def segment(self) -> Tensor:
-        """Number of each token's segment: int64 [T]."""
-        size = [s.length for s in self.segments]
-        return torch.repeat_interleave(torch.arange(len(size)), torch.tensor(size), output_size=sum(size)).to(self.ids.device, non_blocking=True)
-
-    @cached_property
+    @property
     def labelled(self) -> Tensor:
-        """The tokens that have a target: int64 [N], ascending."""
-        return (self.target != IGNORE).nonzero()[:, 0]
+        """The tokens that have a target: int64 [N], ascending, found on the host."""
+        where = ((self.host or self).target != IGNORE).nonzero()[:, 0]
+        return where.to(self.ids.device, non_blocking=True)
 
-    @cached_property
+    @property
     def target_counts(self) -> tuple[int, ...]:
         """Targets per task, on the host."""
-        return tuple(torch.bincount(self.task[self.labelled], minlength=len(Task)).tolist())
+        host = self.host or self
+        return tuple(torch.bincount(host.task[host.target != IGNORE], minlength=len(Task)).tolist())
 
-    def always(self, kinds: tuple[str, ...]) -> tuple[Tensor, tuple[int, ...]]:
-        """The tokens of any of these `KINDS`: bool [T], and how many there are in each segment, on the host. Worked out once per batch."""
-        found = self._always
-        if not kinds and kinds not in found:                # the common case: nothing to work out, nothing to move
-            found[kinds] = torch.zeros_like(self.ids, dtype=torch.bool), (0,) * len(self.segments)
-        elif kinds not in found:
-            host = self.__dict__.get("_host", self)
-            mask = host.of_kind(kinds)
-            counts = tuple(sum(part.tolist()) for part in mask.split([s.length for s in host.segments]))
-            found[kinds] = mask.to(self.ids.device, non_blocking=True), counts
-        return found[kinds]
+    def segment_numbers(self) -> Tensor:
+        """Number of each token's segment: int64 [T], ascending."""
+        return spread(torch.arange(len(self.segments)), [s.length for s in self.segments], self.ids.device)
 
     def of_kind(self, kinds: tuple[str, ...]) -> Tensor:
-        """The tokens of any of these `KINDS`, worked out where the batch lies, each time: bool [T]."""
-        mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        """The tokens of any of `config.KINDS`: bool [T]."""
+        found = torch.zeros_like(self.ids, dtype=torch.bool)
         for kind in kinds:
-            mask |= _KIND[kind](self)
-        return mask
+            found |= _KIND[kind](self)
+        return found
 
-    def take(self, idx: Tensor, segments: Seq[Segment], rank: Tensor | None = None) -> Batch:
-        """The batch of the tokens `idx` (int64 [K], sorted, unique), whose segments are `segments`.
+    def count_of_kind(self, kinds: tuple[str, ...]) -> tuple[int, ...]:
+        """How many tokens of any of `config.KINDS` each segment has: [S], read on the host."""
+        if not kinds:
+            return (0,) * len(self.segments)
+        found = (self.host or self).of_kind(kinds)
+        return tuple(int(part.sum()) for part in found.split([s.length for s in self.segments]))
 
-        Positions stay the original ones; the interval of token i becomes [searchsorted(idx, lo_i), searchsorted(idx, hi_i)), looked up in `rank`
-        (int64 [T + 1]: how many of idx lie before each token) where the caller has it.
-        Features stay behind: they have been embedded before any layer runs. So do twins: they are for routers, which see the whole batch.
+    def take(self, index: Tensor, segments: Sequence[Segment], rank: Tensor | None = None) -> Batch:
+        """The batch of the tokens `index` (int64 [K], sorted, unique), whose segments are `segments`; `rank` as for
+        `IntervalMask.take`.
+
+        Positions stay the original ones. Features stay behind: they have been embedded before any layer runs. So do
+        score sources, which are for routers, and those see the whole batch.
         """
-        lo, hi = (torch.searchsorted(idx, x[idx]) if rank is None else rank[x[idx]] for x in (self.lo, self.hi))
-        return Batch(
-            **{name: getattr(self, name)[idx] for name in ("ids", "row", "position", "task", "modality", "target")},
-            lo=lo, hi=hi, segments=tuple(segments), masks=self.masks,
-        )
+        tensors = {name: getattr(self, name)[index] for name in ("ids", "row", "position", "task", "modality", "target")}
+        return Batch(**tensors, mask=self.mask.take(index, lengths_of(segments), rank), segments=tuple(segments))
 
-    def paired(self) -> Batch:
-        """The batch whose second half of rows has its picture tokens judged like those of the first half, one by one: guidance branches, which have
-        the same picture."""
+    def share_scores(self) -> Batch:
+        """The batch whose second half of sequences has its image tokens judged by the scores of the first half, one by
+        one: guidance branches, which have the same picture."""
         pictures = (self.modality == Modality.IMAGE).nonzero()[:, 0].view(2, -1)
-        return replace(self, twin=torch.arange(len(self), device=self.ids.device).index_copy(0, pictures[1], pictures[0]))
+        own = torch.arange(len(self), device=self.ids.device)
+        return replace(self, score_source=own.index_copy(0, pictures[1], pictures[0]))
 
     def rows(self) -> list[slice]:
-        """Where each row lies in the packed order."""
+        """Where each sequence lies in the packed order."""
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         return [slice(end - n, end) for end, n in zip(ends, self.lengths)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; what the host must know of its targets is worked out before the move, so no step waits for it."""
+        """The same batch on `device`. To CUDA the copies are pinned and nothing waits for them; the host keeps what it
+        must know."""
         up = torch.device(device).type == "cuda"            # the other way the host would read before the copy is there
-        tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        moved = replace(self, **{name: (x.pin_memory() if up and not x.is_cuda else x).to(device, non_blocking=up) for name, x in tensors.items()})
-        moved.__dict__.update(labelled=self.labelled.to(device, non_blocking=up), target_counts=self.target_counts, _host=self.__dict__.get("_host", self))
+
+        def move(x: Tensor) -> Tensor:
+            return (x.pin_memory() if up and not x.is_cuda else x).to(device, non_blocking=up)
+
+        tensors = {f.name: move(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        mask = replace(self.mask, lo=move(self.mask.lo), hi=move(self.mask.hi))
+        moved = replace(self, **tensors, mask=mask)
+        object.__setattr__(moved, "host", self.host or self)
         return moved
 
     def __str__(self) -> str:
@@ -209,36 +201,50 @@ class Batch:
         for b, (where, task) in enumerate(zip(self.rows(), self.tasks)):
             count = [int((self.modality[where] == m).sum()) for m in Modality]
             targets = int((self.target[where] != IGNORE).sum())
-            lines.append(f"{b:3d}  {task.name.lower():4s}  {self.lengths[b]:6d}  {count[0]:4d}  {count[1]:5d}  {count[2]:7d}  {targets:7d}")
+            lines.append(f"{b:3d}  {task.name.lower():4s}  {self.lengths[b]:6d}  "
+                         f"{count[0]:4d}  {count[1]:5d}  {count[2]:7d}  {targets:7d}")
         return "\n".join(lines)
 
 
 _KIND = {
-    "image": lambda p: p.modality == Modality.IMAGE,
-    "text": lambda p: p.modality == Modality.TEXT,
-    "special": lambda p: p.modality == Modality.SPECIAL,
-    "question": lambda p: (p.modality == Modality.TEXT) & (p.task == Task.MMU),
-    "labelled": lambda p: p.target != IGNORE,
+    "image": lambda batch: batch.modality == Modality.IMAGE,
+    "text": lambda batch: batch.modality == Modality.TEXT,
+    "special": lambda batch: batch.modality == Modality.SPECIAL,
+    "question": lambda batch: (batch.modality == Modality.TEXT) & (batch.task == Task.MMU),
+    "labelled": lambda batch: batch.target != IGNORE,
 }
 
 
-def pack(sequences: Seq[TokenSequence]) -> Batch:
+def pack(sequences: Sequence[TokenSequence]) -> Batch:
     """Lay the sequences behind one another. Raises ValueError when there is none."""
     if not sequences:
         raise ValueError("pack() needs at least one sequence.")
-    lengths = torch.tensor([len(s.ids) for s in sequences])
-    start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    lengths = tuple(len(s.ids) for s in sequences)
+    size = torch.tensor(lengths)
+    start = spread(size.cumsum(0) - size, lengths)
     features = [s.features for s in sequences if s.features is not None]
     return Batch(
         ids=torch.cat([s.ids for s in sequences]),
-        row=torch.repeat_interleave(torch.arange(len(sequences)), lengths),
+        row=spread(torch.arange(len(sequences)), lengths),
         position=torch.cat([s.position for s in sequences]),
-        task=torch.repeat_interleave(torch.tensor([int(s.task) for s in sequences]), lengths),
+        task=spread(torch.tensor([int(s.task) for s in sequences]), lengths),
         modality=torch.cat([s.modality for s in sequences]),
-        lo=start,
-        hi=start + torch.cat([s.hi for s in sequences]),
         target=torch.cat([s.target for s in sequences]),
+        mask=IntervalMask(start, start + torch.cat([s.hi for s in sequences]), lengths, tuple(mask_kind(s.hi) for s in sequences)),
         segments=tuple(Segment(row, s.task, n, rule) for row, s in enumerate(sequences) for n, rule in s.parts),
         features=torch.cat(features) if features else None,
-        masks=tuple(mask_kind(s.hi) for s in sequences),
     )
+
+
+def spread(values: Tensor, lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """One value per run (host tensor [S]), repeated for each of its tokens: [T] on `device`, without waiting for it."""
+    found = torch.repeat_interleave(values, torch.tensor(lengths), output_size=sum(lengths))
+    return found.to(device, non_blocking=True)
+
+
+def lengths_of(segments: Sequence[Segment]) -> tuple[int, ...]:
+    """Tokens of each sequence that these segments make up: [B]."""
+    found = [0] * (segments[-1].row + 1)
+    for segment in segments:
+        found[segment.row] += segment.length
+    return tuple(found)

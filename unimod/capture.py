@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from . import seam
 from .attention_record import AttentionRecord, CaptureError, LayerAttention
-from .batch import IGNORE, Batch, Modality, Segment, Task
+from .batch import IGNORE, Batch, Modality, Segment, Task, lengths_of
+from .mask import IntervalMask
 from .models.unified import UnifiedModel
 
 __all__ = ["AttentionRecord", "CaptureError", "LayerAttention", "capture", "capture_batch", "capture_stock",
@@ -234,7 +235,8 @@ def _stock_layer(q: Tensor, k: Tensor, scale: float | None, real: Tensor, low: T
     tasks = [Task.MMU if bool(images[row == b].any()) else Task.LM for b in range(len(real))]
     segments = tuple(Segment(b, task, n) for b, (task, n) in enumerate(zip(tasks, lengths.tolist())))
     batch = Batch(ids=ids, row=row, position=position, task=torch.tensor(tasks, device=row.device)[row],
-                  modality=torch.where(images, int(Modality.IMAGE), int(Modality.TEXT)), lo=lo, hi=lo + count[real],
-                  target=torch.full_like(row, IGNORE), segments=segments)
+                  modality=torch.where(images, int(Modality.IMAGE), int(Modality.TEXT)),
+                  target=torch.full_like(row, IGNORE), segments=segments,
+                  mask=IntervalMask(lo, lo + count[real], lengths_of(segments)))
     q_packed, k_packed = (x.transpose(1, 2)[real].transpose(0, 1).detach() for x in (q, k))
     return LayerAttention(q_packed, k_packed, q.shape[-1] ** -0.5 if scale is None else scale, batch)

@@ -216,14 +216,14 @@ def agreement(model: UnifiedModel, batch: Batch) -> list[dict[str, object]]:
     for layer, routing in log.items():
         router = model.layers[layer].router
         for task in Task:
-            mine = routing.open & (batch.task == task)
+            mine = routing.eligible & (batch.task == task)
             if mine.any():
                 passes = router.passes(routing.score, routing.predicted, batch, {task})
                 rows.append({"layer": layer, "task": task.name.lower(),
                              "by": "predictor" if router.config.predictor else "threshold",
-                             "agree": float((passes == routing.stays)[mine].float().mean()),
+                             "agree": float((passes == routing.kept)[mine].float().mean()),
                              "kept": float(passes[mine].float().mean()),
-                             "planned": float(routing.stays[mine].float().mean()), "tokens": int(mine.sum())})
+                             "planned": float(routing.kept[mine].float().mean()), "tokens": int(mine.sum())})
     return rows
 
 
@@ -266,11 +266,11 @@ def guidance(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: Sequ
         known = {"prompt": True} if layout.causal_images else unmasked
         texts = [*captions, *[""] * len(captions)]
         batch = pack([layout.t2i(text, c, **known) for text, c in zip(texts, [*codes, *codes])])
-        batch = (batch.paired() if share else batch).to(model.device)
+        batch = (batch.share_scores() if share else batch).to(model.device)
         with record_routing() as log:
             model(batch)
         image = (batch.modality == Modality.IMAGE).nonzero()[:, 0].view(2, -1)              # both branches
-        kept = torch.stack([r.stays[image] for r in log.values()])
+        kept = torch.stack([r.kept[image] for r in log.values()])
         rows.append({"branches": "share" if share else "split", "right": sum(right) / len(right),
                      "same": float((kept[:, 0] == kept[:, 1]).float().mean()), "pictures": len(right)})
     return rows

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import IGNORE, Batch, Modality, Segment, Task, TokenSequence, pack
+from .batch import IGNORE, Batch, Modality, Segment, Task, TokenSequence, lengths_of, pack
 from .layers import record_routing, routed_layers
+from .mask import IntervalMask
 from .models.cache import KVCache
 from .models.layout import Layout
 from .models.unified import UnifiedModel
@@ -30,52 +31,57 @@ ROWS = 64
 SIDES = ("left", "right", "top", "bottom")
 
 
-class Growing:
-    """Rows that grow token by token over a cache of at most `new` more tokens each. `hidden`: [B, D], of each row's last token.
+class DecodeSession:
+    """Sequences that grow token by token over a KV cache with room for `new` more tokens each.
 
-    static: every step runs all rows at one size and waits for nothing; on CUDA it is recorded once and replayed as one graph. Numbers are the same.
+    The prompts are run at once (prefill). static: every decode step runs all sequences at one size and waits for nothing; on CUDA it is recorded
+    once and replayed as one graph. Numbers are the same. Raises ValueError for static decoding of sequences of several tasks or rules.
     """
 
-    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, twin: Tensor | None = None, static: bool = False) -> None:
+    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, score_source: Tensor | None = None, static: bool = False) -> None:
         kinds = {(row.task, row.parts[-1][1]) for row in rows}
         if static and len(kinds) > 1:
             raise ValueError(f"static=True takes rows of one task and rule; these are of {len(kinds)}. Decode them apart, or with static=False.")
-        self.model, self.rows, self.twin, self.static = model, rows, twin, static
+        self.model, self.rows, self.score_source, self.static = model, rows, score_source, static
         self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new + static)
-        packed = pack(rows)
+        batch = pack(rows)
         self.position = torch.stack([r.position[-1] for r in rows]) + 1
-        self.hidden = model(packed.to(model.device), cache=self.cache)[(torch.tensor(packed.lengths).cumsum(0) - 1).to(model.device)]
-        self._step: Batch | None = None
+        last = (torch.tensor(batch.lengths).cumsum(0) - 1).to(model.device)
+        self.hidden = model(batch.to(model.device), cache=self.cache)[last]
+        """Hidden states of each sequence's last token: [B, D]."""
+        self._static: Batch | None = None
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def push(self, ids: Tensor, live: list[int]) -> Tensor:
-        """One more token (int64 [R], on the CPU) for the rows `live` (ascending); hidden states of these tokens, [R, D]."""
+    def step(self, ids: Tensor, active: list[int]) -> Tensor:
+        """One more token (int64 [R], on the CPU) for the sequences `active` (ascending); hidden states of these tokens, [R, D]."""
         if self.static:
-            return self._push_static(ids, live)
-        out = self.model(self._next(ids, live).to(self.model.device), cache=self.cache)
-        self.position[live] += 1
+            return self._static_step(ids, active)
+        out = self.model(self._next(ids, active).to(self.model.device), cache=self.cache)
+        self.position[active] += 1
         return out
 
-    def _next(self, ids: Tensor, live: list[int], static: bool = False) -> Batch:
-        row, n = torch.tensor(live), torch.arange(len(live))
-        return Batch(ids, row, self.position[row], torch.tensor([self.rows[i].task for i in live]), self.model.layout.modality(ids), n, n + 1,
-                      torch.full_like(ids, IGNORE), tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in live), twin=self.twin,
-                      static=static)
+    def _next(self, ids: Tensor, active: list[int]) -> Batch:
+        """The batch of one further token of each active sequence."""
+        row, n = torch.tensor(active), torch.arange(len(active))
+        segments = tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in active)
+        task, modality = torch.tensor([self.rows[i].task for i in active]), self.model.layout.modality(ids)
+        mask = IntervalMask(n, n + 1, lengths_of(segments))
+        return Batch(ids, row, self.position[row], task, modality, torch.full_like(ids, IGNORE), mask, segments, score_source=self.score_source)
 
-    def _push_static(self, ids: Tensor, live: list[int]) -> Tensor:
-        """All rows take a step; one that has ended gets token 0, and what becomes of it is of no interest."""
-        whole = torch.zeros(len(self.rows), dtype=torch.long).index_copy(0, torch.tensor(live), ids)
-        fresh = self._next(whole, list(range(len(self.rows))), static=True)
-        self.position[live] += 1
-        if self._step is None:
-            self._step = fresh.to(self.model.device)
+    def _static_step(self, ids: Tensor, active: list[int]) -> Tensor:
+        """All sequences take a step; one that has ended gets token 0, whose result nobody reads."""
+        whole = torch.zeros(len(self.rows), dtype=torch.long).index_copy(0, torch.tensor(active), ids)
+        batch = self._next(whole, list(range(len(self.rows))))
+        self.position[active] += 1
+        if self._static is None:
+            self._static = batch.to(self.model.device)
             self._graph = self._record() if self.model.device.type == "cuda" else None
         for name in ("ids", "position", "modality"):
-            getattr(self._step, name).copy_(getattr(fresh, name), non_blocking=True)
+            getattr(self._static, name).copy_(getattr(batch, name), non_blocking=True)
         if self._graph is None:
-            return _of(self.model(self._step, cache=self.cache), live)
+            return _of(self.model(self._static, cache=self.cache, decode=True), active)
         self._graph[0].replay()
-        return _of(self._graph[1].clone(), live)                # the next step is written where this one was
+        return _of(self._graph[1].clone(), active)              # the next step is written where this one was
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """One step as a CUDA graph. The steps that warm it up write where the next token will, and are forgotten."""
@@ -84,12 +90,12 @@ class Growing:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.model(self._step, cache=self.cache)
+                self.model(self._static, cache=self.cache, decode=True)
                 self._forget(used)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = self.model(self._step, cache=self.cache)
+            out = self.model(self._static, cache=self.cache, decode=True)
         self._forget(used)
         return graph, out
 
@@ -98,12 +104,12 @@ class Growing:
             x.copy_(used.get(layer, torch.zeros_like(x)))
 
 
-def _of(x: Tensor, live: list[int]) -> Tensor:
-    """The rows `live` of x, without waiting for its device."""
-    return x if len(live) == len(x) else x[torch.tensor(live).to(x.device, non_blocking=True)]
+def _of(x: Tensor, active: list[int]) -> Tensor:
+    """The rows `active` of x, without waiting for its device."""
+    return x if len(active) == len(x) else x[torch.tensor(active).to(x.device, non_blocking=True)]
 
 
-def _sees_one_row(model: UnifiedModel) -> None:
+def _refuse_batch_competition(model: UnifiedModel) -> None:
     """Refuse to generate with routers for which rows compete with one another."""
     if any(layer.router.config.compete == "batch" for layer in routed_layers(model)):
         raise ValueError("Nothing can be generated with compete='batch': what a row keeps depends on its neighbours and on what comes later. "
@@ -111,11 +117,11 @@ def _sees_one_row(model: UnifiedModel) -> None:
 
 
 def _generator(model: UnifiedModel, seed: int) -> torch.Generator:
-    """Lots are drawn where the model is: a step of real size has millions of them."""
+    """Samples are drawn where the model is: a step of real size has millions of them."""
     return torch.Generator(model.device if model.device.type == "cuda" else "cpu").manual_seed(seed)
 
 
-def _pick(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
+def _sample(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
     """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V]; returns int64 [R] on the CPU."""
     if top_k == 1:
         return logits.argmax(-1).cpu()
@@ -130,25 +136,25 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
            static: bool = False) -> list[str]:
     """Answers to open-ended understanding rows, at most `max_new` tokens each.
 
-    top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding. static: see `Growing`.
+    top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding. static: see `DecodeSession`.
     """
-    _sees_one_row(model)
+    _refuse_batch_competition(model)
     generator = _generator(model, seed)
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
-        growing = Growing(model, rows[start:start + ROWS], max_new, static=static)
-        said: list[list[int]] = [[] for _ in growing.rows]
-        live, hidden = list(range(len(said))), growing.hidden
+        session = DecodeSession(model, rows[start:start + ROWS], max_new, static=static)
+        generated: list[list[int]] = [[] for _ in session.rows]
+        active, hidden = list(range(len(generated))), session.hidden
         for left in reversed(range(max_new)):
-            chosen = _pick(model.text_logits(hidden), top_k, temperature, generator)
+            chosen = _sample(model.text_logits(hidden), top_k, temperature, generator)
             going = [j for j, token in enumerate(chosen.tolist()) if token != model.layout.stop]
-            live, chosen = [live[j] for j in going], chosen[going]
-            for i, token in zip(live, chosen.tolist()):
-                said[i].append(token)
-            if not live or not left:
+            active, chosen = [active[j] for j in going], chosen[going]
+            for i, token in zip(active, chosen.tolist()):
+                generated[i].append(token)
+            if not active or not left:
                 break
-            hidden = growing.push(chosen, live)
-        texts += [model.layout.text.decode(ids) for ids in said]
+            hidden = session.step(chosen, active)
+        texts += [model.layout.text.decode(ids) for ids in generated]
     return texts
 
 
@@ -165,9 +171,9 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     its place, and a CPU one draws the same lots everywhere.
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
-    token only: `top_k`, `temperature` and `static` (see `Growing`). Raises ValueError when codes and masked do not fit.
+    token only: `top_k`, `temperature` and `static` (see `DecodeSession`). Raises ValueError when codes and masked do not fit.
     """
-    _sees_one_row(model)
+    _refuse_batch_competition(model)
     generator = generator or _generator(model, seed)
     layout = model.layout if grid is None else model.layout.resized(grid)
     given = (codes is not None) + (masked is not None)
@@ -202,10 +208,10 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
         ratio = (step + 1) / steps
         texts = captions + [negative] * count * (w > 0)
         rows = list(zip(codes.cpu(), unknown.cpu()))
-        packed = pack([layout.t2i(text, *rows[i % count]) for i, text in enumerate(texts)])
-        packed = packed.paired() if share and w > 0 else packed
-        slots = (packed.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
-        logits = model.code_logits(model(packed.to(model.device))[slots]).to(at).view(len(texts), n, -1)
+        batch = pack([layout.t2i(text, *rows[i % count]) for i, text in enumerate(texts)])
+        batch = batch.share_scores() if share and w > 0 else batch
+        slots = (batch.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
+        logits = model.code_logits(model(batch.to(model.device))[slots]).to(at).view(len(texts), n, -1)
         if w > 0:
             logits = (1 + w) * logits[:count] - w * logits[count:]
         probability = logits.softmax(-1)
@@ -228,17 +234,17 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], gener
     n, count = layout.image_tokens, len(captions)
     texts = captions + [negative] * count * (w > 0)
     nothing = torch.zeros(0, dtype=torch.long)
-    twin = torch.arange(len(texts)) % count if share else None
-    growing = Growing(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, twin, static)
-    hidden, codes = growing.hidden, []
+    score_source = torch.arange(len(texts)) % count if share else None
+    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, score_source, static)
+    hidden, codes = session.hidden, []
     for number in range(1, n + 1):
         logits = model.code_logits(hidden).log_softmax(-1)
         if w > 0:
             logits = logits[count:] + (1 + w) * (logits[:count] - logits[count:])
-        codes.append(_pick(logits, top_k, temperature, generator))
+        codes.append(_sample(logits, top_k, temperature, generator))
         if number < n:
             for ids in layout.after_code(codes[-1], number):
-                hidden = growing.push(ids.repeat(1 + (w > 0)), list(range(len(texts))))
+                hidden = session.step(ids.repeat(1 + (w > 0)), list(range(len(texts))))
     return torch.stack(codes, 1)
 
 
@@ -269,18 +275,19 @@ def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, b
 
 
 @torch.no_grad()
-def calibrate(model: UnifiedModel, packed: Batch) -> None:
-    """Set every router's threshold to the mean score of the last token that top-k keeps, per task, on a typical batch.
+def calibrate(model: UnifiedModel, batch: Batch) -> None:
+    """Set every router's threshold to the mean score of the k-th best token, per task, on a typical batch.
 
     A token-by-token decision can then be made from the token's own score; it keeps the planned share on average.
     """
     training = model.training
     with record_routing() as log:
-        model.eval()(packed.to(model.device))
+        model.eval()(batch.to(model.device))
     model.train(training)
     for number, routing in log.items():
-        chose = routing.open[routing.last].tolist()         # else its last token was never up for choice
+        chose = routing.eligible[routing.kth].tolist()      # else the k-th token is one that is always kept
         for task in Task:
-            lasts = [at for at, yes, s in zip(routing.last.tolist(), chose, packed.segments) if yes and s.task == task and s.rule == "topk" and s.length]
-            if lasts:
-                model.layers[number].router.threshold[task] = routing.score[lasts].mean()
+            kth = [at for at, yes, s in zip(routing.kth.tolist(), chose, batch.segments)
+                   if yes and s.task == task and s.rule == "topk" and s.length]
+            if kth:
+                model.layers[number].router.threshold[task] = routing.score[kth].mean()

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from . import seam
+from .baselines import fade, make_router
 from .capacity import LearnedCapacity
 from .config import TASKS, ParameterError, RouterConfig
 from .ops.backend import backend
@@ -30,8 +31,8 @@ from .router import ForwardState, Routing, TaskRouter
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
 
 
-class HandedNorm(nn.Module):
-    """A layer's input norm that a kernel may have computed already, with the gather: it then hands out that result.
+class PrecomputedNorm(nn.Module):
+    """A layer's input norm that a kernel may have computed already, with the gather: it then returns that result.
 
     Parameters are the stock norm's own, under their names; whatever else is asked of it is the stock norm's.
     """
@@ -61,12 +62,11 @@ class MoDLayer(nn.Module):
 
     It has one set of children with the layer that it wraps, and the router among them; the layer itself is not registered. So a wrapped layer saves
     like an unwrapped one, and a child that is replaced, hooked, sharded or adapted through either is the one that runs. With y = layer(x) on the kept
-    tokens, the output is
+    tokens and the gate w, the output is
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
-    for kept tokens and x for all others (w * x where the router scales those that it skips). A router whose gate is for the MLP branch puts the
-    output of the layer's MLP in place of y - x.
+    for kept tokens and x for all others (w * x where the router scales those that it skips).
     """
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
@@ -81,13 +81,9 @@ class MoDLayer(nn.Module):
         self.gradient_checkpointing = seam.recomputed(layer)     # transformers sets it on every module that has the attribute
         """Whether the kept tokens' way through the layer, gate included, is recomputed in the backward pass."""
         seam.set_recomputed(layer, False)
-        self._mlp: Tensor | None = None
-        self._tap: RemovableHandle | None = None
-        self._tapped: tuple[nn.Module | None] = (None,)     # in a tuple, so that it is no child of this layer
-        self._tap_mlp()
         norm = seam.input_norm(layer)
         if seam.known_norm(norm) is not None:
-            seam.set_input_norm(layer, HandedNorm(norm))
+            seam.set_input_norm(layer, PrecomputedNorm(norm))
 
     def train(self, mode: bool = True) -> MoDLayer:
         """Also the layer that is not registered."""
@@ -96,94 +92,118 @@ class MoDLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *, unimod: ForwardState, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
-        packed, trail = unimod.packed, unimod.trail
-        if packed.static:
-            return self._alone(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
-        routing = self.router(hidden_states.squeeze(0), packed, trail)   # not [0], whose backward fills a tensor of zeros
+        if unimod.decode:
+            return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
+        h, state = hidden_states.squeeze(0), unimod.routing      # not [0], whose backward fills a tensor of zeros
+        routing = self.router(h, unimod.batch, state, unimod.plan.get(self.number))
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
-        i, (cos, sin), passed = routing.index, position_embeddings, hidden_states
-        if routing.passing is not None:
-            passed = hidden_states * routing.passing[:, None].to(hidden_states.dtype)
+        index, scale = routing.index, routing.skip_scale
+        skipped = h if scale is None else h * scale[:, None].to(h.dtype)
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
-            return passed
-        before = trail and trail.received
-        inner = replace(unimod, packed=packed.take(i, routing.segments, routing.rank))
-        run = partial(self._through, routing=routing, unimod=inner, position_embeddings=(cos[:, i], sin[:, i]), **kwargs)
+            return skipped[None]
+        received = state.received
+        rotary = tuple(x.index_select(1, index) for x in position_embeddings)
+        run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing), position_embeddings=rotary, **kwargs)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            x, y, mlp = checkpoint(run, hidden_states, use_reentrant=False)
+            x, y, gated = checkpoint(run, hidden_states, use_reentrant=False)
         else:
-            x, y, mlp = run(hidden_states)
-        if trail and trail.watched:                         # skipped tokens keep what they received last
-            trail.received = (trail.received.new_zeros(len(packed)) if before is None else before).index_copy(0, i, trail.received)
-        passed, x, y = passed.squeeze(0), x.squeeze(0), y.squeeze(0)
-        if routing.passing is None:
-            return scatter(passed, y, i, routing.weight, x=x, gated=mlp, rank=routing.rank)[None]
-        write = scatter if torch.is_grad_enabled() else scatter_    # `passed` is this layer's own; the caller may still hold hidden_states
-        return write(passed, y, i, routing.weight, gated=y - x if mlp is None else mlp, rank=routing.rank)[None]
+            x, y, gated = run(hidden_states)
+        if state.needs_attention:                           # skipped tokens keep what they received last
+            received = state.received.new_zeros(len(h)) if received is None else received
+            state.received = received.index_copy(0, index, state.received)
+        if scale is None:
+            return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)[None]
+        write = scatter if torch.is_grad_enabled() else scatter_    # `skipped` is this layer's own; the caller may still hold hidden_states
+        return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated, rank=routing.rank)[None]
 
-    def _alone(self, hidden_states: Tensor, state: ForwardState, **kwargs: object) -> Tensor:
-        """One token of every row: all are computed, and those that the router turns away leave no trace, neither here nor in the cache."""
-        judged = self.router.alone(hidden_states.squeeze(0), state.packed, state.trail)
-        self._tap_mlp()
-        y = seam.layer_output(self.layer(hidden_states, unimod=replace(state, keep=None if judged is None else judged[0]), **kwargs))
-        mlp, self._mlp = self._mlp, None
-        if judged is None:
-            return y
-        keep, factor = (x[:, None] for x in judged)
-        gated = y - hidden_states if mlp is None else mlp
-        past = hidden_states * factor.to(y.dtype) if self.router.config.scale_skipped else hidden_states
-        return torch.where(keep, (y + (factor - 1).to(y.dtype) * gated).to(y.dtype), past)
-
-    def _through(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The kept tokens, the layer's output on them, and its MLP's [K, D] where that is gated."""
+    def _run(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The kept tokens [K, D], the layer's output on them, and what the gate multiplies where that is not their difference."""
         norm = seam.input_norm(self.layer)
-        self._tap_mlp()
         try:
             x = self._gather(hidden_states, routing, norm)
-            y = seam.layer_output(self.layer(x, **kwargs))
-            return x, y, None if self._mlp is None else self._mlp.squeeze(0)
+            y, gated = self._layer(x, **kwargs)
+            return x.squeeze(0), y.squeeze(0), None if gated is None else gated.squeeze(0)
         finally:
-            self._mlp = None
-            if isinstance(norm, HandedNorm):
+            if isinstance(norm, PrecomputedNorm):
                 norm.given = None
+
+    def _layer(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """The layer's output and what the gate multiplies, None for the whole update; both like x: [1, K, D]."""
+        return seam.layer_output(self.layer(x, **kwargs)), None
+
+    def _decode(self, hidden_states: Tensor, state: ForwardState, **kwargs: object) -> Tensor:
+        """A decode step: all tokens are computed, and those that the router drops leave no trace, neither here nor in the cache."""
+        decision = self.router.decode(hidden_states.squeeze(0), state.batch, state.routing)
+        y, gated = self._layer(hidden_states, unimod=replace(state, active=None if decision is None else decision[0]), **kwargs)
+        if decision is None:
+            return y
+        kept, gate = (x[:, None] for x in decision)
+        gated = y - hidden_states if gated is None else gated
+        skipped = hidden_states * gate.to(y.dtype) if self.router.config.scale_skipped else hidden_states
+        return torch.where(kept, (y + (gate - 1).to(y.dtype) * gated).to(y.dtype), skipped)
 
     def _gather(self, hidden_states: Tensor, routing: Routing, norm: nn.Module | None) -> Tensor:
         """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the result."""
-        known = seam.known_norm(norm.stock) if isinstance(norm, HandedNorm) else None
-        if known is None or known.weight.dtype != hidden_states.dtype or backend("kernels", hidden_states.device.type, hidden_states.dtype) != "triton":
-            return hidden_states.squeeze(0).index_select(0, routing.index)[None]
-        x, n = gather_norm(hidden_states.squeeze(0), routing.index, known, routing.rank)
-        norm.given = x[None], n[None]
-        return norm.given[0]
-
-    def _tap_mlp(self) -> None:
-        """Have the MLP's output kept where the gate is for it: of the MLP that is there now, which may have been replaced."""
-        if self.router.config.branch != "mlp" or self._tapped[0] is seam.mlp(self.layer):
-            return
-        if self._tap:
-            self._tap.remove()
-        self._tapped = (seam.mlp(self.layer),)
-        self._tap = self._tapped[0].register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: tuple, out: Tensor) -> None:
-        self._mlp = out
+        h = hidden_states.squeeze(0)
+        known = seam.known_norm(norm.stock) if isinstance(norm, PrecomputedNorm) else None
+        fused = known is not None and known.weight.dtype == h.dtype and backend("kernels", h.device.type, h.dtype) == "triton"
+        if not fused:
+            return h.index_select(0, routing.index)[None]
+        x, normed = gather_norm(h, routing.index, known, routing.rank)
+        norm.given = x[None], normed[None]
+        return norm.given[0]                                # the very tensor by which the norm knows its result
 
     def keep_norm(self) -> None:
         """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in every layer."""
         norm = seam.input_norm(self.layer)
-        if isinstance(norm, HandedNorm):
+        if isinstance(norm, PrecomputedNorm):
             seam.set_input_norm(self.layer, norm.stock)
 
     def release(self) -> nn.Module:
         """The stock layer as it was before it was wrapped, with its present children and weights."""
-        if self._tap:
-            self._tap.remove()
         self.keep_norm()
         seam.set_recomputed(self.layer, self.gradient_checkpointing)
         del self.layer.router
         return self.layer
+
+
+class MLPGatedLayer(MoDLayer):
+    """A routed layer whose gate is for its MLP's part of the update (gamma-MoD, p-MoD): the MLP's output is kept as it passes by."""
+
+    def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
+        super().__init__(layer, router, number)
+        self._output: Tensor | None = None
+        self._hook: RemovableHandle | None = None
+        self._hooked: tuple[nn.Module | None] = (None,)     # in a tuple, so that it is no child of this layer
+        self._hook_mlp()                                    # now, so that a compiled layer finds it hooked
+
+    def _layer(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor]:
+        self._hook_mlp()
+        try:
+            y, _ = super()._layer(x, **kwargs)
+            return y, self._output
+        finally:
+            self._output = None
+
+    def _hook_mlp(self) -> None:
+        """Hook the MLP that is there now, which may have been replaced."""
+        mlp = seam.mlp(self.layer)
+        if self._hooked[0] is mlp:
+            return
+        if self._hook:
+            self._hook.remove()
+        self._hooked, self._hook = (mlp,), mlp.register_forward_hook(self._keep_output)
+
+    def _keep_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self._output = output
+
+    def release(self) -> nn.Module:
+        """As `MoDLayer.release`, without the hook."""
+        if self._hook:
+            self._hook.remove()
+        return super().release()
 
 
 def stock_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
@@ -205,9 +225,12 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     suits(plan, config)
     for i in plan.routed():
         old = model.layers[i]
+        router = make_router(model.width, plan.at(i), config).to(next(old.parameters()))
         follows = config.reach == "run" and i - 1 in plan.routed()
-        router = TaskRouter(model.width, plan.at(i), config, follows).to(next(old.parameters()))
-        model.layers[i] = MoDLayer(old, router, i).train(old.training)
+        if follows:
+            router.follows = True
+        layer = MLPGatedLayer if config.branch == "mlp" else MoDLayer
+        model.layers[i] = layer(old, router, i).train(old.training)
         if config.score == "learned" and (follows or (config.across and i != plan.routed()[0])):
             router.proj = model.layers[i - 1 if follows else plan.routed()[0]].router.proj
         if config.predictor and follows:
@@ -246,8 +269,7 @@ def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | N
     learned = LearnedCapacity(len(model.layers), [layer.number for layer in routed], weight or {"t2i": 1.0, "mmu": 1.0}, saving)
     learned.to(next(model.parameters()).device)
     for row, layer in enumerate(routed):
-        layer.router.learned, layer.router.row = learned, row
-        layer.router.capacity = learned.host(row)
+        fade(layer.router, learned, row)
     return learned
 
 

@@ -81,22 +81,16 @@ def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:
     """
     if not log:
         return torch.zeros(())
-    n = sum(routing.open.sum() for routing in log.values())
-    expected = sum((torch.sigmoid(routing.score.float()) * routing.open).sum() for routing in log.values())
-    kept = sum((routing.stays & routing.open).sum() for routing in log.values())
+    n = sum(routing.eligible.sum() for routing in log.values())
+    expected = sum((torch.sigmoid(routing.score.float()) * routing.eligible).sum() for routing in log.values())
+    kept = sum((routing.kept & routing.eligible).sum() for routing in log.values())
     return (expected / n.clamp(min=1) - (kept / n.clamp(min=1) if share is None else share)).square() * (n > 0)
-
-
-@torch.no_grad()
-def accuracy(log: Mapping[int, Routing]) -> dict[int, float]:
-    """Share of tokens up for choice whose predictor says what top-k then does, per layer that has a predictor."""
-    return {layer: float(((r.predicted > 0) == r.stays)[r.open].float().mean()) for layer, r in log.items() if r.predicted is not None and r.open.any()}
 
 
 def _against_members(logits: Tensor, routing: Routing) -> Tensor:
     """Mean over open tokens, 0 where there is none; their number is not read from the device."""
-    each = F.binary_cross_entropy_with_logits(logits.float(), routing.stays.float(), reduction="none")
-    return (each * routing.open).sum() / routing.open.sum().clamp(min=1)
+    each = F.binary_cross_entropy_with_logits(logits.float(), routing.kept.float(), reduction="none")
+    return (each * routing.eligible).sum() / routing.eligible.sum().clamp(min=1)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:

@@ -1,24 +1,26 @@
 """Routers: one score per token, from the router of the token's task at this layer.
 
-UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (arXiv 2404.02258) has one. Both are the same
-module with `shared` off or on, and so are the other published ways to skip layers (`baselines.PRESETS`). What a router returns is a `Routing`, the
-only currency between router, layer, loss and view.
+    score -> top-k in each segment (or a threshold) -> gate -> `Routing`
+
+UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (MoD, arXiv 2404.02258) has one. Both are the `TaskRouter` of this file,
+with `shared` off or on; what other methods do otherwise is in `baselines`. What a router returns is a `Routing`, the only currency between router,
+layer, loss and view. What depends on the batch and the capacities alone is worked out once per batch and not per layer: `routing_plan`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import Batch, Segment, Task
-from .capacity import LearnedCapacity
+from .batch import Batch, Segment, Task, lengths_of, spread
 from .config import RouterConfig
-from .ops.select import prefix_count, segment_rank, select
+from .mask import IntervalMask
+from .ops.select import prefix_count, select
 
 
 @dataclass(frozen=True)
@@ -26,245 +28,243 @@ class Routing:
     """A router's decision for one layer and one batch of T tokens, K of them kept."""
 
     index: Tensor
-    """int64 [K], ascending: the tokens that are processed."""
+    """int64 [K], ascending: the kept tokens."""
     weight: Tensor
-    """float32 [K]: factor on each kept token's update; exactly 1 for a token that was not up for choice."""
+    """float32 [K]: gate on each kept token's update; exactly 1 for a token that was not eligible."""
     score: Tensor
     """float32 [T]: the raw scores."""
     segments: tuple[Segment, ...]
     """The segments of the kept tokens, for `Batch.take`."""
-    last: Tensor
-    """int64 [S]: the token that each segment took last, whose score is the segment's own threshold."""
-    open: Tensor
-    """bool [T]: the tokens that were up for choice."""
+    kth: Tensor
+    """int64 [S]: index of each segment's k-th best token, whose score is the segment's own threshold."""
+    eligible: Tensor
+    """bool [T]: the tokens that the router may drop."""
     predicted: Tensor | None = None
     """[T]: logits of the predictor, if there is one, that a token is kept."""
-    passing: Tensor | None = None
-    """[T]: factor on the tokens that pass by, where it is not 1."""
+    skip_scale: Tensor | None = None
+    """[T]: factor on the skipped tokens, where it is not 1 (p-MoD)."""
     rank: Tensor | None = None
-    """int64 [T + 1]: how many kept tokens lie before each token; for `Batch.take` and the kernels."""
+    """int64 [T + 1]: how many kept tokens lie before each token; for `IntervalMask.take` and the kernels."""
 
     @property
-    def stays(self) -> Tensor:
-        """bool [T]: the tokens that go through the layer, chosen or kept by rule."""
-        return torch.zeros_like(self.open).index_fill(0, self.index, True)
+    def kept(self) -> Tensor:
+        """bool [T]: the tokens that go through the layer, chosen or always kept."""
+        return torch.zeros_like(self.eligible).index_fill(0, self.index, True)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What routing one layer needs of a batch that no hidden state changes: S segments, T tokens."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each segment: [S]."""
+    kept: tuple[int, ...]
+    """Places in each segment: [S]. All tokens of a segment under a threshold, which are judged one by one."""
+    segments: tuple[Segment, ...]
+    """The segments of the kept tokens."""
+    eligible: Tensor
+    """bool [T]: the tokens that may be dropped."""
+    always: Tensor | None
+    """bool [T]: the tokens that are always kept; None where there are none."""
+    threshold_tasks: frozenset[Task]
+    """Tasks with a segment that is judged by a threshold."""
 
 
 @dataclass
-class Trail:
-    """What one forward hands from layer to layer, for routers that look back."""
+class RoutingState:
+    """What one forward hands from layer to layer for the methods whose decisions look back (`baselines`)."""
 
     routing: Routing | None = None
-    """What the last routed layer decided."""
-    inside: Tensor | None = None
-    """bool [T]: the tokens that no layer has dropped so far; None: all."""
-    alone: tuple[Tensor, Tensor] | None = None
-    """What the last routed layer decided in a static step: `TaskRouter.alone`."""
+    """The decision that holds for a span of routed layers."""
+    decision: tuple[Tensor, Tensor] | None = None
+    """The same in a decode step: see `TaskRouter.decode`."""
+    active: Tensor | None = None
+    """bool [T]: the tokens that no layer has dropped so far (early exit); None: all."""
     received: Tensor | None = None
-    """[T]: attention received in the last layer that processed the token (`ops.attention.attention_received`)."""
-    watched: bool = False
-    """Whether the layer that runs now must say what attention its tokens received."""
+    """float32 [T]: attention received in the last layer that processed the token (`ops.attention.attention_received`)."""
+    needs_attention: bool = False
+    """Whether the layer that runs now must fill `received`, because the next one scores by it."""
 
 
 @dataclass
 class ForwardState:
-    """What one forward carries through the decoder layers beside the hidden states, under the one keyword that is ours: `layer(h, unimod=state)`.
+    """What one forward carries through the decoder layers beside the hidden states, under one keyword: `layer(h, unimod=state)`.
 
-    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes for a parameter of its
-    own never arrives there. So there is one, with our own name, and whatever else has to travel becomes a field here.
+    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes for a parameter of its own
+    never arrives there. So there is one, with our own name, and whatever else has to travel becomes a field here.
     """
 
-    packed: Batch
-    """The tokens that the layer is given."""
+    batch: Batch
+    """The whole batch."""
+    mask: IntervalMask | None = None
+    """Whom the tokens that the layer is given may attend to; default: the batch's own mask."""
+    index: Tensor | None = None
+    """int64 [K]: which tokens of the batch the layer is given; None: all."""
+    segments: tuple[Segment, ...] = ()
+    """The segments of these tokens, where there is an `index`."""
+    plan: Mapping[int, LayerPlan] = field(default_factory=dict)
+    """`routing_plan` of the batch."""
+    routing: RoutingState = field(default_factory=RoutingState)
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
-    trail: Trail | None = None
-    """What routers that look back share from layer to layer."""
-    keep: Tensor | None = None
-    """bool [B]: in a static step the rows whose token stays in this layer; None: all."""
+    decode: bool = False
+    """Whether this is a decode step of one size: one further token of every sequence, dropped by a mask, so that nothing waits for the device."""
+    active: Tensor | None = None
+    """bool [B]: in a decode step the sequences whose token is kept in this layer; None: all."""
+    attention: dict = field(default_factory=dict)
+    """What attention worked out from the mask, for the layers that have the same one."""
     compiled: bool = False
     """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
+
+    def __post_init__(self) -> None:
+        self.mask = self.batch.mask if self.mask is None else self.mask
+
+    def of_kept(self, routing: Routing) -> ForwardState:
+        """The state for the tokens that a routed layer keeps."""
+        segments = routing.segments
+        mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
+        return replace(self, mask=mask, index=routing.index, segments=segments, attention={})
+
+    def given(self) -> Batch:
+        """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""
+        return self.batch if self.index is None else self.batch.take(self.index, self.segments)
 
 
 class TaskRouter(nn.Module):
     """Scores and selects the tokens of one layer.
 
-    `capacity` maps t2i, mmu and lm to the fraction of a segment that is kept; 1 leaves the task alone. The number kept is
-    known on the host: of a segment with n tokens, a of which are never dropped, k = a + max(1, round(capacity * (n - a))). A router that
-    `follows` repeats the decision of the layer before it.
+    `capacity` maps t2i, mmu and lm to the fraction of a segment that is kept; 1 leaves the task alone. The number kept is known on the host: of a
+    segment with n tokens, a of which are always kept, k = a + max(1, round(capacity * (n - a))).
     """
 
-    def __init__(self, width: int, capacity: Mapping[str, float], config: RouterConfig | None = None, follows: bool = False) -> None:
+    needs_attention = False
+    """Whether scores are the attention received in the layer before."""
+
+    def __init__(self, width: int, capacity: Mapping[str, float], config: RouterConfig | None = None) -> None:
         super().__init__()
-        self.config, self.follows = config or RouterConfig(), follows
+        self.config = config or RouterConfig()
         self.capacity = tuple(capacity[task.name.lower()] for task in Task)
         if self.config.score == "learned":
             self.proj = scorer(width, self.config)
         if self.config.predictor:
             self.predict = scorer(width, self.config)
+        self.learned = None
+        """`capacity.LearnedCapacity`, where capacities are learned."""
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
-        self.learned: LearnedCapacity | None = None
-        self.row = 0
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether a decision depends on what earlier layers did."""
-        return self.config.score == "attention" or self.config.reach != "layer"
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None) -> Routing:
+        """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
+        state, plan = state or RoutingState(), plan or self.plan(batch)
+        predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
+        score = self.scores(h, batch, state)
+        ranked, eligible = self.candidates(score, batch, plan, state)
+        index, kth, rank, segments = self.select(ranked, batch, plan)
+        if plan.threshold_tasks:
+            passes = self.passes(ranked, _judged(predicted, batch), batch, plan.threshold_tasks)
+            index, segments = self._apply_threshold(passes, index, batch, plan)
+            rank = prefix_count(index, len(batch))
+        gate = torch.where(eligible, self.gate(score), 1.0)
+        skip_scale = gate if self.config.scale_skipped else None
+        return Routing(index, gate.index_select(0, index), score, segments, kth, eligible, predicted, skip_scale, rank)
 
-    def forward(self, h: Tensor, packed: Batch, trail: Trail | None = None) -> Routing:
-        """Route h: [T, D] under `packed`. Raises RuntimeError for a threshold segment before `calibrate` was called."""
-        trail = trail or Trail()
-        if self.follows and trail.routing is not None:
-            return trail.routing
-        if self.learned is not None:
-            self.capacity = self.learned.host(self.row)
-        predicted = self._of_task(self.predict(h.detach()), packed) if self.config.predictor else None
-        score, lengths = self.scores(h, packed, trail), tuple(s.length for s in packed.segments)
-        free = torch.tensor([self._chooses(s) for s in packed.segments])
-        free = torch.repeat_interleave(free, torch.tensor(lengths), output_size=sum(lengths)).to(h.device, non_blocking=True)
-        always, _ = packed.always(self.config.keep)
-        if self.config.compete == "batch":
-            always = ~free                                  # places are for all; who has no choice has one
-        judged = slice(None) if packed.twin is None else packed.twin
-        ranked = score.detach()[judged].masked_fill(always, torch.inf)
-        up = free & ~always
-        if trail.inside is not None:
-            ranked, up = ranked.masked_fill(~(trail.inside | always), -torch.inf), up & trail.inside
-        index, last, rank, segments = self._select(ranked, lengths, packed)
-        if any(self._by_threshold(s) for s in packed.segments):
-            if "labelled" in self.config.keep:
-                raise RuntimeError("keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
-            tasks = {s.task for s in packed.segments if self._by_threshold(s)}
-            passes = self.passes(ranked, None if predicted is None else predicted[judged], packed, tasks) & (ranked > -torch.inf)
-            index, segments = self._apply_threshold(passes | always, index, packed)
-            rank = prefix_count(index, len(packed))
-        factor = torch.where(up, self._gate(score), 1.0)
-        weight = factor[index]
-        if self.learned is not None and self.training:
-            weight = weight * self._fading(ranked, index, up, lengths, packed)
-        trail.routing = Routing(index, weight, score, segments, last, up, predicted, factor if self.config.scale_skipped else None, rank)
-        if self.config.reach == "exit":
-            trail.inside = torch.zeros_like(up).index_fill(0, index, True)
-        return trail.routing
-
-    def alone(self, h: Tensor, packed: Batch, trail: Trail | None = None) -> tuple[Tensor, Tensor] | None:
-        """Judge one token of every row by itself, at one size and without waiting (`Batch.static`): which stay, bool [T], and the factor on each
-        one's update, float32 [T]. None where the rule keeps all. Thresholds are as `calibrate` left them."""
-        if not self._chooses(packed.segments[0]):
+    def decode(self, h: Tensor, batch: Batch, state: RoutingState) -> tuple[Tensor, Tensor] | None:
+        """Route a decode step, one token of every sequence, at one size and without waiting for the device: which tokens are kept, bool [T], and the
+        gate on each one's update, float32 [T]. None where the rule keeps all. Thresholds are as `generate.calibrate` left them."""
+        if not self.may_drop(batch.segments[0]):
             return None
-        trail = trail or Trail()
-        if not (self.follows and trail.alone is not None):
-            judged = slice(None) if packed.twin is None else packed.twin
-            score, always = self.scores(h, packed, trail), packed.of_kind(self.config.keep)
-            passes = self._lets_through(score[judged], self._of_task(self.predict(h), packed)[judged] if self.config.predictor else None, packed)
-            passes = passes if trail.inside is None else passes & trail.inside
-            trail.alone = always | passes, torch.where(always, 1.0, self._gate(score))
-            if self.config.reach == "exit":
-                trail.inside = trail.alone[0]
-        return trail.alone
+        score, always = self.scores(h, batch, state), batch.of_kind(self.config.keep)
+        predicted = self._of_task(self.predict(h), batch) if self.config.predictor else None
+        kept = self._above_threshold(_judged(score, batch), _judged(predicted, batch), batch)
+        return always | kept, torch.where(always, 1.0, self.gate(score))
 
-    def scores(self, h: Tensor, packed: Batch, trail: Trail) -> Tensor:
+    def plan(self, batch: Batch) -> LayerPlan:
+        """What routing this layer needs of a batch, apart from hidden states."""
+        lengths, kept = tuple(s.length for s in batch.segments), self.kept(batch)
+        device, drops = batch.ids.device, [self.may_drop(s) for s in batch.segments]
+        eligible = spread(torch.tensor(drops), lengths, device)
+        always = batch.of_kind(self.config.keep) if self.config.keep else None
+        tasks = frozenset(s.task for s, may in zip(batch.segments, drops) if may and s.rule == "threshold")
+        if tasks and "labelled" in self.config.keep:
+            raise RuntimeError("keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
+        segments = tuple(replace(s, length=k) for s, k in zip(batch.segments, kept))
+        return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks)
+
+    def capacities(self) -> tuple[float, ...]:
+        """Capacity of each task."""
+        return self.capacity
+
+    def kept(self, batch: Batch) -> tuple[int, ...]:
+        """Tokens of each segment that are processed, before a threshold is applied: [S], on the host."""
+        return tuple(a + share(self.capacity[int(s.task)], s.length - a) if self.may_drop(s) and s.rule != "threshold" else s.length
+                     for s, a in zip(batch.segments, batch.count_of_kind(self.config.keep)))
+
+    def may_drop(self, segment: Segment) -> bool:
+        """Whether a segment's tokens compete at all."""
+        return self.capacity[int(segment.task)] < 1 and segment.rule != "keep"
+
+    def scores(self, h: Tensor, batch: Batch, state: RoutingState) -> Tensor:
         """One score per token: float32 [T]."""
-        if self.config.score == "random":
-            return torch.rand(len(packed), device=h.device)
-        if self.config.score == "attention":
-            if trail.received is None and any(self._chooses(s) and s.rule == "topk" for s in packed.segments):
-                raise RuntimeError("score='attention' looks at the layer before, and none has run: leave the first layer dense, and do not skip it.")
-            return torch.zeros(len(packed), device=h.device) if trail.received is None else trail.received
-        score = self._of_task(self.proj(F.layer_norm(h.to(torch.promote_types(h.dtype, torch.float32)), h.shape[-1:]) if self.config.normalised else h), packed)
+        if self.config.normalised:
+            h = F.layer_norm(h.to(torch.promote_types(h.dtype, torch.float32)), h.shape[-1:])
+        score = self._of_task(self.proj(h), batch)
         if self.training and self.config.noise:
             score = score + self.config.noise * torch.rand_like(score).clamp(1e-6, 1 - 1e-6).logit()
         return score
 
-    def _of_task(self, scores: Tensor, packed: Batch) -> Tensor:
-        """[T, 1] or [T, tasks] -> [T]."""
-        return scores[:, 0] if self.config.shared else scores.gather(1, packed.task[:, None])[:, 0]
+    def candidates(self, score: Tensor, batch: Batch, plan: LayerPlan, state: RoutingState) -> tuple[Tensor, Tensor]:
+        """What is ranked, float [T] without a gradient and inf for tokens that are always kept, and which tokens are eligible, bool [T]."""
+        ranked = _judged(score.detach(), batch)
+        return ranked if plan.always is None else ranked.masked_fill(plan.always, torch.inf), plan.eligible
 
-    def kept(self, packed: Batch, rows: set[int] | None = None) -> tuple[int, ...]:
-        """Tokens of each segment that are processed, before a threshold is applied. Where whole rows compete, those of `rows` (default: the first
-        ones, for counting); where the whole batch does, each segment's fair share."""
-        if self.config.compete == "rows":
-            rows = self._rows(packed, drawn=False) if rows is None else rows
-            return tuple(s.length if s.row in rows or not self._chooses(s) else 0 for s in packed.segments)
-        _, counts = packed.always(self.config.keep)
-        return tuple(a + share(self.capacity[int(s.task)], s.length - a) if self._chooses(s) and s.rule != "threshold" else s.length
-                     for s, a in zip(packed.segments, counts))
+    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+        """Top-k of every segment: `Routing.index`, `.kth`, `.rank` and `.segments`."""
+        return *select(ranked, plan.lengths, plan.kept), plan.segments
+
+    def gate(self, score: Tensor) -> Tensor:
+        """What multiplies the update, by score: [T]."""
+        return GATE[self.config.gate](score, self.config.gain)
+
+    def passes(self, score: Tensor, predicted: Tensor | None, batch: Batch, tasks: Iterable[Task]) -> Tensor:
+        """The causal decision of each token by itself: bool [T], True for those that the predictor expects to be kept, else for those above the
+        threshold. Raises RuntimeError when there is neither."""
+        if predicted is None and torch.isnan(self.threshold[list(tasks)]).any():
+            raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
+        return self._above_threshold(score, predicted, batch)
 
     def flops(self) -> int:
         """FLOPs of one token's scores."""
         scorers = [part for name, part in self.named_children() if name in ("proj", "predict")]
-        return 0 if self.follows else sum(2 * p.numel() for part in scorers for p in part.parameters() if p.ndim > 1)
+        return sum(2 * p.numel() for part in scorers for p in part.parameters() if p.ndim > 1)
 
-    def _select(self, ranked: Tensor, lengths: tuple[int, ...], packed: Batch) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
-        """The kept tokens, the token that each segment took last, how many kept ones lie before each token, and the segments of the kept ones."""
-        if self.config.compete == "batch":                  # who gets how much is read from the device
-            places = sum((self.capacity[int(s.task)] if self._chooses(s) else 1) * s.length for s in packed.segments)
-            keep = self.kept(packed)
-            k = sum(keep) if ranked.is_meta else share(places / len(ranked), len(ranked))
-            index, last, rank = select(ranked, (len(ranked),), (k,))
-            if not index.is_meta:                           # where there are no numbers, everyone gets a fair share
-                of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[index.cpu()]
-                keep = torch.bincount(of, minlength=len(lengths)).tolist()
-            last = last.expand(len(lengths))
-        else:
-            keep = self.kept(packed, self._rows(packed, drawn=True) if self.config.compete == "rows" else None)
-            index, last, rank = select(ranked, lengths, keep)
-        return index, last, rank, tuple(replace(s, length=k) for s, k in zip(packed.segments, keep))
+    def _of_task(self, scores: Tensor, batch: Batch) -> Tensor:
+        """[T, 1] or [T, tasks] -> [T]."""
+        return scores[:, 0] if self.config.shared else scores.gather(1, batch.task[:, None])[:, 0]
 
-    def _rows(self, packed: Batch, drawn: bool) -> set[int]:
-        """Of each task's rows the share of its capacity, drawn at random or the first ones."""
-        stay: set[int] = set()
-        for task in Task:
-            mine = [row for row, t in enumerate(packed.tasks) if t == task]
-            order = torch.randperm(len(mine)).tolist() if drawn else range(len(mine))
-            stay |= {mine[i] for i in order[:share(self.capacity[int(task)], len(mine))]}
-        return stay
+    def _above_threshold(self, score: Tensor, predicted: Tensor | None, batch: Batch) -> Tensor:
+        return score >= self.threshold[batch.task] if predicted is None else predicted > 0
 
-    def _chooses(self, segment: Segment) -> bool:
-        """Whether a segment's tokens compete at all."""
-        by_rule = segment.rule == "keep" and self.config.compete == "segment"
-        return self.capacity[int(segment.task)] < 1 and not by_rule and (self.training or self.config.score != "random")
-
-    def _by_threshold(self, segment: Segment) -> bool:
-        return segment.rule == "threshold" and self._chooses(segment)
-
-    def passes(self, score: Tensor, predicted: Tensor | None, packed: Batch, tasks: set[Task]) -> Tensor:
-        """Which tokens of these tasks a decision of their own lets through: those that the predictor expects to be kept, else those above the
-        threshold: bool [T]. Raises RuntimeError when there is neither."""
-        if predicted is None and self.config.score == "attention":
-            raise RuntimeError("score='attention' cannot judge a token before others have looked at it; token-by-token generation needs predictor=True.")
-        if predicted is None and torch.isnan(self.threshold[list(tasks)]).any():
-            raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
-        return self._lets_through(score, predicted, packed)
-
-    def _lets_through(self, score: Tensor, predicted: Tensor | None, packed: Batch) -> Tensor:
-        return score >= self.threshold[packed.task] if predicted is None else predicted > 0
-
-    def _apply_threshold(self, passes: Tensor, index: Tensor, packed: Batch) -> tuple[Tensor, tuple[Segment, ...]]:
+    def _apply_threshold(self, passes: Tensor, index: Tensor, batch: Batch, plan: LayerPlan) -> tuple[Tensor, tuple[Segment, ...]]:
         """Drop the tokens of threshold segments that do not pass; the sizes are read from the device."""
+        passes = passes if plan.always is None else passes | plan.always
         stay, segments, at = torch.ones_like(index, dtype=torch.bool), [], 0
-        for s, n in zip(packed.segments, self.kept(packed)):
-            if self._by_threshold(s):
+        for s, n in zip(batch.segments, plan.kept):
+            if s.rule == "threshold" and self.may_drop(s):
                 stay[at:at + n] = passes[index[at:at + n]]
             segments.append(replace(s, length=int(stay[at:at + n].sum())))
             at += n
         return index[stay], tuple(segments)
 
-    def _gate(self, score: Tensor) -> Tensor:
-        if self.config.gate == "tanh":
-            return 1 + self.config.gain * torch.tanh(score)
-        if self.config.gate == "straight-through":
-            soft = torch.sigmoid(score)
-            return 1 + (soft - soft.detach())
-        return {"sigmoid": torch.sigmoid, "raw": torch.Tensor.clone, "none": torch.ones_like}[self.config.gate](score)
 
-    def _fading(self, ranked: Tensor, index: Tensor, up: Tensor, lengths: tuple[int, ...], packed: Batch) -> Tensor:
-        """Factor by which each kept token enters while capacities are learned: [K]."""
-        _, always = packed.always(self.config.keep)
-        places, fixed = (torch.repeat_interleave(torch.tensor(x), torch.tensor(lengths), output_size=len(ranked)).to(ranked.device, non_blocking=True)[index]
-                         for x in (lengths, always))
-        factor = self.learned.edge(self.row, packed.task[index], segment_rank(ranked, lengths)[index] - fixed, (places - fixed).clamp(min=1))
-        return torch.where(up[index], factor, 1.0)
+def routing_plan(routers: Mapping[int, TaskRouter], batch: Batch) -> dict[int, LayerPlan]:
+    """The `LayerPlan` of every routed layer, by layer number; layers of the same router and capacity share one."""
+    made: dict[tuple, LayerPlan] = {}
+    found = {}
+    for number, router in routers.items():
+        key = type(router), router.config, router.capacities(), router.training
+        if key not in made:
+            made[key] = router.plan(batch)
+        found[number] = made[key]
+    return found
 
 
 def share(capacity: float, n: int) -> int:
@@ -272,21 +272,43 @@ def share(capacity: float, n: int) -> int:
     return min(n, max(1, math.floor(capacity * n + 0.5)))
 
 
-class Exact(nn.Linear):
-    """A linear map in no less than float32 whatever its weights' and input's dtype, or autocast, say: scores a rounding apart would tie, and ties go to the
-    earlier token; and a gate near 1 has no room in bfloat16."""
+def _judged(score: Tensor | None, batch: Batch) -> Tensor | None:
+    """The score by which each token is judged: its own, or that of its score source."""
+    return score if score is None or batch.score_source is None else score[batch.score_source]
+
+
+def _straight_through(score: Tensor, gain: float) -> Tensor:
+    soft = torch.sigmoid(score)
+    return 1 + (soft - soft.detach())
+
+
+GATE = {
+    "tanh": lambda score, gain: 1 + gain * torch.tanh(score),
+    "sigmoid": lambda score, gain: torch.sigmoid(score),
+    "raw": lambda score, gain: score.clone(),
+    "none": lambda score, gain: torch.ones_like(score),
+    "straight-through": _straight_through,
+}
+"""The gates of `config.GATES`: float32 [T] scores -> float32 [T] factors on the update."""
+
+
+class Float32Linear(nn.Linear):
+    """A linear map in no less than float32 whatever its weights' and input's dtype, or autocast, say.
+
+    In bfloat16 scores a rounding apart would tie, and ties go to the earlier token; and a gate near 1 has no room.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, D] -> float32 [T, out]."""
         if x.dtype in (torch.float16, torch.bfloat16):
-            return _Scores.apply(x, self.weight.to(x.dtype), self.bias.float())
+            return _HalfPrecisionScores.apply(x, self.weight.to(x.dtype), self.bias.float())
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
-class _Scores(torch.autograd.Function):
-    """x W^T + b of half-precision x and W, summed and handed out in float32; what is kept for the backward is x as it is."""
+class _HalfPrecisionScores(torch.autograd.Function):
+    """x W^T + b of half-precision x and W, summed and returned in float32; the backward pass keeps x as it is, not a float32 copy."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -303,7 +325,7 @@ class _Scores(torch.autograd.Function):
 def scorer(width: int, config: RouterConfig) -> nn.Module:
     """From a token's hidden state to one score, or to one per task: a linear map, or one behind a hidden layer."""
     outputs = 1 if config.shared else len(Task)
-    last = Exact(config.hidden or width, outputs)
+    last = Float32Linear(config.hidden or width, outputs)
     nn.init.normal_(last.weight, std=config.std)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(Exact(width, config.hidden), nn.SiLU(), last) if config.hidden else last
+    return nn.Sequential(Float32Linear(width, config.hidden), nn.SiLU(), last) if config.hidden else last

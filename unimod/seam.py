@@ -141,16 +141,18 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: ForwardState) -> Tensor:
     q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
-    packed, trail = state.packed, state.trail
+    mask = state.mask
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
-        observer(module, q, k, packed)
-    if trail is not None and trail.watched:
-        trail.received = attention_received(q, k, packed.lo, packed.hi, packed.segment, packed.lengths, scaling)
+        observer(module, q, k, state.given())
+    if state.routing.needs_attention:
+        segment = state.batch.segment_numbers()
+        segment = segment if state.index is None else segment[state.index]
+        state.routing.received = attention_received(q, k, mask.lo, mask.hi, segment, mask.lengths, scaling)
     if state.cache is not None:
-        return state.cache.attend(layer_number(module), q, k, v, packed, scaling, state.keep)[None]
-    memo = None if torch.compiler.is_compiling() else packed.memo
-    return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scaling, packed.masks, memo)[None]
+        return state.cache.attend(layer_number(module), q, k, v, state, scaling)[None]
+    memo = None if torch.compiler.is_compiling() else state.attention
+    return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scaling, mask.kinds, memo)[None]
 
 
 _attend_outside = torch.compiler.disable(_attend)

@@ -169,7 +169,7 @@ def test_a_saved_record_is_the_same_record(world, tmp_path, dtype):
     record = capture_batch(model, batches.held_out("validation", 2))
     again = AttentionRecord.load(record.save(tmp_path / "all"))
     assert again.layers == record.layers and again.about == {"model": "showo"}
-    assert again.whole.tasks == record.whole.tasks and again.whole.masks == record.whole.masks
+    assert again.whole.tasks == record.whole.tasks and again.whole.mask.kinds == record.whole.mask.kinds
     for number in record.layers:
         mine, loaded = record.layer(number), again.layer(number)
         assert loaded.q.dtype == dtype and torch.equal(loaded.q, mine.q) and torch.equal(loaded.k, mine.k)
@@ -218,7 +218,7 @@ def test_maps_of_half_precision_are_those_of_kernels_that_sum_in_float32(world):
     for number in (0, 5):
         layer, span = record.layer(number), record.span(1, number)
         q, k = (x[:, span].double() for x in (layer.q, layer.k))
-        visible = torch.arange(len(q[0])) < (layer.batch.hi[span] - span.start)[:, None]
+        visible = torch.arange(len(q[0])) < (layer.batch.mask.hi[span] - span.start)[:, None]
         want = (q @ k.mT * layer.scale).masked_fill(~visible, -torch.inf).softmax(-1)
         torch.testing.assert_close(record.map(1, number).double(), want, atol=1e-6, rtol=1e-5)
         mass = layer.mass(layer.batch.modality, 3)[0][:, span, Modality.IMAGE].double()

@@ -43,7 +43,7 @@ def dense_showo(row, layout):
 
 def as_dense(packed):
     j = torch.arange(len(packed))
-    return (j >= packed.lo[:, None]) & (j < packed.hi[:, None])
+    return (j >= packed.mask.lo[:, None]) & (j < packed.mask.hi[:, None])
 
 
 @pytest.mark.parametrize("layout", [SHOWO, EMU3], ids=["showo", "emu3"])
@@ -82,7 +82,7 @@ def test_interval_attention_equals_softmax_over_the_dense_mask(kv_heads, ragged)
     g = torch.Generator().manual_seed(0)
     q = torch.randn(4, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True)
     k, v = (torch.randn(kv_heads, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True) for _ in range(2))
-    out = interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, 0.3)
+    out = interval_attention(q, k, v, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3)
     kk, vv = (x.repeat_interleave(4 // kv_heads, 0) for x in (k, v))
     weights = (q @ kk.transpose(1, 2) * 0.3).masked_fill(~as_dense(packed), -torch.inf).softmax(-1)
     expected = (weights @ vv).transpose(0, 1)
@@ -137,13 +137,14 @@ def test_attention_received_equals_the_sum_over_queries(kind, heads_kv, monkeypa
     packed = pack(make_rows(layout))
     g, n = torch.Generator().manual_seed(0), len(packed)
     q, k = torch.randn(4, n, 8, generator=g), torch.randn(heads_kv, n, 8, generator=g)
-    arguments = (packed.lo, packed.hi, packed.segment, packed.lengths, 0.7)
+    segment = packed.segment_numbers()
+    arguments = (packed.mask.lo, packed.mask.hi, segment, packed.lengths, 0.7)
     total, asked = torch.zeros(n), torch.zeros(n)
     for i in range(n):
-        lo, hi = int(packed.lo[i]), int(packed.hi[i])
+        lo, hi = int(packed.mask.lo[i]), int(packed.mask.hi[i])
         a = torch.stack([(0.7 * q[h, i] @ k[h * heads_kv // 4, lo:hi].T).softmax(-1) for h in range(4)]).mean(0)
         for j in range(lo, hi):
-            if packed.segment[j] == packed.segment[i]:
+            if segment[j] == segment[i]:
                 total[j] += (hi - lo) * a[j - lo]
                 asked[j] += 1
     found = attention_received(q, k, *arguments)

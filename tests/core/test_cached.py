@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from unimod.baselines import PRESETS
 from unimod.batch import pack
 from unimod.config import RouterConfig
-from unimod.generate import Growing, calibrate, draw
+from unimod.generate import DecodeSession, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
 from unimod.models.cache import KVCache
 from unimod.plan import CapacityPlan, last_half
@@ -33,13 +33,13 @@ def routed(model, name, packed):
 def grown(model, prompts, wholes, static=False):
     """Hidden states of every token after the prompts, decoded one by one; rows end when theirs is whole."""
     longest = max(len(w.ids) - len(p.ids) for p, w in zip(prompts, wholes))
-    growing, out = Growing(model, prompts, longest, static=static), [[] for _ in prompts]
+    session, out = DecodeSession(model, prompts, longest, static=static), [[] for _ in prompts]
     for step in range(longest):
         live = [b for b, (p, w) in enumerate(zip(prompts, wholes)) if len(p.ids) + step < len(w.ids)]
-        hidden = growing.push(torch.stack([wholes[b].ids[len(prompts[b].ids) + step] for b in live]), live)
+        hidden = session.step(torch.stack([wholes[b].ids[len(prompts[b].ids) + step] for b in live]), live)
         for b, h in zip(live, hidden):
             out[b].append(h)
-    return [torch.stack(h) for h in out], growing.cache
+    return [torch.stack(h) for h in out], session.cache
 
 
 def agree(model, prompts, wholes):

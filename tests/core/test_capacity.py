@@ -76,7 +76,7 @@ def test_it_keeps_what_the_plan_it_stands_for_keeps(model, packed):
     with record_routing() as log:
         model(packed)
     first = log[4]
-    assert (first.weight < 1).any() and torch.equal(first.weight[~first.open[first.index]], torch.ones(int((~first.open[first.index]).sum())))
+    assert (first.weight < 1).any() and torch.equal(first.weight[~first.eligible[first.index]], torch.ones(int((~first.eligible[first.index]).sum())))
     with record_routing() as log:
         faded = model.eval()(packed)
     assert (log[4].weight > 0.7).all(), "outside training nothing fades"

@@ -14,7 +14,7 @@ from unimod.flops import count
 from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_only
 from unimod.losses import losses
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import ForwardState, TaskRouter, Trail, scorer
+from unimod.router import ForwardState, RoutingState, TaskRouter, scorer
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
 """Three tokens of width 2."""
@@ -56,10 +56,10 @@ def routed(config, capacity=2 / 3, layers=1):
     return stack
 
 
-def run(stack, packed, number=0, trail=None, x=X):
+def run(stack, packed, number=0, state=None, x=X):
     nowhere = torch.zeros(1, len(x), 1)
     with record_routing() as log:
-        out = stack.layers[number](x[None], unimod=ForwardState(packed, trail=trail), position_embeddings=(nowhere, nowhere))[0]
+        out = stack.layers[number](x[None], unimod=ForwardState(packed, routing=state or RoutingState()), position_embeddings=(nowhere, nowhere))[0]
     return out.detach(), log[number]
 
 
@@ -112,12 +112,12 @@ def test_random_routing_draws_anew_in_training_and_keeps_all_in_evaluation():
 def test_attention_received_decides_without_a_gate():
     """A-MoD: the two tokens that received most, whatever they are; nothing to train."""
     stack = apply_mod(Stack(2), CapacityPlan({"mmu": [1, 2 / 3]}), PRESETS["a-mod"])
-    out, routing = run(stack, three(), 1, Trail(received=torch.tensor([0.5, 2.0, 1.0])))
+    out, routing = run(stack, three(), 1, RoutingState(received=torch.tensor([0.5, 2.0, 1.0])))
     assert routing.index.tolist() == [1, 2] and torch.equal(out[1:], (X + UPDATE)[1:]) and torch.equal(out[0], X[0])
     with pytest.raises(RuntimeError, match="leave the first layer dense"):
         run(stack, three(), 1)
     with pytest.raises(RuntimeError, match="needs predictor=True"):
-        run(stack, three(rule="threshold"), 1, Trail(received=torch.ones(3)))
+        run(stack, three(rule="threshold"), 1, RoutingState(received=torch.ones(3)))
 
 
 def test_a_decision_reaches_over_the_whole_run():
@@ -126,8 +126,8 @@ def test_a_decision_reaches_over_the_whole_run():
     found = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        trail = Trail()
-        kept = [tuple(run(stack, three(), i, trail)[1].index.tolist()) for i in (0, 1, 2, 4)]
+        state = RoutingState()
+        kept = [tuple(run(stack, three(), i, state)[1].index.tolist()) for i in (0, 1, 2, 4)]
         assert kept[0] == kept[1] == kept[2]
         found.add((kept[0], kept[3]))
     assert len(found) > 3, "the second run does not follow the first"
@@ -139,10 +139,10 @@ def test_a_token_that_left_early_never_comes_back():
     stack = apply_mod(Stack(2), CapacityPlan({"mmu": [2 / 3, 1 / 3]}), PRESETS["early-exit"])
     for layer, sign in zip(stack.layers, (1, -1)):
         layer.router.proj.weight.data = sign * W.expand(3, 2).clone()
-    trail = Trail()
-    assert run(stack, three(), 0, trail)[1].index.tolist() == [0, 2]
-    assert trail.inside.tolist() == [True, False, True]
-    out, routing = run(stack, three(), 1, trail)
+    state = RoutingState()
+    assert run(stack, three(), 0, state)[1].index.tolist() == [0, 2]
+    assert state.active.tolist() == [True, False, True]
+    out, routing = run(stack, three(), 1, state)
     assert routing.score.tolist() == (-SCORES).tolist() and routing.index.tolist() == [0], "the best of those that are still in"
     torch.testing.assert_close(out[0], (X + (1 + 0.2 * math.tanh(-0.5)) * UPDATE)[0])
     assert torch.equal(out[1:], X[1:])

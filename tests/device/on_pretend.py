@@ -18,7 +18,7 @@ from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate import evaluate, in_use
-from unimod.generate import Growing, answer, calibrate, draw
+from unimod.generate import DecodeSession, answer, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.ops.attention import flex, varlen
@@ -116,7 +116,7 @@ def test_attention_is_planned_without_a_wait(name):
         moved = packed.to(DEVICE)
         device.waits.clear()
         for kernel in (varlen, flex):
-            kernel.prepare(moved.lo, moved.hi, moved.lengths, moved.masks)
+            kernel.prepare(moved.mask.lo, moved.mask.hi, moved.lengths, moved.mask.kinds)
         assert not device.waits
 
 
@@ -143,11 +143,11 @@ def test_a_static_step_can_be_a_graph(name, router):
     there(model)
     with On() as device:
         for rows in (asked, drawn):
-            growing = Growing(model, rows, 4, static=True)
-            growing.push(torch.tensor([5, 6]), [0, 1])
+            session = DecodeSession(model, rows, 4, static=True)
+            session.step(torch.tensor([5, 6]), [0, 1])
             device.copies.clear()
             device.waits.clear()
-            model(growing._step, cache=growing.cache)
+            model(session._static, cache=session.cache, decode=True)
             assert not device.copies and not device.waits
         assert answer(model, asked, static=True) == want[0]
         assert torch.equal(numbers(draw(model, ["a red circle"], **options)), want[1])

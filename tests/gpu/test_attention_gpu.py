@@ -46,7 +46,7 @@ def tensors(packed, heads, kv_heads, width, dtype=torch.bfloat16):
 
 def run(name, packed, inputs):
     with use_backend(name):
-        out = interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, inputs[0].shape[2] ** -0.5, packed.masks)
+        out = interval_attention(*inputs, packed.mask.lo, packed.mask.hi, packed.lengths, inputs[0].shape[2] ** -0.5, packed.mask.kinds)
     mix = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(out.dtype)
     return [out, *torch.autograd.grad(out, inputs, mix)]
 
@@ -89,12 +89,12 @@ def test_triton_statistics_are_those_of_the_reference(shape, dtype, tolerance):
     length, rows, *heads = SHAPES[shape]
     packed = batch(length, rows, ("suffix", "prefix", "causal", "full"), 0.5)
     q, k, _ = (x.detach() for x in tensors(packed, *heads, dtype=dtype))
-    intervals, scale = (packed.lo, packed.hi), q.shape[2] ** -0.5
+    intervals, scale = (packed.mask.lo, packed.mask.hi), q.shape[2] ** -0.5
     with use_backend("triton"):
-        received = attention_received(q, k, *intervals, packed.segment, packed.lengths, scale)
+        received = attention_received(q, k, *intervals, packed.segment_numbers(), packed.lengths, scale)
         found = attention_mass(q, k, *intervals, packed.modality, 3, packed.lengths, scale, packed.position)
     with use_backend("reference"):
-        right = attention_received(q.float(), k.float(), *intervals, packed.segment, packed.lengths, scale)
+        right = attention_received(q.float(), k.float(), *intervals, packed.segment_numbers(), packed.lengths, scale)
         expected = attention_mass(q.float(), k.float(), *intervals, packed.modality, 3, packed.lengths, scale, packed.position)
     torch.testing.assert_close(received, right, atol=tolerance, rtol=tolerance)
     for ours, theirs in zip(found, expected):

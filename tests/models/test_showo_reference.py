@@ -70,7 +70,7 @@ def check(pair):
     assert row.target[order].tolist() == pair.targets()[real].tolist()
     assert sum(t != IGNORE for t in pair.targets().tolist()) == int((row.target != IGNORE).sum()), "no target is lost with the pads"
     packed, j = pack([row, row]), torch.arange(2 * n)
-    seen = (j >= packed.lo[:, None]) & (j < packed.hi[:, None])
+    seen = (j >= packed.mask.lo[:, None]) & (j < packed.mask.hi[:, None])
     assert not seen[:n, n:].any() and not seen[n:, :n].any(), "a row must not see another"
     for own in (seen[:n, :n], seen[n:, n:]):
         assert torch.equal(own[order][:, order], pair.allow()[real][:, real])

@@ -25,12 +25,13 @@ def inside(x):
 def test_statistics(name, dtype, heads, kv_heads, width):
     packed, g = BATCHES[name], torch.Generator().manual_seed(0)
     q, k = ((2 * torch.randn(h, len(packed), width, generator=g)).to(dtype) for h in (heads, kv_heads))
-    intervals, position = (packed.lo, packed.hi), packed.position
+    intervals, position = (packed.mask.lo, packed.mask.hi), packed.position
     with use_backend("reference"):                          # of float32: it rounds the products of halves
-        received = attention_received(q.float(), k.float(), *intervals, packed.segment, packed.lengths, 0.4)
+        received = attention_received(q.float(), k.float(), *intervals, packed.segment_numbers(), packed.lengths, 0.4)
         expected = attention_mass(q.float(), k.float(), *intervals, packed.modality, 3, packed.lengths, 0.4, position)
     with use_backend("triton"):
-        torch.testing.assert_close(attention_received(inside(q), inside(k), *intervals, packed.segment, packed.lengths, 0.4), received, atol=1e-4, rtol=1e-4)
+        found = attention_received(inside(q), inside(k), *intervals, packed.segment_numbers(), packed.lengths, 0.4)
+        torch.testing.assert_close(found, received, atol=1e-4, rtol=1e-4)
         found = attention_mass(inside(q), inside(k), *intervals, packed.modality, 3, packed.lengths, 0.4, position)
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -46,12 +47,12 @@ def test_large_logits_and_many_labels():
 
 def _with(name, q, k, packed, label):
     with use_backend(name):
-        return attention_mass(q, k, packed.lo, packed.hi, label, 19, packed.lengths, 1.0)
+        return attention_mass(q, k, packed.mask.lo, packed.mask.hi, label, 19, packed.lengths, 1.0)
 
 
 def test_torch_sees_through_the_registered_ops():
     packed = BATCHES["degenerate"]
     q, k = torch.randn(2, len(packed), 16), torch.randn(1, len(packed), 16)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton.attention_received, (q, k, packed.lo, packed.hi, packed.segment, 0.3), test_utils=checks)
-    torch.library.opcheck(triton.attention_mass, (q, k, packed.lo, packed.hi, packed.modality, packed.position, 3, 0.3), test_utils=checks)
+    torch.library.opcheck(triton.attention_received, (q, k, packed.mask.lo, packed.mask.hi, packed.segment_numbers(), 0.3), test_utils=checks)
+    torch.library.opcheck(triton.attention_mass, (q, k, packed.mask.lo, packed.mask.hi, packed.modality, packed.position, 3, 0.3), test_utils=checks)

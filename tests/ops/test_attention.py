@@ -37,7 +37,7 @@ def tensors(packed, dtype=torch.double, heads=4, kv_heads=2, width=8):
 def dense(packed):
     """bool [T, T]."""
     j = torch.arange(len(packed))
-    return (j >= packed.lo[:, None]) & (j < packed.hi[:, None])
+    return (j >= packed.mask.lo[:, None]) & (j < packed.mask.hi[:, None])
 
 
 def truth(q, k, v, packed, scale=0.3):
@@ -57,11 +57,11 @@ def split(packed, inputs):
     """By runs of a slow kernel; no product of a query and a key may be computed that is not asked for."""
     varlen.KERNELS["slow"] = kernel = SlowKernel()
     try:
-        out = varlen.attend(*inputs, varlen.prepare(packed.lo, packed.hi, packed.lengths, packed.masks), 0.3, "slow")
+        out = varlen.attend(*inputs, varlen.prepare(packed.mask.lo, packed.mask.hi, packed.lengths, packed.mask.kinds), 0.3, "slow")
     finally:
         del varlen.KERNELS["slow"]
-    assert kernel.pairs == int((packed.hi - packed.lo).sum()), "computed and thrown away"
-    assert kernel.calls == 2 - (set(packed.masks) == {"causal"})
+    assert kernel.pairs == int((packed.mask.hi - packed.mask.lo).sum()), "computed and thrown away"
+    assert kernel.calls == 2 - (set(packed.mask.kinds) == {"causal"})
     return out
 
 
@@ -69,12 +69,12 @@ def split(packed, inputs):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_layout_in_one_or_two_calls_and_by_the_reference(name, kept):
     packed = pack(ROWS[name])
-    assert "general" not in packed.masks
+    assert "general" not in packed.mask.kinds
     if kept < 1:
         packed = routed(packed, torch.rand(len(packed), generator=torch.Generator().manual_seed(3)) < kept)
     inputs = tensors(packed)
     same(split(packed, inputs), truth(*inputs, packed), inputs)
-    same(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks), truth(*inputs, packed), inputs)
+    same(interval_attention(*inputs, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3, packed.mask.kinds), truth(*inputs, packed), inputs)
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,20 +96,20 @@ def test_masks_are_known_on_the_host_and_outlive_routing_and_moving():
     assert mask_kind(GENERAL.hi) == "general"
     packed = pack(ROWS["showo"])
     smaller = routed(packed, packed.position % 2 == 0)
-    assert len(packed.masks) == len(packed.lengths) and smaller.masks == packed.masks == packed.to("cpu").masks
+    assert len(packed.mask.kinds) == len(packed.lengths) and smaller.mask.kinds == packed.mask.kinds == packed.to("cpu").masks
 
 
 @pytest.mark.parametrize("module", [reference, varlen, flex])
 def test_no_backend_reads_from_the_device(module):
     """A meta tensor has nothing to read."""
     packed = pack(ROWS["showo"])
-    module.prepare(packed.lo.to("meta"), packed.hi.to("meta"), packed.lengths, packed.masks)
+    module.prepare(packed.mask.lo.to("meta"), packed.mask.hi.to("meta"), packed.lengths, packed.mask.kinds)
 
 
 @pytest.mark.parametrize("rows", [ROWS["showo"] * 8, ROWS["emu3"] * 8, [GENERAL] * 60, [odd([1])]], ids=["showo", "emu3", "general", "one token"])
 def test_flex_runs_from_the_intervals_and_visits_no_block_in_vain(rows):
     packed = pack(rows)
-    plan = flex.prepare(packed.lo, packed.hi, packed.lengths, packed.masks)
+    plan = flex.prepare(packed.mask.lo, packed.mask.hi, packed.lengths, packed.mask.kinds)
     n, see = -(-len(packed) // flex.BLOCK), dense(packed)
     there = torch.zeros(n * flex.BLOCK, n * flex.BLOCK, dtype=torch.bool)
     there[:len(packed), :len(packed)] = see
@@ -129,7 +129,7 @@ def test_flex_runs_from_the_intervals_and_visits_no_block_in_vain(rows):
 def test_halves_and_floats_stay_what_they_are(dtype, tolerance):
     packed = pack(ROWS["showo"])
     inputs = tensors(packed, dtype)
-    out = interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks)
+    out = interval_attention(*inputs, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3, packed.mask.kinds)
     assert out.dtype == dtype
     torch.testing.assert_close(out, truth(*(x.float() for x in inputs), packed).to(dtype), **tolerance)
 
@@ -139,10 +139,10 @@ def test_what_a_kernel_cannot_express_goes_to_sdpa_and_is_said_once(monkeypatch,
     attention._say.cache_clear()
     packed = pack([GENERAL, *ROWS["showo"]])
     inputs = tensors(packed)
-    for masks in (packed.masks, packed.masks, ()):
-        torch.testing.assert_close(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, masks), truth(*inputs, packed))
+    for masks in (packed.mask.kinds, packed.mask.kinds, ()):
+        torch.testing.assert_close(interval_attention(*inputs, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3, masks), truth(*inputs, packed))
     narrow = tensors(packed, width=12)
-    interval_attention(*narrow, packed.lo, packed.hi, packed.lengths, 0.3, ("causal",) * len(packed.masks))
+    interval_attention(*narrow, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3, ("causal",) * len(packed.mask.kinds))
     said = "".join(capsys.readouterr()).splitlines()     # on stdout where a kernel's package is loaded
     assert len(said) == 3 and said[0].startswith("unimod: attention by sdpa instead of varlen where a row's mask is neither causal nor")
     assert "does not know" in said[1] and "heads are 12 wide" in said[2]
@@ -172,8 +172,8 @@ def test_a_batch_seen_in_inference_mode_can_be_learned_from():
     packed, memo = pack(ROWS["showo"]), {}
     inputs = tensors(packed)
     with torch.inference_mode():
-        interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, memo)
-    same(interval_attention(*inputs, packed.lo, packed.hi, packed.lengths, 0.3, packed.masks, memo), truth(*inputs, packed), inputs)
+        interval_attention(*inputs, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3, packed.mask.kinds, memo)
+    same(interval_attention(*inputs, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3, packed.mask.kinds, memo), truth(*inputs, packed), inputs)
 
 
 @pytest.mark.parametrize("takes", [(), ("scale", "window_size"), ("scale", "window_size", "enable_gqa")], ids=["2.10", "between", "2.13"])
@@ -186,7 +186,7 @@ def test_varlen_is_called_as_this_torch_wants_it(takes, monkeypatch):
     monkeypatch.setattr(varlen, "TAKES", frozenset(takes))
     packed = pack(ROWS["showo"])
     inputs = tensors(packed)
-    plan = varlen.prepare(packed.lo, packed.hi, packed.lengths, packed.masks)
+    plan = varlen.prepare(packed.mask.lo, packed.mask.hi, packed.lengths, packed.mask.kinds)
     same(varlen.attend(*inputs, plan, 0.3, "varlen"), truth(*inputs, packed), inputs)
 
 
@@ -199,7 +199,7 @@ def test_flash_is_called_by_the_names_of_its_arguments(module, out, monkeypatch)
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func) if name == module else None)
     packed = pack(ROWS["showo"])
     inputs = tensors(packed)
-    plan = varlen.prepare(packed.lo, packed.hi, packed.lengths, packed.masks)
+    plan = varlen.prepare(packed.mask.lo, packed.mask.hi, packed.lengths, packed.mask.kinds)
     same(varlen.attend(*inputs, plan, 0.3, "flash"), truth(*inputs, packed), inputs)
 
 
@@ -216,7 +216,7 @@ def test_streamed_statistics_are_those_of_the_maps(kind, entries, monkeypatch):
     found = patterns(record, Task.MMU)
     for layer in (0, 6):
         seen, part = record.captured[layer], record.batch(layer)
-        mass, entropy, distance = attention_mass(seen.q, seen.k, part.lo, part.hi, part.modality, 3, part.lengths, seen.scale, part.position)
+        mass, entropy, distance = attention_mass(seen.q, seen.k, part.mask.lo, part.mask.hi, part.modality, 3, part.lengths, seen.scale, part.position)
         for row, where in enumerate(part.rows()):
             maps, at = record.map(row, layer), part.position[where].float()
             for label in range(3):
@@ -229,8 +229,8 @@ def test_streamed_statistics_are_those_of_the_maps(kind, entries, monkeypatch):
             torch.testing.assert_close(found.received[i, n], mass[:, where].mean(1))
             torch.testing.assert_close(found.entropy[i, n], entropy[:, where].mean(1))
             torch.testing.assert_close(found.distance[i, n], distance[:, where].mean(1))
-        here = attention_mass(seen.q, seen.k, part.lo, part.hi, part.modality, 3, part.lengths, seen.scale)[2]
-        there = attention_mass(seen.q, seen.k, part.lo, part.hi, part.modality, 3, part.lengths, seen.scale, torch.arange(len(part)))[2]
+        here = attention_mass(seen.q, seen.k, part.mask.lo, part.mask.hi, part.modality, 3, part.lengths, seen.scale)[2]
+        there = attention_mass(seen.q, seen.k, part.mask.lo, part.mask.hi, part.modality, 3, part.lengths, seen.scale, torch.arange(len(part)))[2]
         assert torch.equal(here, there), "without positions, places in the packed order"
 
 
@@ -238,7 +238,7 @@ def test_statistics_of_doubles_go_to_the_reference():
     packed = pack(ROWS["showo"])
     q, k, _ = tensors(packed)
     with use_backend():
-        mass, _, _ = attention_mass(q, k, packed.lo, packed.hi, packed.modality, 3, packed.lengths, 0.3)
+        mass, _, _ = attention_mass(q, k, packed.mask.lo, packed.mask.hi, packed.modality, 3, packed.lengths, 0.3)
     torch.testing.assert_close(mass.sum(-1), torch.ones(4, len(packed)))
 
 

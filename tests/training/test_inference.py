@@ -38,7 +38,7 @@ def test_agreement_is_that_of_the_thresholds_with_top_k(world):
     for r in rows:
         routing, task = log[r["layer"]], Task[r["task"].upper()]
         threshold = float(model.layers[r["layer"]].router.threshold[task])
-        tokens = [i for i in range(len(packed)) if routing.open[i] and packed.task[i] == task]
+        tokens = [i for i in range(len(packed)) if routing.eligible[i] and packed.task[i] == task]
         kept = set(routing.index.tolist())
         assert r["tokens"] == len(tokens) and r["by"] == "threshold"
         assert r["agree"] == pytest.approx(sum((float(routing.score[i]) >= threshold) == (i in kept) for i in tokens) / len(tokens))

@@ -6,7 +6,7 @@ import torch
 from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.generate import Growing, answer, calibrate, draw
+from unimod.generate import DecodeSession, answer, calibrate, draw
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
@@ -32,4 +32,4 @@ def test_static_steps_are_for_rows_of_one_kind():
     drawn = model.layout.t2i("a", torch.zeros(0, dtype=torch.long), prompt=True)
     asked = model.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)
     with pytest.raises(ValueError, match="rows of one task and rule; these are of 2"):
-        Growing(model, [drawn, asked], 2, static=True)
+        DecodeSession(model, [drawn, asked], 2, static=True)

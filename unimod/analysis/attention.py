@@ -130,8 +130,8 @@ def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tens
     one_hot = F.one_hot(batch.modality, kinds).to(given)        # [T, 3]
     to = given[..., :-1] + given[..., -1:] * one_hot[head]      # [H, T, 3]
     sums = F.pad(one_hot.cumsum(0), (0, 0, 1, 0))
-    visible = (batch.hi - batch.lo).to(given)
-    even = (sums[batch.hi] - sums[batch.lo]) / visible[:, None]
+    visible = (batch.mask.hi - batch.mask.lo).to(given)
+    even = (sums[batch.mask.hi] - sums[batch.mask.lo]) / visible[:, None]
     relative = entropy / visible.clamp(min=2).log()
     for n, span in enumerate(spans[row] for row in rows):
         own, able = one_hot[span], visible[span] > 1

@@ -175,15 +175,15 @@ class Collapse:
 def collapsed(log: Log, batch: Batch, gate: str) -> list[Collapse]:
     """Routers of one batch that still select tokens but no longer by their content, by layer and task.
 
-    gate: the routers' (`RouterConfig.gate`). Only eligible tokens (`Routing.open`) of segments in which some were
+    gate: the routers' (`RouterConfig.gate`). Only eligible tokens (`Routing.eligible`) of segments in which some were
     dropped are evidence, so more rows make more rules apply. A constant router is not also called positional or
     one-sided.
     """
     found = []
     for layer, routing in log.items():
         for task in dict.fromkeys(batch.tasks):
-            eligible = routing.open & (batch.task == task)
-            kept = routing.stays & eligible
+            eligible = routing.eligible & (batch.task == task)
+            kept = routing.kept & eligible
             dropping = (_count(eligible, batch) > _count(kept, batch))[batch.segment]
             eligible, kept = eligible & dropping, kept & dropping
             hits = [_constant(routing.score.detach(), batch, eligible)]

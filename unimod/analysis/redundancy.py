@@ -188,7 +188,7 @@ def mask_arank(record: AttentionRecord, task: Task, tolerance: float | None = 1e
     longest = max(record.whole.lengths[row] for row in rows)
     values, length = torch.zeros(1, len(rows), 1, longest), torch.zeros(1, len(rows))
     for j, row in enumerate(rows):
-        visible = (record.whole.hi - record.whole.lo)[record.whole.rows()[row]].cpu()
+        visible = (record.whole.mask.hi - record.whole.mask.lo)[record.whole.rows()[row]].cpu()
         even = (torch.arange(len(visible)) < visible[:, None]) / visible[:, None]
         values[0, j, 0, : len(visible)], length[0, j] = torch.linalg.svdvals(even), float(len(visible))
     return Spectra(task, (record.layers[0],), values, length).arank(tolerance)

@@ -6,7 +6,7 @@
     tasks(routings(model, pairs), pairs)                # pairs = batches.paired("test", 16): pictures in both tasks
     diagnose(model, batches)                            # all of these at once
 
-`batch` is the batch as the model got it, before any layer. A router is judged by its eligible tokens (`Routing.open`).
+`batch` is the batch as the model got it, before any layer. A router is judged by its eligible tokens (`Routing.eligible`).
 Tokens kept by rule (answers, modalities that are never dropped, tasks at capacity 1, everything under a random router
 in evaluation) are no evidence of it and count in one column only, `processed` of `kept`. Collapse: `analysis.layers`.
 
@@ -55,7 +55,7 @@ def routings(model: UnifiedModel, batch: Batch) -> dict[int, Routing]:
 
 def choosing(log: Log) -> bool:
     """Whether any token was eligible: none in a dense model or under random routers in evaluation, which keep all."""
-    return any(bool(routing.open.any()) for routing in log.values())
+    return any(bool(routing.eligible.any()) for routing in log.values())
 
 
 def kept(log: Log, batch: Batch) -> list[Row]:
@@ -68,7 +68,7 @@ def kept(log: Log, batch: Batch) -> list[Row]:
     for (layer, routing), task, modality in itertools.product(log.items(), dict.fromkeys(batch.tasks), Modality):
         mine = (batch.task == task) & (batch.modality == modality)
         if mine.any():
-            up, through = mine & routing.open, routing.stays
+            up, through = mine & routing.eligible, routing.kept
             rows.append({"layer": layer, "task": _name(task), "modality": _name(modality), "kept": _mean(through[up]),
                          "up": int(up.sum()), "processed": _mean(through[mine]), "tokens": int(mine.sum())})
     return rows
@@ -99,9 +99,9 @@ def positions(log: Log, batch: Batch, grid: tuple[int, int]) -> Tensor:
             raise ValueError(f"The pictures of the {_name(task)} rows have {where.shape[1]} tokens, a grid of {grid} "
                              f"has {grid[0] * grid[1]}; give model.layout.grid and whole pictures.")
         for i, routing in enumerate(log.values()):
-            up = routing.open[where]
+            up = routing.eligible[where]
             if up.any():
-                out[i, t] = ((routing.stays[where] & up).sum(0) / up.sum(0)).view(grid).cpu()
+                out[i, t] = ((routing.kept[where] & up).sum(0) / up.sum(0)).view(grid).cpu()
     return out
 
 
@@ -127,10 +127,10 @@ def neighbours(log: Log, batch: Batch) -> list[Row]:
     rows = []
     for (layer, first), (following, second) in itertools.pairwise(log.items()):
         for task in dict.fromkeys(batch.tasks):
-            up = first.open & second.open & (batch.task == task)
+            up = first.eligible & second.eligible & (batch.task == task)
             if up.any():
                 rows.append({"layer": layer, "next": following, "task": _name(task),
-                             **_between(first.stays[up], second.stays[up], batch.segment[up])})
+                             **_between(first.kept[up], second.kept[up], batch.segment[up])})
     return rows
 
 
@@ -147,7 +147,7 @@ def tasks(log: Log, batch: Batch) -> list[Row]:
                          "known; write them with Batches.paired.")
     rows = []
     for layer, routing in log.items():
-        up, through = routing.open[t2i] & routing.open[mmu], routing.stays
+        up, through = routing.eligible[t2i] & routing.eligible[mmu], routing.kept
         if up.any():
             rows.append({"layer": layer, "task": "t2i and mmu",
                          **_between(through[t2i][up], through[mmu][up], batch.row[t2i][up])})
@@ -159,8 +159,8 @@ def histograms(log: Log, batch: Batch, bins: int = BINS) -> list[Row]:
     task's values in the layer. value: "score" of the eligible tokens, or "gate", the factor on a kept one's update."""
     rows = []
     for layer, routing in log.items():
-        chosen = routing.open[routing.index]
-        values = {"score": (routing.score[routing.open], batch.task[routing.open]),
+        chosen = routing.eligible[routing.index]
+        values = {"score": (routing.score[routing.eligible], batch.task[routing.eligible]),
                   "gate": (routing.weight[chosen], batch.task[routing.index[chosen]])}
         for value, (numbers, of) in values.items():
             for task in of.unique().tolist():
@@ -193,10 +193,10 @@ def figures(log: Log, batch: Batch, start: Log) -> dict[str, float]:
             add(f"neighbours_{row['task']}", row["excess"])
     for layer, routing in log.items():
         for task in BOTH:
-            before = start[layer].stays & start[layer].open & (batch.task == task)
-            add(f"same_{_name(task)}", _mean(routing.stays[before]))
-        gate = routing.weight[routing.open[routing.index]].double()
-        add("score", float(routing.score[routing.open].abs().median()))
+            before = start[layer].kept & start[layer].eligible & (batch.task == task)
+            add(f"same_{_name(task)}", _mean(routing.kept[before]))
+        gate = routing.weight[routing.eligible[routing.index]].double()
+        add("score", float(routing.score[routing.eligible].abs().median()))
         add("gate", float(gate.mean()))
         add("gate_sd", float(gate.var(correction=0).sqrt()) if len(gate) else float("nan"))
     known = {name: [v for v in values if v == v] for name, values in found.items()}            # without nan

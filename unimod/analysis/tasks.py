@@ -153,7 +153,7 @@ def _loss(model: UnifiedModel, batch: Batch) -> Tensor:
 
 def _kept(routing: Routing, batch: Batch) -> tuple[Tensor, Tensor]:
     """Shares kept per task [2], and per task and modality [2, 3] (nan where a task has no such token)."""
-    stays, mine = routing.stays.float(), [batch.task == task for task in BOTH]
+    stays, mine = routing.kept.float(), [batch.task == task for task in BOTH]
     split = [[stays[m & (batch.modality == modality)].mean() for modality in Modality] for m in mine]
     return torch.stack([stays[m].mean() for m in mine]).cpu(), torch.stack([torch.stack(s) for s in split]).cpu()
 

@@ -279,7 +279,7 @@ def attention(job: Job) -> Iterator[dict]:
         memo = {}  # what a forward works out once for all its layers
 
         def forward(memo: dict = memo) -> Tensor:
-            return interval_attention(q, k, v, batch.lo, batch.hi, batch.lengths, d**-0.5, batch.masks, memo)
+            return interval_attention(q, k, v, batch.mask.lo, batch.mask.hi, batch.lengths, d**-0.5, batch.mask.kinds, memo)
 
         columns = {"capacity": 1.0, "backend": name, "note": "one layer"}
         cases.append(Case(columns, (name,), forward, lambda out: out.backward(grad)))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Batch
 from ..ops.attention import interval_attention
+from ..router import ForwardState
 
 
 class KVCache:
@@ -32,44 +32,49 @@ class KVCache:
         """Tokens of each row that a layer holds: int64 [B], on the model's device."""
         self._most: dict[int, int] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, packed: Batch, scale: float, keep: Tensor | None = None) -> Tensor:
-        """Write k and v and attend: by the intervals when the layer runs first, else over everything its row has.
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, state: ForwardState, scale: float) -> Tensor:
+        """Write k and v and attend: by the mask when the layer runs first (prefill), else over everything its sequence has (decode).
 
-        q: [H, T, d]; k, v: [H_kv, T, d]. keep: bool [B], in a static step the rows whose token stays in this layer (None: all). Returns
-        [T, H, d]. Raises RuntimeError when a row is fed several tokens after the first time.
+        q: [H, T, d]; k, v: [H_kv, T, d], of the tokens that `state` gives the layer. Returns [T, H, d]. Raises RuntimeError when a sequence is fed
+        several tokens after the first time.
         """
         first = layer not in self.keys
         if first:
             for store in (self.keys, self.values):
                 store[layer] = k.new_zeros(self.rows, k.shape[0], self.room, k.shape[2])
             self.used[layer] = torch.zeros(self.rows, dtype=torch.long, device=k.device)
-        if packed.static:
-            return self._append(layer, q, k, v, scale, keep)
-        if not first and max(packed.lengths) > 1:
-            raise RuntimeError(f"Rows of {max(packed.lengths)} tokens cannot follow cached ones; append one token per row at a time.")
-        row, used = packed.row, self.used[layer]
-        place = used[row] + torch.arange(len(row), device=row.device) - packed.lo if first else used[row]
+        if state.decode:
+            return self._append(layer, q, k, v, scale, state.active)
+        mask, row, used = state.mask, state.batch.row, self.used[layer]
+        row = row if state.index is None else row[state.index]
+        if not first and max(mask.lengths) > 1:
+            raise RuntimeError(f"Rows of {max(mask.lengths)} tokens cannot follow cached ones; append one token per row at a time.")
+        place = used[row] + torch.arange(len(row), device=row.device) - mask.lo if first else used[row]
         self.keys[layer][row, :, place] = k.transpose(0, 1)
         self.values[layer][row, :, place] = v.transpose(0, 1)
         used.index_add_(0, row, torch.ones_like(row))
         if first:
-            self._most[layer] = max(packed.lengths)
-            return interval_attention(q, k, v, packed.lo, packed.hi, packed.lengths, scale, packed.masks, packed.memo)
+            self._most[layer] = max(mask.lengths)
+            return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scale, mask.kinds, state.attention)
         most = self._most[layer] = min(self._most[layer] + 1, self.room)      # known on the host, at least what any row holds
-        keys, values = (store[layer][:, :, :most] if len(row) == self.rows else store[layer][row, :, :most] for store in (self.keys, self.values))
+        whole = len(row) == self.rows
+        keys, values = (store[layer][:, :, :most] if whole else store[layer][row, :, :most] for store in (self.keys, self.values))
         allow = torch.arange(most, device=row.device) < used[row, None]
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None], scale=scale,
-                                             enable_gqa=q.shape[0] != k.shape[0])
-        return out[:, :, 0]
+        return _attend_one(q, keys, values, allow, scale)
 
-    def _append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None) -> Tensor:
+    def _append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, active: Tensor | None) -> Tensor:
         """One token of every row, in order, over all the room there is: one size at every step. A token that does not stay is seen by itself only,
         and the next one takes its place."""
         used, rows = self.used[layer], torch.arange(self.rows, device=k.device)
         self.keys[layer][rows, :, used] = k.transpose(0, 1)
         self.values[layer][rows, :, used] = v.transpose(0, 1)
         allow = torch.arange(self.room, device=k.device) <= used[:, None]
-        used.add_(1 if keep is None else keep.long())
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], self.keys[layer], self.values[layer], attn_mask=allow[:, None, None], scale=scale,
-                                             enable_gqa=q.shape[0] != k.shape[0])
-        return out[:, :, 0]
+        used.add_(1 if active is None else active.long())
+        return _attend_one(q, self.keys[layer], self.values[layer], allow, scale)
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, allow: Tensor, scale: float) -> Tensor:
+    """One query per sequence: q [H, B, d] over keys and values [B, H_kv, n, d] where allow [B, n] says so. Returns [B, H, d]."""
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None], scale=scale,
+                                         enable_gqa=q.shape[0] != keys.shape[1])
+    return out[:, :, 0]

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from .. import seam
 from ..batch import FEATURE, Batch
 from ..config import ParameterError
-from ..layers import MoDLayer
+from ..layers import MLPGatedLayer, MoDLayer
 from ..ops.cross_entropy import linear_cross_entropy
-from ..router import ForwardState, Trail
+from ..router import ForwardState, routing_plan
 from ..versions import explained
 from .cache import KVCache
 from .layout import Layout
@@ -94,27 +94,25 @@ class UnifiedModel(nn.Module):
             raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture codes, or load its CLIP-ViT variant.")
         return h.masked_scatter((packed.ids == FEATURE)[:, None], self.projector(packed.features.to(h.dtype)).to(h.dtype))
 
-    def forward(self, packed: Batch, cache: KVCache | None = None) -> Tensor:
-        """Hidden states after the final norm: [T, D]. `cache` is read and written.
+    def forward(self, batch: Batch, cache: KVCache | None = None, decode: bool = False) -> Tensor:
+        """Hidden states after the final norm: [T, D]. `cache` is read and written; `decode` as in `ForwardState`.
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
-        packed.__dict__.setdefault("memo", {})
-        h = self.embed(packed)[None]
-        position = packed.position[None]
+        h = self.embed(batch)[None]
+        position = batch.position[None]
         layers = [layer for i, layer in enumerate(self.layers) if i not in self.skipped]
-        routers = [getattr(layer, "router", None) for layer in layers]
-        for router in filter(None, [] if packed.static else routers):
-            packed.always(router.config.keep)               # host sizes, worked out once and before a layer that may be compiled
+        routers = {layer.number: layer.router for layer in layers if isinstance(layer, MoDLayer)}
+        plan = {} if decode else routing_plan(routers, batch)
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
-        trail = Trail() if any(router and router.looks_back for router in routers) else None
-        state = ForwardState(packed, cache, trail, compiled=self.compiled)
+        state = ForwardState(batch, plan=plan, cache=cache, decode=decode, compiled=self.compiled)
+        routing = state.routing
         with explained():
-            for layer, following in zip(layers, [*routers[1:], None]):
-                if trail is not None:
-                    if not hasattr(layer, "router"):        # a run ends at a dense layer
-                        trail.routing = trail.alone = None
-                    trail.watched = following is not None and following.config.score == "attention" and (cache is None or cache.fresh)
+            for layer, following in zip(layers, [*layers[1:], None]):
+                if not isinstance(layer, MoDLayer):         # a span ends at a dense layer
+                    routing.routing = routing.decision = None
+                scored = isinstance(following, MoDLayer) and following.router.needs_attention
+                routing.needs_attention = scored and (cache is None or cache.fresh)
                 h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
         if cache is not None:
             cache.fresh = False
@@ -165,7 +163,7 @@ def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
     for layer in model.layers:
         if isinstance(layer, MoDLayer):
             layer.keep_norm()
-        if not (isinstance(layer, MoDLayer) and layer.router.config.branch == "mlp"):
+        if not isinstance(layer, MLPGatedLayer):
             getattr(layer, "layer", layer).compile(dynamic=True, **options)
     model.compiled = True
     return model

@@ -90,7 +90,7 @@ def kept_frame(log: Mapping[int, Routing], batch: Batch, row: int, grid: tuple[i
     for layer, routing in log.items():
         cells = pd.MultiIndex.from_product([range(grid[0]), range(grid[1])],
                                            names=["row", "column"]).to_frame(index=False)
-        parts.append(cells.assign(layer=layer, kept=routing.stays[where].int().cpu().numpy(),
+        parts.append(cells.assign(layer=layer, kept=routing.kept[where].int().cpu().numpy(),
                                   score=routing.score.detach()[where].float().cpu().numpy()))
     return pd.concat(parts, ignore_index=True).assign(task=batch.tasks[row].name.lower())
 
