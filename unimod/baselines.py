@@ -155,6 +155,10 @@ class BatchRouter(TaskRouter):
 class SequenceRouter(RandomRouter):
     """Layer dropping (LayerDrop, arXiv 1909.11556): whole sequences are drawn, of each task the share of its capacity."""
 
+    def may_drop(self, segment: Segment) -> bool:
+        """Whether a segment's sequence may be dropped, whatever the segment's rule."""
+        return self.training and self.capacity[int(segment.task)] < 1
+
     def kept(self, batch: Batch) -> tuple[int, ...]:
         """As `TaskRouter.kept`, of the first sequences: for counting."""
         return self._kept(batch, drawn=False)
