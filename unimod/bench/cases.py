@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,7 +30,7 @@ from ..ops.attention import interval_attention
 from ..ops.backend import FAMILIES, backend, use_backend
 from ..presets import Size, ragged, shared_copy
 from .stock import Padded, padded_step
-from .timing import Times, dtype_of, paired_ratios, part_shares, peak_memory, realised, synchronize, time_interleaved
+from .timing import Times, bandwidth, dtype_of, paired_ratios, part_shares, peak_memory, realised, time_interleaved
 
 BATCHES = (1, 8)
 """Rows that decode together."""
@@ -135,6 +133,7 @@ def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: flo
             kernels, (first, *others) = available("kernels", device), available("attention", device)
             jobs.append(Job(kind, size, rounds, kernels, first, until))
             if kind == "layer":
+                # attention backends matter less than kernels: one capacity each, and only where time is left
                 once = replace(size, capacities=size.capacities[:1])
                 later += [Job(kind, once, rounds, kernels[:1], name, until) for name in others]
     return jobs + later
@@ -169,6 +168,7 @@ def rows(job: Job, model: UnifiedModel, tokens: int, cases: list[Case], leaves: 
             leaf.grad = None
 
     steps = dict(enumerate(case.run for case in cases))
+    # two rounds of warm-up: every other round is reversed, so each case has been the first and the last once
     times = time_interleaved(steps, job.rounds, warmup=2, after=clear, until=job.until)
     for case, t in zip(cases, paired_ratios(times, job.clock).values()):
         columns = {"realised": None} | case.columns
@@ -276,7 +276,7 @@ def attention(job: Job) -> Iterator[dict]:
 
     cases = []
     for name in available("attention", job.device):
-        memo = {}  # what a forward works out once for all its layers
+        memo = {}  # kept from run to run: a model's forward, too, works it out once for all its layers
 
         def forward(memo: dict = memo) -> Tensor:
             return interval_attention(q, k, v, batch.mask.lo, batch.mask.hi, batch.lengths, d**-0.5, batch.mask.kinds, memo)
@@ -327,11 +327,8 @@ def decode(job: Job) -> Iterator[dict]:
             yield job.row(len(question.ids), model, **columns, **time_columns(t))
 
 
-def _difference(
-    arms: dict[float | str, UnifiedModel], generate: Callable[[UnifiedModel, bool], int], job: Job
-) -> tuple[dict, dict[float | str, dict]]:
-    """Per arm, tokens of a long generation beyond those of a short one, and their time, which is free of the
-    prompt's."""
+def _difference(arms: dict, generate: Callable[[UnifiedModel, bool], int], job: Job) -> tuple[dict, dict]:
+    """Per arm, tokens of a long generation beyond a short one's, and their time, which is free of the prompt's."""
     counts = {}
 
     def run(key: tuple[float | str, bool]) -> None:
@@ -344,16 +341,3 @@ def _difference(
         short, long = times[name, False], times[name, True]
         only[name] = Times([b - a for a, b in zip(short.wall, long.wall)], [b - a for a, b in zip(short.cpu, long.cpu)])
     return {name: counts[name, True] - counts[name, False] for name in arms}, paired_ratios(only, job.clock)
-
-
-def bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, read and written bytes both counted; the median of seven."""
-    x = torch.zeros(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    y, seconds = torch.empty_like(x), []
-    for _ in range(8):
-        synchronize()
-        began = time.perf_counter()
-        y.copy_(x)
-        synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * len(x) / statistics.median(seconds[1:])  # the first one also maps the pages

@@ -176,6 +176,19 @@ def peak_memory(model: UnifiedModel, forward: Callable[[], Tensor], finish: Call
     synchronize()
     return torch.cuda.max_memory_allocated()
 
+def bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and written bytes both counted; the median of seven."""
+    # 2 GiB or 128 MiB: far larger than the caches, which would answer faster than memory
+    x = torch.zeros(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    y, seconds = torch.empty_like(x), []
+    for _ in range(8):
+        synchronize()
+        began = time.perf_counter()
+        y.copy_(x)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * len(x) / statistics.median(seconds[1:])  # the first one also maps the pages
+
 
 PARTS = ("router", "select", "gather", "attention", "mlp", "scatter", "head", "optimiser", "other")
 """Parts of a step. attention and mlp with their projections; head with the loss; other: embedding, norms, residual
