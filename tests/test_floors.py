@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("config", "batch", "files", "mask", "versions"),
+    ("config", "params", "batch", "files", "mask", "versions"),
     ("ops",),
     ("baselines", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from unimod.baselines import PRESETS
-from unimod.config import LAYERS, ROUTERS, ParameterError, Params
+from unimod.config import LAYERS, ROUTERS, ParameterError
+from unimod.params import Params
 from unimod.plan import MAKERS
 from unimod.workbook.run_folder import RUN_PARAMS
 

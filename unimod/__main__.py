@@ -165,7 +165,7 @@ def show_plan(args: argparse.Namespace) -> None:
     from .presets import picture_tokenizer, preset
 
     make = maker_of(args.plan)
-    countable = [name for name, config in PRESETS.items() if config.compete == "segment"]
+    countable = [name for name, config in PRESETS.items() if config.topk_scope == "segment"]
     if args.router not in countable:
         raise ParameterError(f"--router {args.router} is not known, or needs many rows where one of each task is "
                              f"counted. Allowed: {', '.join(countable)}.")

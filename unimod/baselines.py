@@ -1,4 +1,5 @@
-"""Published methods beside UniMoD: each a configuration of the router, or a small class of its own where it decides otherwise.
+"""Published methods beside UniMoD: each a configuration of the router, or a small class of its own where it decides
+otherwise.
 
     apply_mod(model, plan, PRESETS["early-exit"])
     learned = learn_capacity(apply_mod(model, plan), saving=0.3)     # capacities that training moves
@@ -21,19 +22,20 @@ from .router import LayerPlan, Routing, RoutingState, TaskRouter, share
 PRESETS = {
     "unimod": RouterConfig(),
     "mod": RouterConfig(shared=True, gate="raw", std=0.02),
-    "gamma-mod": RouterConfig(shared=True, across=True, gate="sigmoid", branch="mlp", keep=("question",)),
-    "p-mod": RouterConfig(shared=True, branch="mlp", keep=("text", "special"), scale_skipped=True),
+    "gamma-mod": RouterConfig(shared=True, shared_layers=True, gate="sigmoid", branch="mlp", always_keep=("question",)),
+    "p-mod": RouterConfig(shared=True, branch="mlp", always_keep=("text", "special"), scale_skipped=True),
     "a-mod": RouterConfig(score="attention", gate="none"),
-    "router-tuning": RouterConfig(shared=True, alone=True),
+    "router-tuning": RouterConfig(shared=True, freeze_backbone=True),
     "random": RouterConfig(score="random", gate="none"),
-    "tread": RouterConfig(score="random", gate="none", reach="run"),
-    "early-exit": RouterConfig(reach="exit"),
-    "layer-drop": RouterConfig(score="random", gate="none", compete="rows"),
-    "competitive": RouterConfig(shared=True, gate="straight-through", noise=1.0, compete="batch"),
+    "tread": RouterConfig(score="random", gate="none", decision_scope="span"),
+    "early-exit": RouterConfig(decision_scope="exit"),
+    "layer-drop": RouterConfig(score="random", gate="none", topk_scope="sequences"),
+    "competitive": RouterConfig(shared=True, gate="straight-through", noise=1.0, topk_scope="batch"),
 }
-"""UniMoD (arXiv 2502.06474), Mixture-of-Depths (2404.02258), gamma-MoD (2410.13859; its softmax over two logits is a sigmoid of their difference),
-p-MoD (2412.04449), A-MoD (2412.20875), Router-Tuning (2410.13184), random routing in one layer and over a span of layers (TREAD, 2501.04765), early
-exit of tokens, layer dropping (LayerDrop, 1909.11556), and UniMoD's competitive experiment. The plan is chosen apart."""
+"""UniMoD (arXiv 2502.06474), Mixture-of-Depths (2404.02258), gamma-MoD (2410.13859; its softmax over two logits is a
+sigmoid of their difference), p-MoD (2412.04449), A-MoD (2412.20875), Router-Tuning (2410.13184), random routing in one
+layer and over a span of layers (TREAD, 2501.04765), early exit of tokens, layer dropping (LayerDrop, 1909.11556), and
+UniMoD's competitive experiment. The plan is chosen apart."""
 
 
 class RandomRouter(TaskRouter):
@@ -122,13 +124,14 @@ class EarlyExit:
             return None
         kept, gate = decision
         if state.active is not None:
-            kept = batch.of_kind(self.config.keep) | (kept & state.active)
+            kept = batch.of_kind(self.config.always_keep) | (kept & state.active)
         state.active = kept
         return kept, gate
 
 
 class BatchRouter(TaskRouter):
-    """UniMoD's competitive experiment: all tokens of all sequences and tasks compete for the places of the batch, whatever their segment's rule."""
+    """UniMoD's competitive experiment: all tokens of all sequences and tasks compete for the places of the batch,
+    whatever their segment's rule."""
 
     def may_drop(self, segment: Segment) -> bool:
         """Whether a segment's tokens compete at all."""
@@ -153,7 +156,8 @@ class BatchRouter(TaskRouter):
 
 
 class SequenceRouter(RandomRouter):
-    """Layer dropping (LayerDrop, arXiv 1909.11556): whole sequences are drawn, of each task the share of its capacity."""
+    """Layer dropping (LayerDrop, arXiv 1909.11556): whole sequences are drawn, of each task the share of its
+    capacity."""
 
     def may_drop(self, segment: Segment) -> bool:
         """Whether a segment's sequence may be dropped, whatever the segment's rule."""
@@ -179,7 +183,8 @@ class SequenceRouter(RandomRouter):
 
 
 class Fading:
-    """Capacities that are learned (`capacity.LearnedCapacity`): in training the last kept tokens fade, so that the loss has a slope in them."""
+    """Capacities that are learned (`capacity.LearnedCapacity`): in training the last kept tokens fade, so that the loss
+    has a slope in them."""
 
     learned: LearnedCapacity
     row: int
@@ -203,7 +208,7 @@ class Fading:
             return routing
         index = routing.index
         ranked, _ = self.candidates(routing.score, batch, plan, state)
-        fixed = batch.count_of_kind(self.config.keep)
+        fixed = batch.count_of_kind(self.config.always_keep)
         places, fixed = (spread(torch.tensor(x), plan.lengths, ranked.device)[index] for x in (plan.lengths, fixed))
         rank = segment_rank(ranked, plan.lengths)[index] - fixed
         edge = self.learned.edge(self.row, batch.task[index], rank, (places - fixed).clamp(min=1))
@@ -247,10 +252,17 @@ class FadingAttentionRouter(Fading, AttentionRouter):
 
 
 ROUTERS = {
-    ("learned", "segment", "layer"): TaskRouter, ("learned", "segment", "run"): SpanRouter, ("learned", "segment", "exit"): EarlyExitRouter,
-    ("random", "segment", "layer"): RandomRouter, ("random", "segment", "run"): RandomSpanRouter, ("random", "segment", "exit"): RandomExitRouter,
-    ("attention", "segment", "layer"): AttentionRouter, ("attention", "segment", "run"): AttentionSpanRouter,
-    ("attention", "segment", "exit"): AttentionExitRouter, ("learned", "batch", "layer"): BatchRouter, ("random", "rows", "layer"): SequenceRouter,
+    ("learned", "segment", "layer"): TaskRouter,
+    ("learned", "segment", "span"): SpanRouter,
+    ("learned", "segment", "exit"): EarlyExitRouter,
+    ("random", "segment", "layer"): RandomRouter,
+    ("random", "segment", "span"): RandomSpanRouter,
+    ("random", "segment", "exit"): RandomExitRouter,
+    ("attention", "segment", "layer"): AttentionRouter,
+    ("attention", "segment", "span"): AttentionSpanRouter,
+    ("attention", "segment", "exit"): AttentionExitRouter,
+    ("learned", "batch", "layer"): BatchRouter,
+    ("random", "sequences", "layer"): SequenceRouter,
 }
 """The class that carries out a configuration, by its score, who competes, and how far a decision reaches."""
 FADING = {TaskRouter: FadingRouter, RandomRouter: FadingRandomRouter, AttentionRouter: FadingAttentionRouter}
@@ -258,11 +270,12 @@ FADING = {TaskRouter: FadingRouter, RandomRouter: FadingRandomRouter, AttentionR
 
 def make_router(width: int, capacity: Mapping[str, float], config: RouterConfig) -> TaskRouter:
     """The router of a configuration: arguments as for `TaskRouter`."""
-    return ROUTERS[config.score, config.compete, config.reach](width, capacity, config)
+    return ROUTERS[config.score, config.topk_scope, config.decision_scope](width, capacity, config)
 
 
 def fade(router: TaskRouter, learned: LearnedCapacity, row: int) -> None:
     """Let row `row` of what is learned be the capacities of a router, in place."""
-    router.__class__ = FADING[type(router)]                 # in place: its layer, hooks and optimisers hold this very module
+    # in place: its layer, hooks and optimisers hold this very module
+    router.__class__ = FADING[type(router)]
     router.learned, router.row = learned, row
     router.capacities()

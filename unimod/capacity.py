@@ -4,14 +4,15 @@
     ...                                                              # train as usual
     plan = learned.plan()                                            # an ordinary plan with what was found
 
-How many tokens are kept is a whole number, through which no gradient flows. So the last of them fade: the token of rank r among n (0 is the
-best) that a capacity c keeps carries the factor
+How many tokens are kept is a whole number, through which no gradient flows. So the last of them fade: the token of rank
+r among n (0 is the best) that a capacity c keeps carries the factor
 
     m = min(1, (c n - r) / (WIDTH n)),
 
-and the loss becomes continuous in c: a token enters with weight 0. Where the last tokens to enter still lower the loss, the capacity grows. The
-number that is processed, and so the cost, is that of the plan; the plan that is read off in the end has no faded tokens.
-Fractions are c = FLOOR + (1 - FLOOR) sigmoid(theta + mu) with one mu for all, such that their weighted mean is the budget at every step.
+and the loss becomes continuous in c: a token enters with weight 0. Where the last tokens to enter still lower the loss,
+the capacity grows. The number that is processed, and so the cost, is that of the plan; the plan that is read off in the
+end has no faded tokens. Fractions are c = FLOOR + (1 - FLOOR) sigmoid(theta + mu) with one mu for all, such that their
+weighted mean is the budget at every step.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ WIDTH = 0.1
 class LearnedCapacity(nn.Module):
     """Fractions of all routed layers, [R, tasks], from parameters `theta` of that shape.
 
-    routed: numbers of the R layers out of `layers`. weight: what a token-layer of each task counts in the budget (0: the task stays dense).
-    saving: share of all token-layers that is saved, so weighted. Raises `ParameterError` when the routed layers cannot save that much.
+    routed: numbers of the R layers out of `layers`. weight: what a token-layer of each task counts in the budget (0:
+    the task stays dense). saving: share of all token-layers that is saved, so weighted. Raises `ParameterError` when
+    the routed layers cannot save that much.
     """
 
     def __init__(self, layers: int, routed: Sequence[int], weight: Mapping[str, float], saving: float) -> None:

@@ -39,7 +39,7 @@ from .analysis.routing import figures, routings
 from .baselines import PRESETS
 from .batch import Task
 from .capacity import LearnedCapacity
-from .config import ARMS, TASKS, ParameterError, Params, RouterConfig
+from .config import ARMS, TASKS, ParameterError, RouterConfig
 from .data import open_data
 from .data.batches import Batches
 from .data.sources import Dataset
@@ -50,6 +50,7 @@ from .layers import apply_mod, learn_capacity, suits
 from .models.checkpoint import build_model, from_pretrained, save_pretrained, shipped
 from .models.image_tokenizer import CONFIG_FILE, ImageTokenizer, build_image_tokenizer, load_image_tokenizer
 from .models.unified import UnifiedModel
+from .params import Params
 from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, make_plan, solve
 from .train import TrainConfig, train
 

@@ -1,15 +1,16 @@
-"""What a batch costs, counted from host-known sizes: no forward is needed; `measured` asks torch's own counter for comparison.
+"""What a batch costs, counted from host-known sizes: no forward is needed; `measured` asks torch's own counter for
+comparison.
 
     cost = count(model, packed, image_tokenizer)
     cost.stack, cost.total, cost.dense_stack, cost.dense_total          # forward FLOPs
     1 - cost.stack / cost.dense_stack                                   # share saved in the layer stack
     1 - cost.step / cost.dense_step                                     # in a training step, with reading the pictures
 
-One multiply-add is 2 FLOPs. A token costs 2 FLOPs per weight of every linear layer it passes, attention 4 n^2 d per layer
-for a row of n tokens in heads of total width d (the masked half is not subtracted: it is computed), a router 2 D per score, or half an
-attention where the score is the attention received,
-the head 2 D V per labelled token, a picture what the convolutions, linear layers and attention of its tokenizer's encoder take.
-The embedding is a lookup: 0 FLOPs. Norms, activations and the search for the nearest code are left out (well below 1 %).
+One multiply-add is 2 FLOPs. A token costs 2 FLOPs per weight of every linear layer it passes, attention 4 n^2 d per
+layer for a row of n tokens in heads of total width d (the masked half is not subtracted: it is computed), a router 2 D
+per score, or half an attention where the score is the attention received, the head 2 D V per labelled token, a picture
+what the convolutions, linear layers and attention of its tokenizer's encoder take. The embedding is a lookup: 0 FLOPs.
+Norms, activations and the search for the nearest code are left out (well below 1 %).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Cost:
     token_layers: int
     dense_token_layers: int
     backward: float
-    """Backward pass of stack and head: frozen weights get no gradient, and nothing below the first trained layer does."""
+    """Backward pass of stack and head: frozen weights get no gradient, and nothing below the first trained layer
+    does."""
     looking: float = 0.0
     """Attention received, for routers that score by it; no backward."""
     tokenizer: float = 0.0
@@ -87,12 +89,14 @@ class Cost:
 
 
 def count(model: UnifiedModel, packed: Batch, image_tokenizer: ImageTokenizer | None = None) -> Cost:
-    """Forward cost of `packed` under the model's routing (threshold segments count as dense: their number is not known before).
+    """Forward cost of `packed` under the model's routing (threshold segments count as dense: their number is not known
+    before).
 
     `image_tokenizer` adds what it takes to make the codes of the rows' pictures.
     """
     stack, dense, looking, backward, kept_tokens = 0.0, 0.0, 0.0, 0.0, 0
-    flows = _trained(model.embedding) or (model.projector is not None and _trained(model.projector))   # a gradient reaches this depth
+    # a gradient reaches this depth
+    flows = _trained(model.embedding) or (model.projector is not None and _trained(model.projector))
     for layer, following in zip(model.layers, [*model.layers[1:], None]):
         routed = isinstance(layer, MoDLayer)
         segments = list(zip(packed.segments, layer.router.kept(packed) if routed else [s.length for s in packed.segments]))
@@ -117,7 +121,8 @@ def count(model: UnifiedModel, packed: Batch, image_tokenizer: ImageTokenizer | 
 def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
     """Forward FLOPs of making the codes [h, w] of one picture; 0 for the patch dictionary.
 
-    Walks the encoder in the order of its modules, which is the order of the data: a convolution of stride s leaves 1/s of the places per side.
+    Walks the encoder in the order of its modules, which is the order of the data: a convolution of stride s leaves 1/s
+    of the places per side.
     """
     h, w = (n * image_tokenizer.downsample for n in grid)
     frames, total = getattr(image_tokenizer.config, "temporal", 1), 0.0
@@ -135,7 +140,8 @@ def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
 
 
 def measured(model: UnifiedModel, rows: Sequence[TokenSequence], image_tokenizer: ImageTokenizer | None = None) -> float:
-    """FLOPs of real forwards and backwards, one per row, as torch's counter sees them on the meta device: all shapes, no numbers.
+    """FLOPs of real forwards and backwards, one per row, as torch's counter sees them on the meta device: all shapes,
+    no numbers.
 
     The model and the picture tokenizer may be on any device; copies are used where they hold numbers.
     """
@@ -157,9 +163,11 @@ class Savings:
     """Share of a training step's FLOPs that a plan saves on a batch."""
 
     paper: float
-    """Kept tokens per layer, both tasks weighing the same: quadratic term, head and kept-by-rule tokens ignored (as the paper counts)."""
+    """Kept tokens per layer, both tasks weighing the same: quadratic term, head and kept-by-rule tokens ignored (as the
+    paper counts)."""
     full: float
-    """`count`: attention's quadratic term, routers, head and picture tokenizer included; tokens kept by rule count as kept."""
+    """`count`: attention's quadratic term, routers, head and picture tokenizer included; tokens kept by rule count as
+    kept."""
     measured: float
     """`measured`: torch's counter, forward and backward, on the model and on the picture tokenizer."""
     model: float
@@ -197,7 +205,8 @@ def _trained(module: nn.Module) -> bool:
 
 
 def _backward(layer: nn.Module, kept: Sequence[tuple[Segment, int]], flows: bool) -> float:
-    """One product per trained weight for its own gradient, one per weight for its input's, where anything there or below is trained."""
+    """One product per trained weight for its own gradient, one per weight for its input's, where anything there or
+    below is trained."""
     if not (flows or any(p.requires_grad for p in stock_parameters(layer))):
         return 0.0
     weights = sum(m.weight.numel() * (1 + m.weight.requires_grad) for m in _linears(layer))

@@ -6,9 +6,9 @@
     wider = extend(model, captions, codes.view(-1, 16, 16), "right", 8)
     calibrate(model, packed)                                         # before draw() on a routed causal model
 
-Token by token means with a cache of keys and values, in which a routed layer writes the tokens it keeps. Text that is generated
-is kept; pictures generated token by token are routed by a calibrated threshold (see `config.RULES`). Masked decoding runs the
-whole sequence at every step, so a routed layer may choose among all tokens that are known.
+Token by token means with a cache of keys and values, in which a routed layer writes the tokens it keeps. Text that is
+generated is kept; pictures generated token by token are routed by a calibrated threshold (see `config.RULES`). Masked
+decoding runs the whole sequence at every step, so a routed layer may choose among all tokens that are known.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ SIDES = ("left", "right", "top", "bottom")
 class DecodeSession:
     """Sequences that grow token by token over a KV cache with room for `new` more tokens each.
 
-    The prompts are run at once (prefill). static: every decode step runs all sequences at one size and waits for nothing; on CUDA it is recorded
-    once and replayed as one graph. Numbers are the same. Raises ValueError for static decoding of sequences of several tasks or rules.
+    The prompts are run at once (prefill). static: every decode step runs all sequences at one size and waits for
+    nothing; on CUDA it is recorded once and replayed as one graph. Numbers are the same. Raises ValueError for static
+    decoding of sequences of several tasks or rules.
     """
 
     def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, score_source: Tensor | None = None, static: bool = False) -> None:
@@ -53,7 +54,8 @@ class DecodeSession:
         self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def step(self, ids: Tensor, active: list[int]) -> Tensor:
-        """One more token (int64 [R], on the CPU) for the sequences `active` (ascending); hidden states of these tokens, [R, D]."""
+        """One more token (int64 [R], on the CPU) for the sequences `active` (ascending); hidden states of these tokens,
+        [R, D]."""
         if self.static:
             return self._static_step(ids, active)
         out = self.model(self._next(ids, active).to(self.model.device), cache=self.cache)
@@ -111,9 +113,9 @@ def _of(x: Tensor, active: list[int]) -> Tensor:
 
 def _refuse_batch_competition(model: UnifiedModel) -> None:
     """Refuse to generate with routers for which rows compete with one another."""
-    if any(layer.router.config.compete == "batch" for layer in routed_layers(model)):
-        raise ValueError("Nothing can be generated with compete='batch': what a row keeps depends on its neighbours and on what comes later. "
-                         "Use compete='segment'.")
+    if any(layer.router.config.topk_scope == "batch" for layer in routed_layers(model)):
+        raise ValueError("Nothing can be generated with topk_scope='batch': what a row keeps depends on its neighbours and on what comes later. "
+                         "Use topk_scope='segment'.")
 
 
 def _generator(model: UnifiedModel, seed: int) -> torch.Generator:
@@ -122,7 +124,8 @@ def _generator(model: UnifiedModel, seed: int) -> torch.Generator:
 
 
 def _sample(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V]; returns int64 [R] on the CPU."""
+    """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V]; returns int64 [R] on
+    the CPU."""
     if top_k == 1:
         return logits.argmax(-1).cpu()
     logits = (logits / temperature).to(generator.device)
@@ -164,14 +167,15 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
          temperature: float = 1.0, share: bool = False, static: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """Pictures for captions: codes int64 [B, N].
 
-    guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond - uncond); 0 for none
-    (Emu3 calls 1 + w its guidance scale). Default 1.5 for masked decoding, 0 for token-by-token. grid: rows and columns of codes,
-    default the layout's. share: with guidance, routed layers judge the picture tokens of both branches by the
-    captioned one's scores; else each branch by its own. The same seed gives the same pictures on the same kind of device; `generator` may be given in
-    its place, and a CPU one draws the same lots everywhere.
+    guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond -
+    uncond); 0 for none (Emu3 calls 1 + w its guidance scale). Default 1.5 for masked decoding, 0 for token-by-token.
+    grid: rows and columns of codes, default the layout's. share: with guidance, routed layers judge the picture tokens
+    of both branches by the captioned one's scores; else each branch by its own. The same seed gives the same pictures
+    on the same kind of device; `generator` may be given in its place, and a CPU one draws the same lots everywhere.
 
-    Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the others. Token by
-    token only: `top_k`, `temperature` and `static` (see `DecodeSession`). Raises ValueError when codes and masked do not fit.
+    Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the
+    others. Token by token only: `top_k`, `temperature` and `static` (see `DecodeSession`). Raises ValueError when codes
+    and masked do not fit.
     """
     _refuse_batch_competition(model)
     generator = generator or _generator(model, seed)
@@ -197,8 +201,9 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
                  steps: int, known: tuple[Tensor, Tensor] | None) -> Tensor:
     """MaskGIT decoding as Show-o does it: sample every slot, keep the confident ones, mask the rest again.
 
-    logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps)) stay masked, at least
-    one and fewer than before. The temperature is a running product of 1 - (s + 1) / steps. A picture with nothing masked stays.
+    logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps))
+    stay masked, at least one and fewer than before. The temperature is a running product of 1 - (s + 1) / steps. A
+    picture with nothing masked stays.
     """
     n, count, at = layout.image_tokens, len(captions), generator.device
     codes, unknown = (x.to(at, copy=True) for x in known or (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool)))
@@ -221,7 +226,8 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
         gumbel = -(-torch.rand(count, n, generator=generator, device=at).clamp(min=1e-20).log()).clamp(min=1e-20).log()
         temperature *= 1 - ratio
         score = confidence.clamp(min=1e-20).log() + temperature * gumbel
-        left = int(n * torch.cos(torch.tensor(ratio) * math.pi / 2))   # in float32, whose rounding decides at whole numbers
+        # in float32, whose rounding decides at whole numbers
+        left = int(n * torch.cos(torch.tensor(ratio) * math.pi / 2))
         m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=left).clamp(min=1, max=n - 1)
         unknown = (score < score.sort(-1).values.gather(-1, m)) & ~untouched
         codes = sampled
@@ -230,7 +236,8 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
 
 def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
                  top_k: int, temperature: float, static: bool) -> Tensor:
-    """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over log-probabilities."""
+    """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over
+    log-probabilities."""
     n, count = layout.image_tokens, len(captions)
     texts = captions + [negative] * count * (w > 0)
     nothing = torch.zeros(0, dtype=torch.long)
@@ -249,15 +256,16 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], gener
 
 
 def slots_of(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Which slots to draw anew from a mask in pixels (float [B, H, W], 1: anew): bool [B, N], bicubic resize, at least half."""
+    """Which slots to draw anew from a mask in pixels (float [B, H, W], 1: anew): bool [B, N], bicubic resize, at least
+    half."""
     return (F.interpolate(mask[:, None].float(), size=grid, mode="bicubic") >= 0.5).flatten(1)
 
 
 def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, by: int, **options: object) -> Tensor:
     """Extrapolate pictures by masked decoding: codes int64 [B, h, w] grow by `by` rows or columns on a side.
 
-    A window keeps the picture's edge and draws the rest: the whole picture, or as much of it along the growth as the model's own grid
-    has. Options go to `draw`. Raises ValueError for an unknown side or no less than the window.
+    A window keeps the picture's edge and draws the rest: the whole picture, or as much of it along the growth as the
+    model's own grid has. Options go to `draw`. Raises ValueError for an unknown side or no less than the window.
     """
     along = 1 if side in ("top", "bottom") else 2
     size = min(codes.shape[along], model.layout.grid[along - 1])

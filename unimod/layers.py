@@ -60,9 +60,9 @@ class PrecomputedNorm(nn.Module):
 class MoDLayer(nn.Module):
     """A decoder layer behind a router.
 
-    It has one set of children with the layer that it wraps, and the router among them; the layer itself is not registered. So a wrapped layer saves
-    like an unwrapped one, and a child that is replaced, hooked, sharded or adapted through either is the one that runs. With y = layer(x) on the kept
-    tokens and the gate w, the output is
+    It has one set of children with the layer that it wraps, and the router among them; the layer itself is not
+    registered. So a wrapped layer saves like an unwrapped one, and a child that is replaced, hooked, sharded or adapted
+    through either is the one that runs. With y = layer(x) on the kept tokens and the gate w, the output is
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
@@ -78,7 +78,8 @@ class MoDLayer(nn.Module):
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set
         self.router = router
         self.number = number
-        self.gradient_checkpointing = seam.recomputed(layer)     # transformers sets it on every module that has the attribute
+        # transformers sets it on every module that has the attribute
+        self.gradient_checkpointing = seam.recomputed(layer)
         """Whether the kept tokens' way through the layer, gate included, is recomputed in the backward pass."""
         seam.set_recomputed(layer, False)
         norm = seam.input_norm(layer)
@@ -119,7 +120,8 @@ class MoDLayer(nn.Module):
         return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated, rank=routing.rank)[None]
 
     def _run(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The kept tokens [K, D], the layer's output on them, and what the gate multiplies where that is not their difference."""
+        """The kept tokens [K, D], the layer's output on them, and what the gate multiplies where that is not their
+        difference."""
         norm = seam.input_norm(self.layer)
         try:
             x = self._gather(hidden_states, routing, norm)
@@ -134,7 +136,8 @@ class MoDLayer(nn.Module):
         return seam.layer_output(self.layer(x, **kwargs)), None
 
     def _decode(self, hidden_states: Tensor, state: ForwardState, **kwargs: object) -> Tensor:
-        """A decode step: all tokens are computed, and those that the router drops leave no trace, neither here nor in the cache."""
+        """A decode step: all tokens are computed, and those that the router drops leave no trace, neither here nor in
+        the cache."""
         decision = self.router.decode(hidden_states.squeeze(0), state.batch, state.routing)
         y, gated = self._layer(hidden_states, unimod=replace(state, active=None if decision is None else decision[0]), **kwargs)
         if decision is None:
@@ -145,7 +148,8 @@ class MoDLayer(nn.Module):
         return torch.where(kept, (y + (gate - 1).to(y.dtype) * gated).to(y.dtype), skipped)
 
     def _gather(self, hidden_states: Tensor, routing: Routing, norm: nn.Module | None) -> Tensor:
-        """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the result."""
+        """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the
+        result."""
         h = hidden_states.squeeze(0)
         known = seam.known_norm(norm.stock) if isinstance(norm, PrecomputedNorm) else None
         fused = known is not None and known.weight.dtype == h.dtype and backend("kernels", h.device.type, h.dtype) == "triton"
@@ -156,7 +160,8 @@ class MoDLayer(nn.Module):
         return norm.given[0]                                # the very tensor by which the norm knows its result
 
     def keep_norm(self) -> None:
-        """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in every layer."""
+        """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in
+        every layer."""
         norm = seam.input_norm(self.layer)
         if isinstance(norm, PrecomputedNorm):
             seam.set_input_norm(self.layer, norm.stock)
@@ -170,7 +175,8 @@ class MoDLayer(nn.Module):
 
 
 class MLPGatedLayer(MoDLayer):
-    """A routed layer whose gate is for its MLP's part of the update (gamma-MoD, p-MoD): the MLP's output is kept as it passes by."""
+    """A routed layer whose gate is for its MLP's part of the update (gamma-MoD, p-MoD): the MLP's output is kept as it
+    passes by."""
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
         super().__init__(layer, router, number)
@@ -212,10 +218,11 @@ def stock_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None) -> nn.Module:
-    """Route `model.layers` (an nn.ModuleList of decoder layers of width `model.width`) by the plan, in place; returns the model.
+    """Route `model.layers` (an nn.ModuleList of decoder layers of width `model.width`) by the plan, in place; returns
+    the model.
 
-    Layers that the plan leaves dense stay as they are. Raises `ParameterError` when the plan is for another number of layers, when it does not
-    suit a router that looks back at earlier layers, or when the model is routed already.
+    Layers that the plan leaves dense stay as they are. Raises `ParameterError` when the plan is for another number of
+    layers, when it does not suit a router that looks back at earlier layers, or when the model is routed already.
     """
     if plan.layers != len(model.layers):
         raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
@@ -226,16 +233,16 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     for i in plan.routed():
         old = model.layers[i]
         router = make_router(model.width, plan.at(i), config).to(next(old.parameters()))
-        follows = config.reach == "run" and i - 1 in plan.routed()
+        follows = config.decision_scope == "span" and i - 1 in plan.routed()
         if follows:
             router.follows = True
         layer = MLPGatedLayer if config.branch == "mlp" else MoDLayer
         model.layers[i] = layer(old, router, i).train(old.training)
-        if config.score == "learned" and (follows or (config.across and i != plan.routed()[0])):
+        if config.score == "learned" and (follows or (config.shared_layers and i != plan.routed()[0])):
             router.proj = model.layers[i - 1 if follows else plan.routed()[0]].router.proj
         if config.predictor and follows:
             router.predict = model.layers[i - 1].router.predict
-    if config.alone:
+    if config.freeze_backbone:
         model.__dict__["_thaw"] = [p for n, p in model.named_parameters() if p.requires_grad and ".router." not in n]
         train_routers_only(model)
     return model
@@ -248,24 +255,26 @@ def suits(plan: CapacityPlan, config: RouterConfig) -> None:
         raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan that leaves it dense.")
     for task in TASKS:
         for i, (c, following) in enumerate(zip(plan.capacity[task], plan.capacity[task][1:])):
-            if config.reach == "exit" and following > c:
-                raise ParameterError(f"reach='exit': a token that was dropped never comes back, but {task} keeps {c:g} in layer {i} and {following:g} in "
+            if config.decision_scope == "exit" and following > c:
+                raise ParameterError(f"decision_scope='exit': a token that was dropped never comes back, but {task} keeps {c:g} in layer {i} and {following:g} in "
                                      f"layer {i + 1}; give capacities that do not rise with depth, such as last_half.")
-            if config.reach == "run" and {i, i + 1} <= set(routed) and following != c:
-                raise ParameterError(f"reach='run': one decision holds for neighbouring routed layers, but {task} keeps {c:g} in layer {i} and "
+            if config.decision_scope == "span" and {i, i + 1} <= set(routed) and following != c:
+                raise ParameterError(f"decision_scope='span': one decision holds for neighbouring routed layers, but {task} keeps {c:g} in layer {i} and "
                                      f"{following:g} in layer {i + 1}; give them one capacity, such as last_half does.")
 
 
 def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | None = None) -> LearnedCapacity:
-    """Let the capacities of a routed model be learned, in place, starting from one for all: see `capacity.LearnedCapacity`.
+    """Let the capacities of a routed model be learned, in place, starting from one for all: see
+    `capacity.LearnedCapacity`.
 
-    weight: what a token-layer of each task counts, default t2i and mmu the same and lm dense. Returns what is learned, whose `plan()` is the
-    result. Raises `ParameterError` for a saving out of reach, a dense model, or a router whose choice has no edge to learn from.
+    weight: what a token-layer of each task counts, default t2i and mmu the same and lm dense. Returns what is learned,
+    whose `plan()` is the result. Raises `ParameterError` for a saving out of reach, a dense model, or a router whose
+    choice has no edge to learn from.
     """
     routed = routed_layers(model)
-    if not routed or any(layer.router.config.compete != "segment" or layer.router.config.reach != "layer" for layer in routed):
+    if not routed or any(layer.router.config.topk_scope != "segment" or layer.router.config.decision_scope != "layer" for layer in routed):
         raise ParameterError("Capacities are learned where each layer chooses for itself among the tokens of a segment: call apply_mod with a "
-                             "router of compete='segment' and reach='layer' first.")
+                             "router of topk_scope='segment' and decision_scope='layer' first.")
     learned = LearnedCapacity(len(model.layers), [layer.number for layer in routed], weight or {"t2i": 1.0, "mmu": 1.0}, saving)
     learned.to(next(model.parameters()).device)
     for row, layer in enumerate(routed):
@@ -298,7 +307,8 @@ def train_routers_only(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def record_routing() -> Iterator[dict[int, Routing]]:
-    """Collect the `Routing` of every routed layer by layer number, with its gradients, for the last forward inside the block."""
+    """Collect the `Routing` of every routed layer by layer number, with its gradients, for the last forward inside the
+    block."""
     log: dict[int, Routing] = {}
     token = _LOG.set(log)
     try:

@@ -22,7 +22,8 @@ from .router import Routing
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross entropy per task (nan where the batch has no target of it), their weighted sum, and targets per task."""
+    """Mean cross entropy per task (nan where the batch has no target of it), their weighted sum, and targets per
+    task."""
 
     total: Tensor
     per_task: Tensor
@@ -36,7 +37,8 @@ COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
 
 
 def losses(model: nn.Module, packed: Batch) -> Losses:
-    """Loss of a `UnifiedModel` on a batch; the head sees labelled tokens only. A task without targets contributes nothing.
+    """Loss of a `UnifiedModel` on a batch; the head sees labelled tokens only. A task without targets contributes
+    nothing.
 
     Raises ValueError when no token of the batch has a target.
     """
@@ -48,7 +50,8 @@ def losses(model: nn.Module, packed: Batch) -> Losses:
     coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
                           for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
     chunked = model.one_head and len(where) * model.head.out_features > CHUNKED
-    if chunked:                                             # the sum that is learned from is made chunk by chunk, and never seen by its parts
+    # the sum that is learned from is made chunk by chunk, and never seen by its parts
+    if chunked:
         total, entropy = model.weighted_nll(hidden, target, (coefficient * scale)[task])
     else:
         entropy = model.nll(hidden, target)
@@ -60,24 +63,26 @@ def losses(model: nn.Module, packed: Batch) -> Losses:
 def membership(log: Mapping[int, Routing]) -> Tensor:
     """Binary cross entropy of sigmoid(score) against membership, in nats, averaged over tokens and then layers.
 
-    Pushes scores apart around 0, so that sigmoid(score) > 0.5 is a causal rule (Mixture-of-Depths, arXiv 2404.02258, section 3.5);
-    with weight 0.01 and a sigmoid gate it is gamma-MoD's auxiliary cross entropy (arXiv 2410.13859).
+    Pushes scores apart around 0, so that sigmoid(score) > 0.5 is a causal rule (Mixture-of-Depths, arXiv 2404.02258,
+    section 3.5); with weight 0.01 and a sigmoid gate it is gamma-MoD's auxiliary cross entropy (arXiv 2410.13859).
     """
     return _mean([_against_members(routing.score, routing) for routing in log.values()])
 
 
 def prediction(log: Mapping[int, Routing]) -> Tensor:
-    """The same of the predictors' logits, for routers that have one; their input's gradient is stopped, so nothing else is moved."""
+    """The same of the predictors' logits, for routers that have one; their input's gradient is stopped, so nothing else
+    is moved."""
     return _mean([_against_members(routing.predicted, routing) for routing in log.values() if routing.predicted is not None])
 
 
 def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:
-    """Squared difference between the share of tokens that sigmoid(score) would keep and a budget, over all layers together.
+    """Squared difference between the share of tokens that sigmoid(score) would keep and a budget, over all layers
+    together.
 
         (sum sigmoid(score_i) / N - share)^2   over the N tokens up for choice in all layers
 
-    share: default what the layers did keep, i.e. the plan's own. Holds scores where a decision of each token for itself, sigmoid(score) > 0.5, costs
-    what was planned, without telling any layer how much of it to spend.
+    share: default what the layers did keep, i.e. the plan's own. Holds scores where a decision of each token for
+    itself, sigmoid(score) > 0.5, costs what was planned, without telling any layer how much of it to spend.
     """
     if not log:
         return torch.zeros(())

@@ -12,8 +12,8 @@ In a file, layers that are not named are dense:
       t2i: {4: 0.4, 5: 0.4, 6: 0.4, 7: 0.4}
       mmu: {4: 0.6, 5: 0.5, 6: 0.3, 7: 0.2}
 
-The three kinds of layer of UniMoD (arXiv 2502.06474) fall out: a layer below 1 for t2i only is a T2I layer, for mmu only an
-MMU layer, for both a Shared layer.
+The three kinds of layer of UniMoD (arXiv 2502.06474) fall out: a layer below 1 for t2i only is a T2I layer, for mmu
+only an MMU layer, for both a Shared layer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ FLOOR = 0.05
 
 @dataclass(frozen=True)
 class CapacityPlan:
-    """Fraction of tokens kept, per task (t2i, mmu, lm) and layer; 1 is dense. Raises `ParameterError` on a fraction outside (0, 1]."""
+    """Fraction of tokens kept, per task (t2i, mmu, lm) and layer; 1 is dense. Raises `ParameterError` on a fraction
+    outside (0, 1]."""
 
     capacity: Mapping[str, tuple[float, ...]]
 
@@ -85,7 +86,8 @@ class CapacityPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> CapacityPlan:
-        """Read a plan from YAML. Raises `ParameterError` for a missing file, a layer that does not exist or a wrong capacity."""
+        """Read a plan from YAML. Raises `ParameterError` for a missing file, a layer that does not exist or a wrong
+        capacity."""
         try:
             data = yaml.safe_load(Path(expanded(path)).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -112,19 +114,22 @@ class CapacityPlan:
                          for task, row in self.capacity.items())
 
     def draw(self) -> str:
-        """The plan as bars, one per layer and a line per task; a full bar is a dense layer. Below, the number of every fourth layer."""
+        """The plan as bars, one per layer and a line per task; a full bar is a dense layer. Below, the number of every
+        fourth layer."""
         bars = {task: "".join("█" if c == 1 else "▁▂▃▄▅▆▇"[min(6, max(0, round(8 * c) - 1))] for c in row) for task, row in self.capacity.items()}
         numbers = "".join(f"{i:<4d}" for i in range(0, self.layers, 4))
         return "\n".join([*(f"{task:3s}  {bar}   -{self.saving(task):.0%}" for task, bar in bars.items()), f"     {numbers}".rstrip()])
 
 
 def last_half(layers: int, saving: float = 0.3) -> CapacityPlan:
-    """The second half of the layers at one capacity for all tasks, saving `saving` of the stack (the paper's Emu3 run has saving 0.4)."""
+    """The second half of the layers at one capacity for all tasks, saving `saving` of the stack (the paper's Emu3 run
+    has saving 0.4)."""
     return _uniform(layers, range(layers // 2, layers), saving)
 
 
 def last_half_per_task(layers: int, saving: float = 0.3) -> CapacityPlan:
-    """The second half of the layers in the shape of the paper's Show-o run: mmu saves twice what t2i saves, both together `saving`; lm dense.
+    """The second half of the layers in the shape of the paper's Show-o run: mmu saves twice what t2i saves, both
+    together `saving`; lm dense.
 
     t2i has one capacity, mmu falls linearly with mean m over the half: from min(1, 2 m - FLOOR) to 2 m minus that.
     """
@@ -136,7 +141,8 @@ def last_half_per_task(layers: int, saving: float = 0.3) -> CapacityPlan:
 
 
 def middle(layers: int, saving: float = 0.3) -> CapacityPlan:
-    """Half of the layers, those between the first and the last quarter: where a route of random tokens lies (TREAD, arXiv 2501.04765)."""
+    """Half of the layers, those between the first and the last quarter: where a route of random tokens lies (TREAD,
+    arXiv 2501.04765)."""
     return _uniform(layers, range(layers // 4, layers // 4 + layers // 2), saving)
 
 
@@ -151,7 +157,8 @@ def random_layers(layers: int, saving: float = 0.3, seed: int = 0) -> CapacityPl
 
 
 def cosine_decay(layers: int, saving: float = 0.0) -> CapacityPlan:
-    """p-MoD's falling capacity (arXiv 2412.04449): c_l = 0.5 cos(pi l / (L - 1)) + 0.5, dense above 0.85 and at least 0.15.
+    """p-MoD's falling capacity (arXiv 2412.04449): c_l = 0.5 cos(pi l / (L - 1)) + 0.5, dense above 0.85 and at least
+    0.15.
 
     The formula fixes what is saved; `saving` has no effect.
     """
@@ -167,8 +174,8 @@ def dense(layers: int, saving: float = 0.0) -> CapacityPlan:
 def paper_showo(layers: int = 24, saving: float = 0.15) -> CapacityPlan:
     """The paper's Show-o run: last half routed, t2i at 0.8, mmu falling linearly to 0.2, lm dense.
 
-    The first routed mmu layer keeps 1 and the last 0.2, mean 0.6 over the 12 layers, as the paper's FLOPs imply: -20 % mmu,
-    -10 % t2i. The run fixes `saving`; another value has no effect.
+    The first routed mmu layer keeps 1 and the last 0.2, mean 0.6 over the 12 layers, as the paper's FLOPs imply: -20 %
+    mmu, -10 % t2i. The run fixes `saving`; another value has no effect.
     """
     return last_half_per_task(layers, 0.3 * (layers - layers // 2) / layers)
 
@@ -182,12 +189,12 @@ def paper_emu3(layers: int = 32, saving: float = 0.4) -> CapacityPlan:
 def from_arank(arank: Mapping[str, Sequence[float]], saving: float = 0.3, highest: bool = False) -> CapacityPlan:
     """The layer switch of UniMoD with its missing formula stated.
 
-    arank: per task (t2i, mmu, lm; one that is not named stays dense), one number per layer: ARank divided by the sequence length. For
-    each task the half of the layers with the lowest values is routed; their capacities are proportional to ARank, c_l = clip(s * a_l,
-    FLOOR, 1), and s is found by bisection so that the task saves exactly `saving`. With `highest` the other half of the layers is
-    routed: the control that tells whether a low rank is what makes a layer cheap to skip. For a budget of FLOPs or seconds:
-    solve(partial(from_arank, arank), price, budget). Raises `ParameterError` when half of the layers cannot save that much, or for a
-    value that is no ARank.
+    arank: per task (t2i, mmu, lm; one that is not named stays dense), one number per layer: ARank divided by the
+    sequence length. For each task the half of the layers with the lowest values is routed; their capacities are
+    proportional to ARank, c_l = clip(s * a_l, FLOOR, 1), and s is found by bisection so that the task saves exactly
+    `saving`. With `highest` the other half of the layers is routed: the control that tells whether a low rank is what
+    makes a layer cheap to skip. For a budget of FLOPs or seconds: solve(partial(from_arank, arank), price, budget).
+    Raises `ParameterError` when half of the layers cannot save that much, or for a value that is no ARank.
     """
     rows = {}
     for task, values in arank.items():
@@ -216,7 +223,8 @@ FIXED = ("dense", "cosine_decay", "paper_showo", "paper_emu3")
 def maker_of(name_or_file: str) -> Callable[[int, float], CapacityPlan]:
     """The maker of that name, or one that gives the plan of a YAML file, to be called with (layers, saving).
 
-    Raises `ParameterError` when it is neither or the file holds no plan, and when called for another number of layers than the file has.
+    Raises `ParameterError` when it is neither or the file holds no plan, and when called for another number of layers
+    than the file has.
     """
     if name_or_file in MAKERS:
         return MAKERS[name_or_file]
@@ -232,15 +240,17 @@ def maker_of(name_or_file: str) -> Callable[[int, float], CapacityPlan]:
 
 
 def make_plan(name_or_file: str, layers: int, saving: float = 0.3) -> CapacityPlan:
-    """The plan of a maker's name or of a YAML file, for a model of `layers` layers. Raises `ParameterError` as `maker_of`."""
+    """The plan of a maker's name or of a YAML file, for a model of `layers` layers. Raises `ParameterError` as
+    `maker_of`."""
     return maker_of(name_or_file)(layers, saving)
 
 
 def solve(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float], target: float) -> CapacityPlan:
     """The plan of `maker(saving)` whose price comes closest to `target`, by bisection over saving.
 
-    price: any number that falls when a plan saves more, such as FLOPs, seconds, or a share of the dense model's. A saving that the
-    maker refuses is out of reach. Raises `ParameterError` for a target that no plan of this maker meets, naming what they cost.
+    price: any number that falls when a plan saves more, such as FLOPs, seconds, or a share of the dense model's. A
+    saving that the maker refuses is out of reach. Raises `ParameterError` for a target that no plan of this maker
+    meets, naming what they cost.
     """
     tried = [(price(plan := maker(0.0)), plan)]
     low, high = 0.0, 1.0
@@ -259,7 +269,8 @@ def solve(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan]
 
 
 def _kept(layers: int, routed: int, saving: float, share: float = 1.0) -> float:
-    """Mean capacity of the routed layers of a task that saves `share * saving`. Raises `ParameterError` where that is below FLOOR."""
+    """Mean capacity of the routed layers of a task that saves `share * saving`. Raises `ParameterError` where that is
+    below FLOOR."""
     if not 0 <= share * saving * layers <= routed * (1 - FLOOR):
         raise ParameterError(f"saving={saving:g} is more than {routed} of {layers} layers can save; "
                              f"ask for 0 to {routed * (1 - FLOOR) / layers / share:.3g}.")

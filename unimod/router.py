@@ -2,9 +2,10 @@
 
     score -> top-k in each segment (or a threshold) -> gate -> `Routing`
 
-UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (MoD, arXiv 2404.02258) has one. Both are the `TaskRouter` of this file,
-with `shared` off or on; what other methods do otherwise is in `baselines`. What a router returns is a `Routing`, the only currency between router,
-layer, loss and view. What depends on the batch and the capacities alone is worked out once per batch and not per layer: `routing_plan`.
+UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (MoD, arXiv 2404.02258) has one. Both are
+the `TaskRouter` of this file, with `shared` off or on; what other methods do otherwise is in `baselines`. What a router
+returns is a `Routing`, the only currency between router, layer, loss and view. What depends on the batch and the
+capacities alone is worked out once per batch and not per layer: `routing_plan`.
 """
 
 from __future__ import annotations
@@ -81,17 +82,20 @@ class RoutingState:
     active: Tensor | None = None
     """bool [T]: the tokens that no layer has dropped so far (early exit); None: all."""
     received: Tensor | None = None
-    """float32 [T]: attention received in the last layer that processed the token (`ops.attention.attention_received`)."""
+    """float32 [T]: attention received in the last layer that processed the token
+    (`ops.attention.attention_received`)."""
     needs_attention: bool = False
     """Whether the layer that runs now must fill `received`, because the next one scores by it."""
 
 
 @dataclass
 class ForwardState:
-    """What one forward carries through the decoder layers beside the hidden states, under one keyword: `layer(h, unimod=state)`.
+    """What one forward carries through the decoder layers beside the hidden states, under one keyword: `layer(h,
+    unimod=state)`.
 
-    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes for a parameter of its own
-    never arrives there. So there is one, with our own name, and whatever else has to travel becomes a field here.
+    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes
+    for a parameter of its own never arrives there. So there is one, with our own name, and whatever else has to travel
+    becomes a field here.
     """
 
     batch: Batch
@@ -108,7 +112,8 @@ class ForwardState:
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
     decode: bool = False
-    """Whether this is a decode step of one size: one further token of every sequence, dropped by a mask, so that nothing waits for the device."""
+    """Whether this is a decode step of one size: one further token of every sequence, dropped by a mask, so that
+    nothing waits for the device."""
     active: Tensor | None = None
     """bool [B]: in a decode step the sequences whose token is kept in this layer; None: all."""
     attention: dict = field(default_factory=dict)
@@ -133,8 +138,9 @@ class ForwardState:
 class TaskRouter(nn.Module):
     """Scores and selects the tokens of one layer.
 
-    `capacity` maps t2i, mmu and lm to the fraction of a segment that is kept; 1 leaves the task alone. The number kept is known on the host: of a
-    segment with n tokens, a of which are always kept, k = a + max(1, round(capacity * (n - a))).
+    `capacity` maps t2i, mmu and lm to the fraction of a segment that is kept; 1 leaves the task alone. The number kept
+    is known on the host: of a segment with n tokens, a of which are always kept, k = a + max(1, round(capacity * (n -
+    a))).
     """
 
     needs_attention = False
@@ -168,11 +174,12 @@ class TaskRouter(nn.Module):
         return Routing(index, gate.index_select(0, index), score, segments, kth, eligible, predicted, skip_scale, rank)
 
     def decode(self, h: Tensor, batch: Batch, state: RoutingState) -> tuple[Tensor, Tensor] | None:
-        """Route a decode step, one token of every sequence, at one size and without waiting for the device: which tokens are kept, bool [T], and the
-        gate on each one's update, float32 [T]. None where the rule keeps all. Thresholds are as `generate.calibrate` left them."""
+        """Route a decode step, one token of every sequence, at one size and without waiting for the device: which
+        tokens are kept, bool [T], and the gate on each one's update, float32 [T]. None where the rule keeps all.
+        Thresholds are as `generate.calibrate` left them."""
         if not self.may_drop(batch.segments[0]):
             return None
-        score, always = self.scores(h, batch, state), batch.of_kind(self.config.keep)
+        score, always = self.scores(h, batch, state), batch.of_kind(self.config.always_keep)
         predicted = self._of_task(self.predict(h), batch) if self.config.predictor else None
         kept = self._above_threshold(_judged(score, batch), _judged(predicted, batch), batch)
         return always | kept, torch.where(always, 1.0, self.gate(score))
@@ -182,10 +189,10 @@ class TaskRouter(nn.Module):
         lengths, kept = tuple(s.length for s in batch.segments), self.kept(batch)
         device, drops = batch.ids.device, [self.may_drop(s) for s in batch.segments]
         eligible = spread(torch.tensor(drops), lengths, device)
-        always = batch.of_kind(self.config.keep) if self.config.keep else None
+        always = batch.of_kind(self.config.always_keep) if self.config.always_keep else None
         tasks = frozenset(s.task for s, may in zip(batch.segments, drops) if may and s.rule == "threshold")
-        if tasks and "labelled" in self.config.keep:
-            raise RuntimeError("keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
+        if tasks and "labelled" in self.config.always_keep:
+            raise RuntimeError("always_keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
         segments = tuple(replace(s, length=k) for s, k in zip(batch.segments, kept))
         return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks)
 
@@ -196,7 +203,7 @@ class TaskRouter(nn.Module):
     def kept(self, batch: Batch) -> tuple[int, ...]:
         """Tokens of each segment that are processed, before a threshold is applied: [S], on the host."""
         return tuple(a + share(self.capacity[int(s.task)], s.length - a) if self.may_drop(s) and s.rule != "threshold" else s.length
-                     for s, a in zip(batch.segments, batch.count_of_kind(self.config.keep)))
+                     for s, a in zip(batch.segments, batch.count_of_kind(self.config.always_keep)))
 
     def may_drop(self, segment: Segment) -> bool:
         """Whether a segment's tokens compete at all."""
@@ -212,7 +219,8 @@ class TaskRouter(nn.Module):
         return score
 
     def candidates(self, score: Tensor, batch: Batch, plan: LayerPlan, state: RoutingState) -> tuple[Tensor, Tensor]:
-        """What is ranked, float [T] without a gradient and inf for tokens that are always kept, and which tokens are eligible, bool [T]."""
+        """What is ranked, float [T] without a gradient and inf for tokens that are always kept, and which tokens are
+        eligible, bool [T]."""
         ranked = _judged(score.detach(), batch)
         return ranked if plan.always is None else ranked.masked_fill(plan.always, torch.inf), plan.eligible
 
@@ -225,8 +233,8 @@ class TaskRouter(nn.Module):
         return GATE[self.config.gate](score, self.config.gain)
 
     def passes(self, score: Tensor, predicted: Tensor | None, batch: Batch, tasks: Iterable[Task]) -> Tensor:
-        """The causal decision of each token by itself: bool [T], True for those that the predictor expects to be kept, else for those above the
-        threshold. Raises RuntimeError when there is neither."""
+        """The causal decision of each token by itself: bool [T], True for those that the predictor expects to be kept,
+        else for those above the threshold. Raises RuntimeError when there is neither."""
         if predicted is None and torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
         return self._above_threshold(score, predicted, batch)
@@ -308,7 +316,8 @@ class Float32Linear(nn.Linear):
 
 
 class _HalfPrecisionScores(torch.autograd.Function):
-    """x W^T + b of half-precision x and W, summed and returned in float32; the backward pass keeps x as it is, not a float32 copy."""
+    """x W^T + b of half-precision x and W, summed and returned in float32; the backward pass keeps x as it is, not a
+    float32 copy."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
     layer(h, attention_mask=None, position_ids=position, position_embeddings=(cos, sin), unimod=ForwardState(packed))
 
-A stock layer passes keywords that it does not know on to its attention, which is the one function registered here: it reads the intervals of the
-batch in the `ForwardState`. No modelling file is rewritten, no T x T mask is stored. `tests/models/test_seam.py` is the contract, run on the oldest
-and the newest release that is supported; `tests/test_floors.py` keeps these names in this file.
+A stock layer passes keywords that it does not know on to its attention, which is the one function registered here: it
+reads the intervals of the batch in the `ForwardState`. No modelling file is rewritten, no T x T mask is stored.
+`tests/models/test_seam.py` is the contract, run on the oldest and the newest release that is supported;
+`tests/test_floors.py` keeps these names in this file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from .versions import warn
 ATTENTION = "unimod_intervals"
 Observer = Callable[[nn.Module, Tensor, Tensor, Batch], None]
 _OBSERVER: ContextVar[Observer | None] = ContextVar("attention_observer", default=None)
-warn()                                                      # once a process: here is the first file that leans on transformers
+# once a process: here is the first file that leans on transformers
+warn()
 
 
 # What a decoder layer and its stack are made of
@@ -101,7 +103,8 @@ def set_final_norm(decoder: PreTrainedModel, module: nn.Module) -> None:
 
 
 def fresh_rotary(decoder: PreTrainedModel) -> nn.Module:
-    """A rotary embedding of the decoder's configuration on the CPU, its frequencies in float32 whatever the weights' dtype."""
+    """A rotary embedding of the decoder's configuration on the CPU, its frequencies in float32 whatever the weights'
+    dtype."""
     with torch.device("cpu"):
         return type(decoder.rotary_emb)(decoder.config)
 
@@ -112,7 +115,8 @@ def set_rotary(decoder: PreTrainedModel, module: nn.Module) -> None:
 
 
 def recomputed(layer: nn.Module) -> bool:
-    """Whether the layer is recomputed in the backward pass, as `gradient_checkpointing_enable` of a stock model asks of each."""
+    """Whether the layer is recomputed in the backward pass, as `gradient_checkpointing_enable` of a stock model asks of
+    each."""
     return getattr(layer, "gradient_checkpointing", False)
 
 
@@ -128,8 +132,8 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
                       dropout: float = 0.0, unimod: ForwardState | None = None, **_: object) -> tuple[Tensor, None]:
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
-    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here, once. It stays out of a
-    compiled layer's graphs, which then know nothing of the rows' lengths.
+    Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here,
+    once. It stays out of a compiled layer's graphs, which then know nothing of the rows' lengths.
     """
     if unimod is None or attention_mask is not None:
         raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's UnifiedModel, "
@@ -161,8 +165,8 @@ AttentionInterface.register(ATTENTION, _packed_attention)
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Call `observer(module, q, k, packed)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and RoPE. Blocks may be nested: each
-    observer is called."""
+    """Call `observer(module, q, k, packed)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and
+    RoPE. Blocks may be nested: each observer is called."""
     outer = _OBSERVER.get()
 
     def both(*seen: object) -> None:
@@ -196,7 +200,8 @@ def attention_name(config: PreTrainedConfig | None) -> str | None:
 
 
 def attention_names(config: PreTrainedConfig, instead: Mapping[str, str] | None = None) -> dict | str:
-    """The attention of a model and its parts, as `set_attn_implementation` takes it, with some names put in place of others."""
+    """The attention of a model and its parts, as `set_attn_implementation` takes it, with some names put in place of
+    others."""
     own = (instead or {}).get(attention_name(config), attention_name(config))
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
     return {"": own} | {name: attention_names(part, instead) for name, part in parts.items()} if parts else own

@@ -2,9 +2,10 @@
 
     records = train(model, batches, TrainConfig(steps=200), folder="runs/x", evaluate=lambda model: {...})
 
-Masked-token prediction for t2i, next-token prediction for mmu and lm, weighted 1 / 1 / 0.1; AdamW with warm-up and a cosine
-to zero; routers learn faster than the backbone. With a folder, an interrupted run goes on where it stopped, bit for bit.
-Started by torchrun or `accelerate launch` (DDP), every process takes its own batches, and gradients are averaged over them.
+Masked-token prediction for t2i, next-token prediction for mmu and lm, weighted 1 / 1 / 0.1; AdamW with warm-up and a
+cosine to zero; routers learn faster than the backbone. With a folder, an interrupted run goes on where it stopped, bit
+for bit. Started by torchrun or `accelerate launch` (DDP), every process takes its own batches, and gradients are
+averaged over them.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ class TrainConfig:
     router_lr: float = 5.0
     """Factor on it for routers."""
     capacity_lr: float = 100.0
-    """Factor on it for learned capacities, which are few and move by about the rate in a step, whatever their gradient."""
+    """Factor on it for learned capacities, which are few and move by about the rate in a step, whatever their
+    gradient."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises linearly."""
     membership: float = 0.0
     """Weight of the auxiliary loss that pushes kept and dropped tokens' scores apart (`losses.membership`)."""
     budget: float = 0.0
-    """Weight of the loss that holds the share of tokens with sigmoid(score) > 0.5 near what the plan keeps (`losses.budget`)."""
+    """Weight of the loss that holds the share of tokens with sigmoid(score) > 0.5 near what the plan keeps
+    (`losses.budget`)."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
@@ -84,9 +87,9 @@ class Outcome(NamedTuple):
 class Objective(nn.Module):
     """A model with its losses in one forward, so that DDP's and FSDP's hooks see every parameter at work.
 
-    The losses on routers are weighted as `config` says. The model's own state dict keeps its keys; here they begin with "model.".
-    FSDP2: `fully_shard` each of `model.layers`, then this; first, by itself, a scorer that all layers share (`across`). Mixed precision needs
-    `cast_forward_inputs=False`, or rotary angles are rounded too.
+    The losses on routers are weighted as `config` says. The model's own state dict keeps its keys; here they begin with
+    "model.". FSDP2: `fully_shard` each of `model.layers`, then this; first, by itself, a scorer that all layers share
+    (`across`). Mixed precision needs `cast_forward_inputs=False`, or rotary angles are rounded too.
     """
 
     def __init__(self, model: UnifiedModel, config: TrainConfig | None = None) -> None:
@@ -108,13 +111,12 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     """Train in place and return one record per step: losses per task, tokens, FLOPs (forward and backward), seconds.
 
     `evaluate(model)` returns figures that join the record of the step they were taken after. With `folder`, records are
-    appended to metrics.jsonl and last.pt holds the state to resume from; it is removed when the run is complete.
-    In a group of n processes, process r takes batch n * step + r, a record is the mean of the losses and the sum
-    of the tokens and FLOPs, and only the main process evaluates, logs and writes. Nothing waits for the device but the
-    figures of a record, which are read while the next step runs: on CUDA `log` comes a step late, and so does the end
-    of a run whose loss is not finite.
-    Raises `ParameterError` when the folder holds an interrupted run of another configuration or number of processes, RuntimeError
-    in every process on a loss that is not finite in one.
+    appended to metrics.jsonl and last.pt holds the state to resume from; it is removed when the run is complete. In a
+    group of n processes, process r takes batch n * step + r, a record is the mean of the losses and the sum of the
+    tokens and FLOPs, and only the main process evaluates, logs and writes. Nothing waits for the device but the figures
+    of a record, which are read while the next step runs: on CUDA `log` comes a step late, and so does the end of a run
+    whose loss is not finite. Raises `ParameterError` when the folder holds an interrupted run of another configuration
+    or number of processes, RuntimeError in every process on a loss that is not finite in one.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     if config.compile:
@@ -132,7 +134,8 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     settled = 0.0
 
     def settle() -> dict | None:
-        """The record of the step whose figures are still on their way. Raises RuntimeError for a loss that is not finite."""
+        """The record of the step whose figures are still on their way. Raises RuntimeError for a loss that is not
+        finite."""
         if not waiting:
             return None
         nonlocal settled
@@ -190,7 +193,8 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
 
 
 def _on_its_way(x: Tensor) -> Callable[[], Tensor]:
-    """Copy to the host without waiting; what is returned waits for this copy, and for nothing that was asked of the device later."""
+    """Copy to the host without waiting; what is returned waits for this copy, and for nothing that was asked of the
+    device later."""
     if not x.is_cuda:
         return lambda: x
     host, done = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
@@ -199,7 +203,8 @@ def _on_its_way(x: Tensor) -> Callable[[], Tensor]:
 
 
 def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:
-    """Routers and learned capacities at their own rates; vectors (norms, biases) and capacities without weight decay."""
+    """Routers and learned capacities at their own rates; vectors (norms, biases) and capacities without weight
+    decay."""
     groups: dict[tuple[float, float], list] = {}
     for name, p in model.named_parameters():
         if name.endswith(".theta"):

@@ -1,7 +1,9 @@
-"""What this package was tested with, and what is installed here: one warning, one sentence, one table (`python -m unimod doctor`).
+"""What this package was tested with, and what is installed here: one warning, one sentence, one table (`python -m
+unimod doctor`).
 
-The tested ranges are the caps of pyproject.toml, the exact versions those of requirements.lock; an installation that is not a checkout carries the
-ranges in its own metadata and has no lock. No torch here: versions are read from installed metadata.
+The tested ranges are the caps of pyproject.toml, the exact versions those of requirements.lock; an installation that is
+not a checkout carries the ranges in its own metadata and has no lock. No torch here: versions are read from installed
+metadata.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ MOVING = ("torch", "transformers")
 
 @cache
 def tested() -> dict[str, Requirement]:
-    """The tested range of every direct dependency, extras included, by name; empty where neither pyproject.toml nor metadata is at hand."""
+    """The tested range of every direct dependency, extras included, by name; empty where neither pyproject.toml nor
+    metadata is at hand."""
     file = CHECKOUT / "pyproject.toml"
     if file.is_file():
         project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
@@ -39,7 +42,8 @@ def tested() -> dict[str, Requirement]:
 
 @cache
 def locked() -> dict[str, str]:
-    """The versions of requirements.lock that hold for this Python and platform, by name; empty where there is no lock."""
+    """The versions of requirements.lock that hold for this Python and platform, by name; empty where there is no
+    lock."""
     file = CHECKOUT / "requirements.lock"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     needs = [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]

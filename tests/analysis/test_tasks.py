@@ -24,9 +24,10 @@ from unimod.analysis.tasks import (
 )
 from unimod.baselines import PRESETS
 from unimod.batch import Task
-from unimod.config import MODELS, Params
+from unimod.config import MODELS
 from unimod.experiment import load
 from unimod.losses import losses
+from unimod.params import Params
 from unimod.router import TaskRouter
 from unimod.views.runs import table_of_findings
 

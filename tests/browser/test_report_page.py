@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from plots import changed, drag_slider, drawn, layout, traces, values, wait_until
 
-from unimod.config import Params
+from unimod.params import Params
 from unimod.workbook.report import write_page, write_report
 from unimod.workbook.run_folder import Run
 

@@ -14,8 +14,8 @@ from unimod.models.cache import KVCache
 from unimod.plan import CapacityPlan, last_half
 
 PLAN = CapacityPlan({"t2i": [1, .7, .7, .5, .5, .4, .4, .4], "mmu": [1, .7, .6, .5, .5, .3, .3, .3]})
-ROUTERS = {name: config for name, config in PRESETS.items() if config.compete != "batch"} | {
-    "sharp": RouterConfig(std=0.5), "early-exit": RouterConfig(reach="exit", std=0.5), "run": RouterConfig(reach="run", std=0.5),
+ROUTERS = {name: config for name, config in PRESETS.items() if config.topk_scope != "batch"} | {
+    "sharp": RouterConfig(std=0.5), "early-exit": RouterConfig(decision_scope="exit", std=0.5), "run": RouterConfig(decision_scope="span", std=0.5),
     "a-mod": RouterConfig(score="attention", gate="none", predictor=True), "predictor": RouterConfig(predictor=True, std=0.5)}
 QUESTIONS = ("is there a red circle and a blue square ?", "circle ?", "is there a square ?")
 ANSWERS = ("yes and no", "no", "a red and a blue circle")
@@ -24,7 +24,7 @@ ANSWERS = ("yes and no", "no", "a red and a blue circle")
 def routed(model, name, packed):
     torch.manual_seed(1)
     config = ROUTERS[name]
-    apply_mod(model, last_half(8) if config.reach == "run" else PLAN, config).double()
+    apply_mod(model, last_half(8) if config.decision_scope == "span" else PLAN, config).double()
     if config.score == "learned" and not config.predictor:
         calibrate(model, packed)
     return model
@@ -89,7 +89,7 @@ def test_any_lengths(model, lengths, seed):
     """Questions and answers of any length, early exit and a decision per layer in turn."""
     g, layout = torch.Generator().manual_seed(seed), model.layout
     torch.manual_seed(seed)
-    apply_mod(remove_mod(model), PLAN, RouterConfig(reach="exit" if seed % 2 else "layer", std=0.5)).double()
+    apply_mod(remove_mod(model), PLAN, RouterConfig(decision_scope="exit" if seed % 2 else "layer", std=0.5)).double()
     turns = [(" ".join(["circle"] * q), " ".join(["red"] * a)) for q, a in lengths]
     codes = [torch.randint(16, (12,), generator=g) for _ in turns]
     agree(model, [layout.mmu(c, [(q, "")], open_ended=True) for c, (q, _) in zip(codes, turns)],
@@ -100,7 +100,7 @@ def test_any_lengths(model, lengths, seed):
 @pytest.mark.parametrize("kind", ["image", "text", "special", "question"])
 def test_kinds_that_are_never_dropped(model, packed, kind):
     torch.manual_seed(1)
-    apply_mod(model, PLAN, RouterConfig(keep=(kind,), std=0.5)).double()
+    apply_mod(model, PLAN, RouterConfig(always_keep=(kind,), std=0.5)).double()
     calibrate(model, packed)
     nothing, codes = torch.zeros(0, dtype=torch.long), torch.arange(12)
     agree(model, [model.layout.t2i("a red circle", nothing, prompt=True)], [model.layout.t2i("a red circle", codes, prompt=True)])
@@ -108,9 +108,9 @@ def test_kinds_that_are_never_dropped(model, packed, kind):
 
 @pytest.mark.parametrize("model", ["emu3-tiny"], indirect=True)
 def test_targets_are_not_known_where_tokens_are_generated(model, packed):
-    apply_mod(model, PLAN, RouterConfig(keep=("labelled",)))
+    apply_mod(model, PLAN, RouterConfig(always_keep=("labelled",)))
     calibrate(model, packed)
-    with pytest.raises(RuntimeError, match="keep='labelled' asks for targets"):
+    with pytest.raises(RuntimeError, match="always_keep='labelled' asks for targets"):
         draw(model, ["a red circle"])
 
 
@@ -126,7 +126,7 @@ def test_while_capacities_are_learned(model, packed):
 
 def test_nothing_is_generated_where_rows_compete(model):
     apply_mod(model, last_half(8), PRESETS["competitive"])
-    with pytest.raises(ValueError, match="Nothing can be generated with compete='batch'"):
+    with pytest.raises(ValueError, match="Nothing can be generated with topk_scope='batch'"):
         draw(model, ["a red circle"])
 
 

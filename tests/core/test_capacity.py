@@ -138,9 +138,9 @@ def test_layers_that_do_nothing_give_their_capacity_to_those_that_do(model, pack
 
 
 def test_what_cannot_be_learned_is_refused(model):
-    with pytest.raises(ParameterError, match="call apply_mod with a router of compete='segment'"):
+    with pytest.raises(ParameterError, match="call apply_mod with a router of topk_scope='segment'"):
         learn_capacity(model, 0.3)
-    with pytest.raises(ParameterError, match="and reach='layer' first"):
+    with pytest.raises(ParameterError, match="and decision_scope='layer' first"):
         learn_capacity(apply_mod(model, last_half(8), PRESETS["early-exit"]), 0.3)
     remove_mod(model)
     apply_mod(model, CapacityPlan({"t2i": [.5, *[1.0] * 7]}))

@@ -70,8 +70,8 @@ def test_a_deepcopy_is_independent_and_equal(model, packed):
         assert twin.layers[4].router.proj is twin.layers[7].router.proj, "shared routers stay shared in the copy"
 
 
-@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], RouterConfig(std=0.5, predictor=True, keep=("special",)),
-                                    RouterConfig(std=0.5, reach="exit"), PRESETS["p-mod"]], ids=["unimod", "gamma-mod", "predictor", "early-exit", "p-mod"])
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], RouterConfig(std=0.5, predictor=True, always_keep=("special",)),
+                                    RouterConfig(std=0.5, decision_scope="exit"), PRESETS["p-mod"]], ids=["unimod", "gamma-mod", "predictor", "early-exit", "p-mod"])
 def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
     apply_mod(model, last_half(8), config).train()
     layer = model.layers[5]
@@ -83,7 +83,7 @@ def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
     weight, found = layer.mlp.fc1.weight if hasattr(layer.mlp, "fc1") else layer.mlp.up_proj.weight, []
     torch.compiler.reset()
     for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
-        state = RoutingState(active=torch.arange(len(packed)) % 7 > 0 if config.reach == "exit" else None)
+        state = RoutingState(active=torch.arange(len(packed)) % 7 > 0 if config.decision_scope == "exit" else None)
         out = run(h, **arguments, unimod=ForwardState(packed, plan=plan, routing=state))
         found.append((out, torch.autograd.grad(out.square().sum(), (weight, layer.router.proj.weight))))
     torch.testing.assert_close(found[0], found[1])

@@ -18,8 +18,8 @@ PLAN = CapacityPlan({"t2i": [1, 1, .5, .5, 1, .2, .2, .6], "mmu": [1, .7, .5, 1,
 CONFIGS = {"mod": RouterConfig(shared=True), "unimod": RouterConfig(),
            "raw": RouterConfig(gate="raw", std=0.5), "sigmoid": RouterConfig(gate="sigmoid", std=0.5)}
 FALLING = CapacityPlan({"t2i": [1, .8, .5, .5, .5, .2, .2, .2], "mmu": [1, .7, .5, .5, .4, .2, .2, .2]})
-LOOKING = {"a-mod": RouterConfig(score="attention", gate="none", predictor=True), "early-exit": RouterConfig(reach="exit", std=0.5),
-           "run": RouterConfig(reach="run", std=0.5), "p-mod": PRESETS["p-mod"]}
+LOOKING = {"a-mod": RouterConfig(score="attention", gate="none", predictor=True), "early-exit": RouterConfig(decision_scope="exit", std=0.5),
+           "run": RouterConfig(decision_scope="span", std=0.5), "p-mod": PRESETS["p-mod"]}
 """Routers that look back at earlier layers, or touch what they skip."""
 
 

@@ -189,13 +189,13 @@ def test_one_router_for_the_whole_batch_by_hand():
     ("labelled", (Modality.IMAGE,) * 3, [0, 1])])
 def test_what_is_never_dropped_is_kept_at_weight_one_beside_the_best_of_the_rest(kind, modality, kept):
     """Token 1 has the lowest score; of the two others one is kept, the earlier at a tie."""
-    out, routing = run(routed(RouterConfig(keep=(kind,), gate="sigmoid"), capacity=0.4), three(modality=modality))
+    out, routing = run(routed(RouterConfig(always_keep=(kind,), gate="sigmoid"), capacity=0.4), three(modality=modality))
     assert routing.index.tolist() == kept and routing.weight[1] == 1 and routing.weight[0] == torch.sigmoid(SCORES[0])
     assert torch.equal(out[1], (X + UPDATE)[1])
 
 
 def test_a_segment_of_nothing_but_kept_tokens_passes_whole():
-    out, routing = run(routed(RouterConfig(keep=("image",)), capacity=0.1), three())
+    out, routing = run(routed(RouterConfig(always_keep=("image",)), capacity=0.1), three())
     assert routing.index.tolist() == [0, 1, 2] and torch.equal(out, X + UPDATE)
 
 
@@ -259,20 +259,29 @@ def test_router_tuning_trains_routers_only(model, packed, way):
 
 @pytest.mark.parametrize("options, words", [
     ({"gate": "relu"}, "gate='relu' is not known. Allowed: tanh"), ({"branch": "attention"}, "branch='attention' is not known. Allowed: update, mlp"),
-    ({"score": "loss"}, "score='loss' is not known"), ({"keep": ("pictures",)}, f"'pictures' is not known. Allowed: {', '.join(KINDS)}"),
+    ({"score": "loss"}, "score='loss' is not known"), ({"always_keep": ("pictures",)}, f"'pictures' is not known. Allowed: {', '.join(KINDS)}"),
     ({"hidden": -1}, "hidden=-1 is not a width"),
     ({"score": "random"}, "goes with gate='none'"), ({"noise": -1.0}, "noise=-1.0 is not a scale"),
     ({"std": float("nan")}, "std=nan is not a scale"), ({"gain": float("inf")}, "gain=inf is not"),
     ({"hidden": 2.5}, "hidden=2.5 must be a whole number"), ({"hidden": True}, "hidden=True must be"), ({"shared": "no"}, "shared='no' must be true or false"),
-    ({"noise": "1"}, "noise='1' must be a number"), ({"keep": "text"}, r"keep='text' is a text; give a tuple, such as keep=\('text',\)"),
-    ({"score": "random", "gate": "none", "hidden": 4}, "without across, hidden.*hidden=4"), ({"gate": "none", "branch": "mlp"}, "branch='mlp' need a gate"),
-    ({"compete": "batch", "keep": ("text",)}, "no predictor and no keep"), ({"compete": "batch", "score": "random", "gate": "none"}, "score='learned'"),
-    ({"compete": "all"}, "compete='all' is not known. Allowed: segment, batch, rows"), ({"reach": "all"}, "Allowed: layer, run, exit"),
-    ({"score": "random", "gate": "none", "predictor": True}, "cannot foresee"), ({"compete": "rows"}, "goes with score='random'"),
-    ({"compete": "batch", "predictor": True}, "is an experiment"), ({"gate": "none", "scale_skipped": True}, "need a gate; allowed: tanh")])
+    ({"noise": "1"}, "noise='1' must be a number"), ({"always_keep": "text"}, r"always_keep='text' is a text; give a tuple, such as always_keep=\('text',\)"),
+    ({"score": "random", "gate": "none", "hidden": 4}, "without shared_layers, hidden.*hidden=4"), ({"gate": "none", "branch": "mlp"}, "branch='mlp' need a gate"),
+    ({"topk_scope": "batch", "always_keep": ("text",)}, "no predictor and no always_keep"), ({"topk_scope": "batch", "score": "random", "gate": "none"}, "score='learned'"),
+    ({"topk_scope": "all"}, "topk_scope='all' is not known. Allowed: segment, batch, sequences"), ({"decision_scope": "all"}, "Allowed: layer, span, exit"),
+    ({"score": "random", "gate": "none", "predictor": True}, "cannot foresee"), ({"topk_scope": "sequences"}, "goes with score='random'"),
+    ({"topk_scope": "batch", "predictor": True}, "is an experiment"), ({"gate": "none", "scale_skipped": True}, "need a gate; allowed: tanh")])
 def test_bad_options_are_refused_before_a_model_is_touched(options, words):
     with pytest.raises(ParameterError, match=words):
         RouterConfig(**options)
+
+
+def test_the_names_of_before_are_read_from_a_file_with_a_notice(capsys):
+    old = {"across": True, "keep": ["text"], "compete": "segment", "reach": "run", "alone": False, "gate": "sigmoid"}
+    assert RouterConfig.stored(old) == RouterConfig(shared_layers=True, always_keep=("text",), decision_scope="span", gate="sigmoid")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "reach is now decision_scope" in line and "save the model again" in line
+    assert RouterConfig.stored({"compete": "rows", "score": "random", "gate": "none"}) == PRESETS["layer-drop"]
+    assert RouterConfig.stored({"shared": True}) == RouterConfig(shared=True) and capsys.readouterr().err.count("\n") <= 1
 
 
 @pytest.mark.parametrize("name, rows, words", [
@@ -287,7 +296,7 @@ def test_plans_that_a_router_cannot_carry_out_are_refused(name, rows, words):
 
 def test_kept_counts_follow_the_batch_to_another_device():
     packed = three(modality=(Modality.IMAGE, Modality.TEXT, Modality.IMAGE))
-    router = TaskRouter(2, {"t2i": 1, "mmu": 0.5, "lm": 1}, RouterConfig(keep=("text",)))
+    router = TaskRouter(2, {"t2i": 1, "mmu": 0.5, "lm": 1}, RouterConfig(always_keep=("text",)))
     assert router.kept(packed.to("meta")) == router.kept(packed) == (2,)
 
 

@@ -66,7 +66,7 @@ def test_the_device_refuses_what_a_gpu_refuses_and_notes_what_crosses():
 
 
 @MODELS
-@pytest.mark.parametrize("router", ["dense", "predictor", *(n for n, c in PRESETS.items() if c.compete != "batch")])
+@pytest.mark.parametrize("router", ["dense", "predictor", *(n for n, c in PRESETS.items() if c.topk_scope != "batch")])
 def test_a_step_is_the_same_there_and_waits_for_nothing(name, router):
     model, _, batches = built(name, router)
     config, packed = TrainConfig(steps=1, membership=0.01, budget=0.1), batches.train(0)

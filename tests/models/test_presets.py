@@ -68,7 +68,7 @@ def test_planned_leaves_the_model_as_it_was_and_counts_training():
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
-@pytest.mark.parametrize("router", [n for n, c in ROUTERS.items() if c.compete != "rows"])
+@pytest.mark.parametrize("router", [n for n, c in ROUTERS.items() if c.topk_scope != "sequences"])
 def test_so_it_does_for_every_router(name, router):
     """Frozen weights, attention looked at once more, decisions that are repeated."""
     model, rows = preset(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unimod.config import Params
+from unimod.params import Params
 
 LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[0-5]_*.ipynb"))
 DETAILS = r"<details><summary>{}</summary>\n\n(.+?)\n\n</details>"

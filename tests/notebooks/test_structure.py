@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unimod.config import Params
+from unimod.params import Params
 
 BOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 LINES = 13

@@ -31,7 +31,7 @@ from unimod.train import Objective, TrainConfig, _groups, train
 
 WORLD = 2
 CONFIG = TrainConfig(steps=4, lr=3e-3, save_every=2)
-LEARNED = {name: config for name, config in PRESETS.items() if config.score == "learned" and config.compete == "segment"}
+LEARNED = {name: config for name, config in PRESETS.items() if config.score == "learned" and config.topk_scope == "segment"}
 ROUTERS = {**LEARNED, "predictor": RouterConfig(predictor=True), "dense": None}
 SHARDED = [("dense", False), ("unimod", False), ("unimod", True), ("predictor", False), ("gamma-mod", True)]
 

@@ -10,13 +10,14 @@ from unimod.analysis.redundancy import shares
 from unimod.baselines import PRESETS
 from unimod.batch import Task
 from unimod.bench import time_steps
-from unimod.config import ParameterError, Params, RouterConfig
+from unimod.config import ParameterError, RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.evaluate import evaluate
 from unimod.experiment import Session, arms_of, fit_image_tokenizer, read_arms, run_arm, vocabulary
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import build_model
+from unimod.params import Params
 from unimod.plan import last_half
 from unimod.train import TrainConfig, train
 
@@ -121,7 +122,7 @@ def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     for name in names[1:6]:
         assert arms[name].cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02), name
     assert arms["shared.last_half"].router.shared and not arms["separate.interleaved"].router.shared
-    assert arms["separate.interleaved"].plan.routed() == (1, 3, 5, 7) and arms["gamma-mod.last_half"].router.across
+    assert arms["separate.interleaved"].plan.routed() == (1, 3, 5, 7) and arms["gamma-mod.last_half"].router.shared_layers
     assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total for arm in arms.values())
     result = run_arm(params, session, arms["random.last_half"], 0, tmp_path / "random.last_half-0")
     assert result["arm"] == "random.last_half" and read_arms([tmp_path]) == [result]
@@ -158,8 +159,8 @@ def test_capacities_learned_for_an_arm_cost_what_unimods_do():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "searched on a copy"
 
 
-@pytest.mark.parametrize("arm, words", [("early-exit.interleaved", "arms: early-exit.interleaved does not go together. reach='exit'"),
-                                        ("tread.cosine_decay", "reach='run': one decision"), ("a-mod.learned", "layer 0 cannot be routed"),
+@pytest.mark.parametrize("arm, words", [("early-exit.interleaved", "arms: early-exit.interleaved does not go together. decision_scope='exit'"),
+                                        ("tread.cosine_decay", "decision_scope='span': one decision"), ("a-mod.learned", "layer 0 cannot be routed"),
                                         ("tread.learned", "one decision"),
                                         ("early-exit.learned", "never comes back")])
 def test_arms_that_do_not_go_together_are_refused(arm, words, monkeypatch):

@@ -14,11 +14,12 @@ from PIL import Image
 
 from unimod.batch import Modality, Task, pack
 from unimod.capture import capture_batch
-from unimod.config import ParameterError, Params
+from unimod.config import ParameterError
 from unimod.experiment import load
 from unimod.gallery import Gallery
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import build_model
+from unimod.params import Params
 from unimod.plan import last_half
 from unimod.views import attention, panels
 from unimod.views.explore import ONE, Explorer, explore

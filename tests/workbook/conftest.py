@@ -7,7 +7,7 @@ import pytest
 
 from unimod.__main__ import main
 
-SETUP = """from unimod.config import Params
+SETUP = """from unimod.params import Params
 from unimod.workbook.run_folder import Run
 params = Params.declared(globals())
 run = Run.open({name!r}, params)"""

@@ -8,7 +8,7 @@ import pandas
 import plotly.graph_objects as go
 import pytest
 
-from unimod.config import Params
+from unimod.params import Params
 from unimod.workbook.report import ReportError, write_page
 from unimod.workbook.run_folder import Run
 

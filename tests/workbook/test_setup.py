@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from unimod import __main__
-from unimod.config import ParameterError, Params, SetupError, expanded
+from unimod.config import ParameterError, SetupError, expanded
+from unimod.params import Params
 from unimod.plan import CapacityPlan, last_half
 from unimod.workbook import request, run_folder, runner
 

@@ -128,7 +128,7 @@ def compete(model: UnifiedModel, batches: Sequence[Batch], held_out: Batch, *, s
     plan = CapacityPlan({task.name.lower(): [capacity if i in where else 1.0 for i in range(number)] for task in Task})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        apply_mod(frozen, plan, replace(PRESETS["competitive"], alone=True))
+        apply_mod(frozen, plan, replace(PRESETS["competitive"], freeze_backbone=True))
         results.append(_loss(frozen.eval(), held_out))
         optimizer = torch.optim.Adam([p for p in frozen.parameters() if p.requires_grad], lr=lr)
         for step in range(steps):

@@ -4,8 +4,8 @@
     h = model(pack(sequences), cache=cache)                 # the known tokens, with their own intervals
     h = model(appended(...), cache=cache)                   # then at most one token per row, which sees all of its row
 
-Every layer has its own length per row: a routed layer writes the tokens it keeps and no others. Positions are the original ones,
-because keys are stored after their rotary embedding.
+Every layer has its own length per row: a routed layer writes the tokens it keeps and no others. Positions are the
+original ones, because keys are stored after their rotary embedding.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class KVCache:
         self._most: dict[int, int] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, state: ForwardState, scale: float) -> Tensor:
-        """Write k and v and attend: by the mask when the layer runs first (prefill), else over everything its sequence has (decode).
+        """Write k and v and attend: by the mask when the layer runs first (prefill), else over everything its sequence
+        has (decode).
 
-        q: [H, T, d]; k, v: [H_kv, T, d], of the tokens that `state` gives the layer. Returns [T, H, d]. Raises RuntimeError when a sequence is fed
-        several tokens after the first time.
+        q: [H, T, d]; k, v: [H_kv, T, d], of the tokens that `state` gives the layer. Returns [T, H, d]. Raises
+        RuntimeError when a sequence is fed several tokens after the first time.
         """
         first = layer not in self.keys
         if first:
@@ -56,15 +57,16 @@ class KVCache:
         if first:
             self._most[layer] = max(mask.lengths)
             return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scale, mask.kinds, state.attention)
-        most = self._most[layer] = min(self._most[layer] + 1, self.room)      # known on the host, at least what any row holds
+        # known on the host, at least what any row holds
+        most = self._most[layer] = min(self._most[layer] + 1, self.room)
         whole = len(row) == self.rows
         keys, values = (store[layer][:, :, :most] if whole else store[layer][row, :, :most] for store in (self.keys, self.values))
         allow = torch.arange(most, device=row.device) < used[row, None]
         return _attend_one(q, keys, values, allow, scale)
 
     def _append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, active: Tensor | None) -> Tensor:
-        """One token of every row, in order, over all the room there is: one size at every step. A token that does not stay is seen by itself only,
-        and the next one takes its place."""
+        """One token of every row, in order, over all the room there is: one size at every step. A token that does not
+        stay is seen by itself only, and the next one takes its place."""
         used, rows = self.used[layer], torch.arange(self.rows, device=k.device)
         self.keys[layer][rows, :, used] = k.transpose(0, 1)
         self.values[layer][rows, :, used] = v.transpose(0, 1)
@@ -74,7 +76,8 @@ class KVCache:
 
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, allow: Tensor, scale: float) -> Tensor:
-    """One query per sequence: q [H, B, d] over keys and values [B, H_kv, n, d] where allow [B, n] says so. Returns [B, H, d]."""
+    """One query per sequence: q [H, B, d] over keys and values [B, H_kv, n, d] where allow [B, n] says so. Returns [B,
+    H, d]."""
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None], scale=scale,
                                          enable_gqa=q.shape[0] != keys.shape[1])
     return out[:, :, 0]

@@ -268,7 +268,7 @@ def _load_routers(folder: Path, model: UnifiedModel) -> None:
     if not path.is_file():
         raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove plan.yaml to load the dense model.")
     try:
-        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig(**read_json(folder / "router.json")))
+        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig.stored(read_json(folder / "router.json")))
     except (ParameterError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be routed as its plan.yaml and router.json say: {error}") from None
     routers = torch.nn.ModuleDict({str(i): layer.router for i, layer in enumerate(model.layers) if isinstance(layer, MoDLayer)})

@@ -4,8 +4,8 @@
     hidden = model(packed)                       # [T, D]
     logits = model.head(hidden[packed.labelled])
 
-Two ways lead to the model's numbers: `nll` of targets, and `code_logits` where a picture's next code is asked for. A model whose
-picture codes have embeddings and a head of their own overrides these and `embed`, as Janus does.
+Two ways lead to the model's numbers: `nll` of targets, and `code_logits` where a picture's next code is asked for. A
+model whose picture codes have embeddings and a head of their own overrides these and `embed`, as Janus does.
 
 The layers are transformers' own, and attend over the intervals of the batch through `unimod.seam`.
 """
@@ -34,8 +34,8 @@ from .layout import Layout
 class UnifiedModel(nn.Module):
     """One transformer for understanding and generation: a stock `lm` and the `layout` that writes its sequences.
 
-    `lm` is a transformers model with `lm_head` whose decoder has `embed_tokens`, `layers`, a final norm and `rotary_emb`. `projector`
-    takes the features of a vision tower, [F, D_v], to the width of the residual stream.
+    `lm` is a transformers model with `lm_head` whose decoder has `embed_tokens`, `layers`, a final norm and
+    `rotary_emb`. `projector` takes the features of a vision tower, [F, D_v], to the width of the residual stream.
     """
 
     def __init__(self, lm: PreTrainedModel, layout: Layout, projector: nn.Module | None = None) -> None:
@@ -48,7 +48,8 @@ class UnifiedModel(nn.Module):
         self.skipped: frozenset[int] = frozenset()
         """Layers that a forward passes by; `without` sets it."""
         self.decoder.set_attn_implementation(seam.ATTENTION)
-        self.__dict__["rotary"] = seam.fresh_rotary(self.decoder)     # out of the module tree: a cast of the model leaves its frequencies exact
+        # out of the module tree: a cast of the model leaves its frequencies exact
+        self.__dict__["rotary"] = seam.fresh_rotary(self.decoder)
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -72,7 +73,8 @@ class UnifiedModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """From hidden states to logits over the text vocabulary, of which the picture codes are a part in most models."""
+        """From hidden states to logits over the text vocabulary, of which the picture codes are a part in most
+        models."""
         return self.lm.lm_head
 
     @property
@@ -123,7 +125,8 @@ class UnifiedModel(nn.Module):
         return F.cross_entropy(self.head(hidden).float(), target, reduction="none")
 
     def weighted_nll(self, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of weight * nll, and nll without a gradient, without holding all logits. weight: float32 [N]; else as `nll`."""
+        """Sum of weight * nll, and nll without a gradient, without holding all logits. weight: float32 [N]; else as
+        `nll`."""
         return linear_cross_entropy(hidden, self.head.weight, self.head.bias, target, weight)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -138,7 +141,8 @@ class UnifiedModel(nn.Module):
 
 @contextmanager
 def without(model: UnifiedModel, layer: int) -> Iterator[None]:
-    """Inside the block the model passes one decoder layer by, dense or routed: losses, capture, cache and generation alike. Blocks may be nested.
+    """Inside the block the model passes one decoder layer by, dense or routed: losses, capture, cache and generation
+    alike. Blocks may be nested.
 
     Raises `ParameterError` for a layer that does not exist or is passed by already.
     """
@@ -154,11 +158,13 @@ def without(model: UnifiedModel, layer: int) -> Iterator[None]:
 
 
 def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
-    """Compile the decoder layers, dense and routed, each for itself, in place; call it after `apply_mod`. Returns the model.
+    """Compile the decoder layers, dense and routed, each for itself, in place; call it after `apply_mod`. Returns the
+    model.
 
-    What is compiled is the stock layer on the tokens it is given, of any number; what depends on the rows' lengths stays outside: routers, gather,
-    scatter and attention, which have kernels of their own. So batches of other lengths compile nothing anew (of another number of rows neither, but
-    under torch 2.11). A layer whose MLP's output is gated stays as it is: its MLP is looked at from outside. options: for `torch.compile`.
+    What is compiled is the stock layer on the tokens it is given, of any number; what depends on the rows' lengths
+    stays outside: routers, gather, scatter and attention, which have kernels of their own. So batches of other lengths
+    compile nothing anew (of another number of rows neither, but under torch 2.11). A layer whose MLP's output is gated
+    stays as it is: its MLP is looked at from outside. options: for `torch.compile`.
     """
     for layer in model.layers:
         if isinstance(layer, MoDLayer):

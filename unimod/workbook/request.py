@@ -4,7 +4,7 @@
     for step in request.steps():
         print(step.book.name, step.folder, step.done)
 
-A notebook's values are its own < files < -p, coerced and checked by `unimod.config.Params`. Its run folder is
+A notebook's values are its own < files < -p, coerced and checked by `unimod.params.Params`. Its run folder is
 <runs>/<notebook>/<key>/; the key is a hash of the notebook, its parameters, this package and the input files. No torch
 here. """
 
@@ -22,8 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from ..config import ParameterError, Params, SetupError, expanded
+from ..config import ParameterError, SetupError, expanded
 from ..files import runs_folder, writable
+from ..params import Params
 from ..plan import maker_of
 from .run_folder import RUN_PARAMS, latest, notebook_folders
 

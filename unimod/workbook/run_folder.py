@@ -28,8 +28,8 @@ from pathlib import Path
 
 import yaml
 
-from ..config import Params
 from ..files import describe_cpu, home, runs_folder, write, writing
+from ..params import Params
 
 PROGRESS_SECONDS = 5.0
 """Seconds between two progress lines where no bar can be drawn."""
