@@ -17,7 +17,7 @@ from .batch import Batch, Segment, Task, spread
 from .capacity import LearnedCapacity
 from .config import RouterConfig
 from .ops.select import segment_rank, select
-from .router import LayerPlan, Routing, RoutingState, TaskRouter, share
+from .router import LayerPlan, Routing, RoutingState, Selected, TaskRouter, share
 
 PRESETS = {
     "unimod": RouterConfig(),
@@ -60,7 +60,8 @@ class AttentionRouter(TaskRouter):
         if state.received is not None:
             return state.received
         if any(self.may_drop(s) and s.rule == "topk" for s in batch.segments):
-            raise RuntimeError("score='attention' looks at the layer before, and none has run: leave the first layer dense, and do not skip it.")
+            raise RuntimeError("score='attention' looks at the layer before, and none has run: leave the first layer "
+                               "dense, and do not skip it.")
         return torch.zeros(len(batch), device=h.device)     # a decode step, where the predictor decides
 
     def passes(self, score: Tensor, predicted: Tensor | None, batch: Batch, tasks: set[Task]) -> Tensor:
@@ -77,7 +78,8 @@ class Span:
     follows = False
     """Whether this layer repeats the decision of the routed layer before it."""
 
-    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None) -> Routing:
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
+                plan: LayerPlan | None = None) -> Routing:
         """As `TaskRouter.forward`."""
         state = state or RoutingState()
         if not (self.follows and state.routing is not None):
@@ -106,7 +108,8 @@ class EarlyExit:
         there = state.active if plan.always is None else state.active | plan.always
         return ranked.masked_fill(~there, -torch.inf), eligible & state.active
 
-    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None) -> Routing:
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
+                plan: LayerPlan | None = None) -> Routing:
         """As `TaskRouter.forward`."""
         state = state or RoutingState()
         routing = super().forward(h, batch, state, plan)
@@ -142,7 +145,7 @@ class BatchRouter(TaskRouter):
         plan = super().plan(batch)
         return replace(plan, always=~plan.eligible)
 
-    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
         """As `TaskRouter.select`; who gets how much is read from the device."""
         places = sum((self.capacity[int(s.task)] if self.may_drop(s) else 1) * s.length for s in batch.segments)
         k = sum(plan.kept) if ranked.is_meta else share(places / len(ranked), len(ranked))
@@ -167,7 +170,7 @@ class SequenceRouter(RandomRouter):
         """As `TaskRouter.kept`, of the first sequences: for counting."""
         return self._kept(batch, drawn=False)
 
-    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
+    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
         """As `TaskRouter.select`, of sequences drawn anew."""
         kept = self._kept(batch, drawn=True)
         segments = tuple(replace(s, length=k) for s, k in zip(batch.segments, kept))
@@ -200,7 +203,8 @@ class Fading:
         self.capacities()
         return super().plan(batch)
 
-    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None) -> Routing:
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
+                plan: LayerPlan | None = None) -> Routing:
         """As `TaskRouter.forward`."""
         state, plan = state or RoutingState(), plan or self.plan(batch)
         routing = super().forward(h, batch, state, plan)

@@ -167,7 +167,8 @@ class Batch:
         Positions stay the original ones. Features stay behind: they have been embedded before any layer runs. So do
         score sources, which are for routers, and those see the whole batch.
         """
-        tensors = {name: getattr(self, name)[index] for name in ("ids", "row", "position", "task", "modality", "target")}
+        tensors = {name: getattr(self, name)[index]
+                   for name in ("ids", "row", "position", "task", "modality", "target")}
         return Batch(**tensors, mask=self.mask.take(index, lengths_of(segments), rank), segments=tuple(segments))
 
     def share_scores(self) -> Batch:
@@ -230,7 +231,8 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
         task=spread(torch.tensor([int(s.task) for s in sequences]), lengths),
         modality=torch.cat([s.modality for s in sequences]),
         target=torch.cat([s.target for s in sequences]),
-        mask=IntervalMask(start, start + torch.cat([s.hi for s in sequences]), lengths, tuple(mask_kind(s.hi) for s in sequences)),
+        mask=IntervalMask(start, start + torch.cat([s.hi for s in sequences]), lengths,
+                          tuple(mask_kind(s.hi) for s in sequences)),
         segments=tuple(Segment(row, s.task, n, rule) for row, s in enumerate(sequences) for n, rule in s.parts),
         features=torch.cat(features) if features else None,
     )

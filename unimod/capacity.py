@@ -43,7 +43,8 @@ class LearnedCapacity(nn.Module):
         self.target = self._target(saving)
         share = torch.tensor([float(weight.get(task, 0.0)) for task in TASKS])
         if not share.sum() > 0 or (share < 0).any():
-            raise ParameterError(f"weight={dict(weight)!r}: give a positive number for at least one of {', '.join(TASKS)}, and none below 0.")
+            raise ParameterError(f"weight={dict(weight)!r}: give a positive number for at least one of "
+                                 f"{', '.join(TASKS)}, and none below 0.")
         self.register_buffer("share", share / share.sum() / len(routed), persistent=False)
         self.theta = nn.Parameter(torch.zeros(len(routed), len(TASKS)))
         self._seen: tuple[tuple[int, int], Tensor, list[tuple[float, ...]]] | None = None
@@ -54,7 +55,8 @@ class LearnedCapacity(nn.Module):
         slope = self._at(mu).detach()
         slope = ((slope - FLOOR) * (1 - slope) / (1 - FLOOR) * self.share).sum()
         total = (self._at(mu) * self.share).sum()
-        c = self._at(mu - (total - total.detach()) / slope)  # mu's own dependence on theta, by the implicit function theorem
+        # mu's own dependence on theta, by the implicit function theorem
+        c = self._at(mu - (total - total.detach()) / slope)
         return torch.where(self.share > 0, c, 1.0)
 
     def host(self, row: int) -> tuple[float, ...]:
@@ -78,7 +80,8 @@ class LearnedCapacity(nn.Module):
         """Mean fraction of the routed layers on a budget."""
         target = 1 - saving * self.layers / len(self.routed)
         if not FLOOR < target < 1:
-            raise ParameterError(f"saving={saving:g}: {len(self.routed)} of {self.layers} layers can save more than 0 and less than "
+            raise ParameterError(f"saving={saving:g}: {len(self.routed)} of {self.layers} layers can save more than 0 "
+                                 f"and less than "
                                  f"{len(self.routed) * (1 - FLOOR) / self.layers:.2f}.")
         return target
 

@@ -17,10 +17,12 @@ DATA = ("scenes", "digits", "folder")
 LEVELS = ("default", "jitter", "sizes", "backgrounds", "free", "hard")
 IMAGE_TOKENIZERS = ("dictionary", "magvit", "emu3vq")
 ARMS = ("dense", "mod", "unimod", "unimod-last-half")
-ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "a-mod", "router-tuning", "random", "tread", "early-exit", "layer-drop")
+ROUTERS = ("separate", "shared", "mod", "gamma-mod", "p-mod", "a-mod", "router-tuning", "random", "tread", "early-exit",
+           "layer-drop")
 """Routers of an arm of the grid: one per task or one for all, with the package's own gate, or a published method
 (`baselines.PRESETS`)."""
-LAYERS = ("last_half", "last_half_per_task", "middle", "interleaved", "random", "cosine_decay", "lowest_arank", "highest_arank", "learned")
+LAYERS = ("last_half", "last_half_per_task", "middle", "interleaved", "random", "cosine_decay", "lowest_arank",
+          "highest_arank", "learned")
 """Plans of an arm of the grid: a maker, the two made from the model's own ARank, or capacities learned in a training of
 `steps` before the arm's own. An arm is written ROUTER.LAYERS, such as shared.last_half."""
 DEVICES = ("auto", "cpu", "cuda")
@@ -48,7 +50,8 @@ def expanded(path: str | Path) -> str:
     """
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found.split(os.sep)[0]):
-        raise ParameterError(f"{str(path)!r}: there is no home folder for {found.split(os.sep)[0]!r} here (HOME is not set, or nobody has that name). "
+        raise ParameterError(f"{str(path)!r}: there is no home folder for {found.split(os.sep)[0]!r} here (HOME is not "
+                             f"set, or nobody has that name). "
                              "Write the path out.")
     return found
 

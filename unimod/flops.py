@@ -1,7 +1,7 @@
 """What a batch costs, counted from host-known sizes: no forward is needed; `measured` asks torch's own counter for
 comparison.
 
-    cost = count(model, packed, image_tokenizer)
+    cost = count(model, batch, image_tokenizer)
     cost.stack, cost.total, cost.dense_stack, cost.dense_total          # forward FLOPs
     1 - cost.stack / cost.dense_stack                                   # share saved in the layer stack
     1 - cost.step / cost.dense_step                                     # in a training step, with reading the pictures
@@ -52,15 +52,15 @@ class Cost:
     backward: float
     """Backward pass of stack and head: frozen weights get no gradient, and nothing below the first trained layer
     does."""
-    looking: float = 0.0
+    attention_scores: float = 0.0
     """Attention received, for routers that score by it; no backward."""
     tokenizer: float = 0.0
     """The picture tokenizer's encoder, once per row with a picture; it is frozen, so no backward."""
 
     @property
     def total(self) -> float:
-        """Forward: stack and head, and looking back."""
-        return self.stack + self.head + self.looking
+        """Forward: stack, head, and the scores that are attention received."""
+        return self.stack + self.head + self.attention_scores
 
     @property
     def dense_total(self) -> float:
@@ -80,7 +80,7 @@ class Cost:
     @property
     def saved(self) -> float:
         """Share of the dense stack's FLOPs that is saved."""
-        return 1 - (self.stack + self.looking) / self.dense_stack
+        return 1 - (self.stack + self.attention_scores) / self.dense_stack
 
     @property
     def saved_paper(self) -> float:
@@ -88,34 +88,36 @@ class Cost:
         return 1 - self.token_layers / self.dense_token_layers
 
 
-def count(model: UnifiedModel, packed: Batch, image_tokenizer: ImageTokenizer | None = None) -> Cost:
-    """Forward cost of `packed` under the model's routing (threshold segments count as dense: their number is not known
+def count(model: UnifiedModel, batch: Batch, image_tokenizer: ImageTokenizer | None = None) -> Cost:
+    """Forward cost of `batch` under the model's routing (threshold segments count as dense: their number is not known
     before).
 
     `image_tokenizer` adds what it takes to make the codes of the rows' pictures.
     """
-    stack, dense, looking, backward, kept_tokens = 0.0, 0.0, 0.0, 0.0, 0
+    stack, dense, received, backward, token_layers = 0.0, 0.0, 0.0, 0.0, 0
     # a gradient reaches this depth
     flows = _trained(model.embedding) or (model.projector is not None and _trained(model.projector))
     for layer, following in zip(model.layers, [*model.layers[1:], None]):
         routed = isinstance(layer, MoDLayer)
-        segments = list(zip(packed.segments, layer.router.kept(packed) if routed else [s.length for s in packed.segments]))
+        segments = list(zip(batch.segments, layer.router.kept(batch) if routed
+                            else [s.length for s in batch.segments]))
         inner = layer.layer if routed else layer
         stack += _layer(inner, segments)
         backward += _backward(inner, segments, flows)
         flows = flows or any(p.requires_grad for p in stock_parameters(inner))
         if routed:
-            scoring = layer.router.flops() * len(packed)
+            scoring = layer.router.flops() * len(batch)
             stack += scoring
             backward += scoring * (_trained(layer.router) + flows)
             flows = flows or _trained(layer.router)
         if isinstance(following, MoDLayer) and following.router.config.score == "attention":
-            looking += _attention(layer, segments) / 2      # the map once more, without the values
-        kept_tokens += sum(k for _, k in segments)
-        dense += _layer(inner, [(s, s.length) for s in packed.segments])
-    head = 2.0 * model.head.weight.numel() * sum(packed.target_counts)
-    codes = _pictures(packed.tasks) * encoding(image_tokenizer, model.layout.grid) if image_tokenizer else 0.0
-    return Cost(stack, head, dense, kept_tokens, len(packed) * len(model.layers), backward + head * (_trained(model.head) + flows), looking, codes)
+            received += _attention(layer, segments) / 2     # the map once more, without the values
+        token_layers += sum(k for _, k in segments)
+        dense += _layer(inner, [(s, s.length) for s in batch.segments])
+    head = 2.0 * model.head.weight.numel() * sum(batch.target_counts)
+    codes = _pictures(batch.tasks) * encoding(image_tokenizer, model.layout.grid) if image_tokenizer else 0.0
+    return Cost(stack, head, dense, token_layers, len(batch) * len(model.layers), backward
+                + head * (_trained(model.head) + flows), received, codes)
 
 
 def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
@@ -139,7 +141,8 @@ def encoding(image_tokenizer: ImageTokenizer, grid: tuple[int, int]) -> float:
     return total
 
 
-def measured(model: UnifiedModel, rows: Sequence[TokenSequence], image_tokenizer: ImageTokenizer | None = None) -> float:
+def measured(model: UnifiedModel, rows: Sequence[TokenSequence],
+             image_tokenizer: ImageTokenizer | None = None) -> float:
     """FLOPs of real forwards and backwards, one per row, as torch's counter sees them on the meta device: all shapes,
     no numbers.
 
@@ -152,7 +155,8 @@ def measured(model: UnifiedModel, rows: Sequence[TokenSequence], image_tokenizer
     total = float(counter.get_total_flops())
     if image_tokenizer is None or not encoding(image_tokenizer, model.layout.grid):
         return total
-    picture = torch.empty(1, 3, *(n * image_tokenizer.downsample for n in model.layout.grid), dtype=torch.uint8, device="meta")
+    picture = torch.empty(1, 3, *(n * image_tokenizer.downsample for n in model.layout.grid), dtype=torch.uint8,
+                          device="meta")
     with FlopCounterMode(display=False) as counter:
         deepcopy(image_tokenizer).to("meta").encode(picture)
     return total + float(counter.get_total_flops()) * _pictures([row.task for row in rows])

@@ -39,10 +39,12 @@ class DecodeSession:
     decoding of sequences of several tasks or rules.
     """
 
-    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, score_source: Tensor | None = None, static: bool = False) -> None:
+    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, score_source: Tensor | None = None,
+                 static: bool = False) -> None:
         kinds = {(row.task, row.parts[-1][1]) for row in rows}
         if static and len(kinds) > 1:
-            raise ValueError(f"static=True takes rows of one task and rule; these are of {len(kinds)}. Decode them apart, or with static=False.")
+            raise ValueError(f"static=True takes rows of one task and rule; these are of {len(kinds)}. Decode them "
+                             f"apart, or with static=False.")
         self.model, self.rows, self.score_source, self.static = model, rows, score_source, static
         self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new + static)
         batch = pack(rows)
@@ -68,7 +70,8 @@ class DecodeSession:
         segments = tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in active)
         task, modality = torch.tensor([self.rows[i].task for i in active]), self.model.layout.modality(ids)
         mask = IntervalMask(n, n + 1, lengths_of(segments))
-        return Batch(ids, row, self.position[row], task, modality, torch.full_like(ids, IGNORE), mask, segments, score_source=self.score_source)
+        return Batch(ids, row, self.position[row], task, modality, torch.full_like(ids, IGNORE), mask, segments,
+                     score_source=self.score_source)
 
     def _static_step(self, ids: Tensor, active: list[int]) -> Tensor:
         """All sequences take a step; one that has ended gets token 0, whose result nobody reads."""
@@ -114,7 +117,8 @@ def _of(x: Tensor, active: list[int]) -> Tensor:
 def _refuse_batch_competition(model: UnifiedModel) -> None:
     """Refuse to generate with routers for which rows compete with one another."""
     if any(layer.router.config.topk_scope == "batch" for layer in routed_layers(model)):
-        raise ValueError("Nothing can be generated with topk_scope='batch': what a row keeps depends on its neighbours and on what comes later. "
+        raise ValueError("Nothing can be generated with topk_scope='batch': what a row keeps depends on its neighbours "
+                         "and on what comes later. "
                          "Use topk_scope='segment'.")
 
 
@@ -135,7 +139,8 @@ def _sample(logits: Tensor, top_k: int, temperature: float, generator: torch.Gen
 
 
 @torch.no_grad()
-def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, top_k: int = 1, temperature: float = 1.0, seed: int = 0,
+def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, top_k: int = 1,
+           temperature: float = 1.0, seed: int = 0,
            static: bool = False) -> list[str]:
     """Answers to open-ended understanding rows, at most `max_new` tokens each.
 
@@ -162,9 +167,12 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
 
 
 @torch.no_grad()
-def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8, *, negative: str = "",
-         codes: Tensor | None = None, masked: Tensor | None = None, grid: tuple[int, int] | None = None, top_k: int = 2048,
-         temperature: float = 1.0, share: bool = False, static: bool = False, generator: torch.Generator | None = None) -> Tensor:
+def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8, *,
+         negative: str = "",
+         codes: Tensor | None = None, masked: Tensor | None = None, grid: tuple[int, int] | None = None,
+         top_k: int = 2048,
+         temperature: float = 1.0, share: bool = False, static: bool = False,
+         generator: torch.Generator | None = None) -> Tensor:
     """Pictures for captions: codes int64 [B, N].
 
     guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond -
@@ -184,20 +192,23 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     shape = (len(captions), layout.image_tokens)
     if given and (given == 1 or layout.causal_images or codes.shape != shape or masked.shape != shape):
         raise ValueError(f"codes and masked go together, {list(shape)} each, and need masked decoding; got "
-                         f"{[None if x is None else list(x.shape) for x in (codes, masked)]} for a {layout.kind} model.")
+                         f"{[None if x is None else list(x.shape) for x in (codes, masked)]} for a {layout.kind} "
+                         f"model.")
     w = (0.0 if layout.causal_images else 1.5) if guidance is None else guidance
     drawn = []
     for at in range(0, len(captions), ROWS // 2):
         part = slice(at, at + ROWS // 2)
         if layout.causal_images:
-            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, share, top_k, temperature, static))
+            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, share, top_k, temperature,
+                                      static))
         else:
             known = (codes[part], masked[part]) if given else None
             drawn.append(_draw_masked(model, layout, captions[part], generator, w, negative, share, steps, known))
     return torch.cat(drawn)
 
 
-def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
+def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float,
+                 negative: str, share: bool,
                  steps: int, known: tuple[Tensor, Tensor] | None) -> Tensor:
     """MaskGIT decoding as Show-o does it: sample every slot, keep the confident ones, mask the rest again.
 
@@ -206,7 +217,8 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
     picture with nothing masked stays.
     """
     n, count, at = layout.image_tokens, len(captions), generator.device
-    codes, unknown = (x.to(at, copy=True) for x in known or (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool)))
+    codes, unknown = (x.to(at, copy=True) for x in known
+                      or (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool)))
     untouched = ~unknown.any(-1, keepdim=True)
     temperature = 1.0
     for step in range(steps):
@@ -222,7 +234,8 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
         probability = logits.softmax(-1)
         sampled = torch.multinomial(probability.flatten(0, 1), 1, generator=generator).view(count, n)
         sampled = torch.where(unknown, sampled, codes)
-        confidence = probability.gather(-1, sampled[..., None])[..., 0].masked_fill(~unknown, torch.finfo(probability.dtype).max)
+        confidence = probability.gather(-1, sampled[..., None])[..., 0].masked_fill(~unknown,
+                                                                                    torch.finfo(probability.dtype).max)
         gumbel = -(-torch.rand(count, n, generator=generator, device=at).clamp(min=1e-20).log()).clamp(min=1e-20).log()
         temperature *= 1 - ratio
         score = confidence.clamp(min=1e-20).log() + temperature * gumbel
@@ -234,7 +247,8 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
     return codes.cpu()
 
 
-def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float, negative: str, share: bool,
+def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float,
+                 negative: str, share: bool,
                  top_k: int, temperature: float, static: bool) -> Tensor:
     """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over
     log-probabilities."""
@@ -242,7 +256,8 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], gener
     texts = captions + [negative] * count * (w > 0)
     nothing = torch.zeros(0, dtype=torch.long)
     score_source = torch.arange(len(texts)) % count if share else None
-    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, score_source, static)
+    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, score_source,
+                            static)
     hidden, codes = session.hidden, []
     for number in range(1, n + 1):
         logits = model.code_logits(hidden).log_softmax(-1)
@@ -270,14 +285,16 @@ def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, b
     along = 1 if side in ("top", "bottom") else 2
     size = min(codes.shape[along], model.layout.grid[along - 1])
     if side not in SIDES or not 0 < by < size:
-        raise ValueError(f"side={side!r}, by={by}: side is one of {', '.join(SIDES)}, and by is less than the window's {size} slots.")
+        raise ValueError(f"side={side!r}, by={by}: side is one of {', '.join(SIDES)}, and by is less than the window's "
+                         f"{size} slots.")
     first = side in ("left", "top")
     edge = codes.narrow(along, 0 if first else codes.shape[along] - size + by, size - by)
     fresh = torch.zeros_like(codes.narrow(along, 0, by))
     order = (fresh, edge) if first else (edge, fresh)
     masked = torch.cat([torch.full_like(x, x is fresh, dtype=torch.bool) for x in order], along)
     known = torch.cat(order, along)
-    window = draw(model, captions, codes=known.flatten(1), masked=masked.flatten(1), grid=tuple(known.shape[1:]), **options).view(known.shape)
+    window = draw(model, captions, codes=known.flatten(1), masked=masked.flatten(1), grid=tuple(known.shape[1:]),
+                  **options).view(known.shape)
     new = window.narrow(along, 0 if first else size - by, by)
     return torch.cat([new, codes] if first else [codes, new], along)
 

@@ -72,7 +72,8 @@ class MoDLayer(nn.Module):
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
         super().__init__()
         if hasattr(layer, "router"):
-            raise ParameterError(f"{type(layer).__name__} already has a 'router'; call remove_mod before routing it again.")
+            raise ParameterError(f"{type(layer).__name__} already has a 'router'; call remove_mod before routing it "
+                                 f"again.")
         self.__dict__["layer"] = layer
         self._parameters, self._buffers, self._modules = layer._parameters, layer._buffers, layer._modules
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set
@@ -91,7 +92,8 @@ class MoDLayer(nn.Module):
         self.layer.training = mode
         return super().train(mode)
 
-    def forward(self, hidden_states: Tensor, *, unimod: ForwardState, position_embeddings: tuple[Tensor, Tensor], **kwargs: object) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, unimod: ForwardState, position_embeddings: tuple[Tensor, Tensor],
+                **kwargs: object) -> Tensor:
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
         if unimod.decode:
             return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
@@ -116,10 +118,13 @@ class MoDLayer(nn.Module):
             state.received = received.index_copy(0, index, state.received)
         if scale is None:
             return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)[None]
-        write = scatter if torch.is_grad_enabled() else scatter_    # `skipped` is this layer's own; the caller may still hold hidden_states
-        return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated, rank=routing.rank)[None]
+        # in place without gradients: `skipped` is this layer's own, while the caller may still hold hidden_states
+        write = scatter if torch.is_grad_enabled() else scatter_
+        return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated,
+                     rank=routing.rank)[None]
 
-    def _run(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _run(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor,
+                                                                                          Tensor | None]:
         """The kept tokens [K, D], the layer's output on them, and what the gate multiplies where that is not their
         difference."""
         norm = seam.input_norm(self.layer)
@@ -139,7 +144,8 @@ class MoDLayer(nn.Module):
         """A decode step: all tokens are computed, and those that the router drops leave no trace, neither here nor in
         the cache."""
         decision = self.router.decode(hidden_states.squeeze(0), state.batch, state.routing)
-        y, gated = self._layer(hidden_states, unimod=replace(state, active=None if decision is None else decision[0]), **kwargs)
+        y, gated = self._layer(hidden_states, unimod=replace(state, active=None if decision is None else decision[0]),
+                               **kwargs)
         if decision is None:
             return y
         kept, gate = (x[:, None] for x in decision)
@@ -152,8 +158,8 @@ class MoDLayer(nn.Module):
         result."""
         h = hidden_states.squeeze(0)
         known = seam.known_norm(norm.stock) if isinstance(norm, PrecomputedNorm) else None
-        fused = known is not None and known.weight.dtype == h.dtype and backend("kernels", h.device.type, h.dtype) == "triton"
-        if not fused:
+        fits = known is not None and known.weight.dtype == h.dtype
+        if not fits or backend("kernels", h.device.type, h.dtype) != "triton":
             return h.index_select(0, routing.index)[None]
         x, normed = gather_norm(h, routing.index, known, routing.rank)
         norm.given = x[None], normed[None]
@@ -225,9 +231,11 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     layers, when it does not suit a router that looks back at earlier layers, or when the model is routed already.
     """
     if plan.layers != len(model.layers):
-        raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for this model.")
+        raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for "
+                             f"this model.")
     if routed := [layer.number for layer in routed_layers(model)]:
-        raise ParameterError(f"Layers {', '.join(map(str, routed))} of this model are routed already; call remove_mod first.")
+        raise ParameterError(f"Layers {', '.join(map(str, routed))} of this model are routed already; call remove_mod "
+                             f"first.")
     config = config or RouterConfig()
     suits(plan, config)
     for i in plan.routed():
@@ -252,14 +260,17 @@ def suits(plan: CapacityPlan, config: RouterConfig) -> None:
     """Raise `ParameterError` for a plan that a router which looks back at earlier layers cannot carry out."""
     routed = plan.routed()
     if config.score == "attention" and 0 in routed:
-        raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan that leaves it dense.")
+        raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan "
+                             "that leaves it dense.")
     for task in TASKS:
         for i, (c, following) in enumerate(zip(plan.capacity[task], plan.capacity[task][1:])):
             if config.decision_scope == "exit" and following > c:
-                raise ParameterError(f"decision_scope='exit': a token that was dropped never comes back, but {task} keeps {c:g} in layer {i} and {following:g} in "
+                raise ParameterError(f"decision_scope='exit': a token that was dropped never comes back, but {task} "
+                                     f"keeps {c:g} in layer {i} and {following:g} in "
                                      f"layer {i + 1}; give capacities that do not rise with depth, such as last_half.")
             if config.decision_scope == "span" and {i, i + 1} <= set(routed) and following != c:
-                raise ParameterError(f"decision_scope='span': one decision holds for neighbouring routed layers, but {task} keeps {c:g} in layer {i} and "
+                raise ParameterError(f"decision_scope='span': one decision holds for neighbouring routed layers, but "
+                                     f"{task} keeps {c:g} in layer {i} and "
                                      f"{following:g} in layer {i + 1}; give them one capacity, such as last_half does.")
 
 
@@ -272,10 +283,13 @@ def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | N
     choice has no edge to learn from.
     """
     routed = routed_layers(model)
-    if not routed or any(layer.router.config.topk_scope != "segment" or layer.router.config.decision_scope != "layer" for layer in routed):
-        raise ParameterError("Capacities are learned where each layer chooses for itself among the tokens of a segment: call apply_mod with a "
+    if not routed or any(layer.router.config.topk_scope != "segment" or layer.router.config.decision_scope != "layer"
+                         for layer in routed):
+        raise ParameterError("Capacities are learned where each layer chooses for itself among the tokens of a "
+                             "segment: call apply_mod with a "
                              "router of topk_scope='segment' and decision_scope='layer' first.")
-    learned = LearnedCapacity(len(model.layers), [layer.number for layer in routed], weight or {"t2i": 1.0, "mmu": 1.0}, saving)
+    learned = LearnedCapacity(len(model.layers), [layer.number for layer in routed], weight or {"t2i": 1.0, "mmu": 1.0},
+                              saving)
     learned.to(next(model.parameters()).device)
     for row, layer in enumerate(routed):
         fade(layer.router, learned, row)

@@ -1,7 +1,7 @@
 """Losses: the model's own per task, and those on routers beside it.
 
     with record_routing() as log:
-        loss = losses(model, packed).total
+        loss = losses(model, batch).total
     loss = loss + 0.01 * membership(log) + prediction(log) + budget(log)
 
 A token is a member of its segment's top-k or not; only tokens that were up for choice count.
@@ -36,17 +36,17 @@ COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
 """Loss weights of Show-o: t2i 1, lm 0.1, mmu 1."""
 
 
-def losses(model: nn.Module, packed: Batch) -> Losses:
+def losses(model: nn.Module, batch: Batch) -> Losses:
     """Loss of a `UnifiedModel` on a batch; the head sees labelled tokens only. A task without targets contributes
     nothing.
 
     Raises ValueError when no token of the batch has a target.
     """
-    counts = packed.target_counts
+    counts = batch.target_counts
     if not sum(counts):
         raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
-    where = packed.labelled
-    hidden, target, task = model(packed)[where], packed.target[where], packed.task[where]
+    where = batch.labelled
+    hidden, target, task = model(batch)[where], batch.target[where], batch.task[where]
     coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
                           for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
     chunked = model.one_head and len(where) * model.head.out_features > CHUNKED
@@ -72,7 +72,8 @@ def membership(log: Mapping[int, Routing]) -> Tensor:
 def prediction(log: Mapping[int, Routing]) -> Tensor:
     """The same of the predictors' logits, for routers that have one; their input's gradient is stopped, so nothing else
     is moved."""
-    return _mean([_against_members(routing.predicted, routing) for routing in log.values() if routing.predicted is not None])
+    return _mean([_against_members(routing.predicted, routing) for routing in log.values()
+                  if routing.predicted is not None])
 
 
 def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:

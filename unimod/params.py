@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import ARMS, ARTICLE, DATA, DEVICES, IMAGE_TOKENIZERS, LAYERS, LEVELS, MODELS, PATHS, ROUTERS, ParameterError, expanded, one_of
+from .config import ARMS, ARTICLE, DATA, DEVICES, IMAGE_TOKENIZERS, LAYERS, LEVELS, MODELS, PATHS, ROUTERS, ParameterError, expanded, one_of  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Params:
     """Folder this run writes; empty: <runs>/<notebook>/interactive. The runner sets it."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("data", DATA), ("level", LEVELS), ("image_tokenizer", IMAGE_TOKENIZERS), ("device", DEVICES)):
+        for name, allowed in (("data", DATA), ("level", LEVELS), ("image_tokenizer", IMAGE_TOKENIZERS),
+                              ("device", DEVICES)):
             one_of(name, getattr(self, name), allowed)
         for name, allowed in (("models", MODELS), ("arms", ARMS)):
             if not getattr(self, name):
@@ -112,19 +113,24 @@ class Params:
         for name in ("models", "arms", "seeds", "compare"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ParameterError(f"{name}={values!r} names the same thing twice, which would count it twice. Name each once.")
+                raise ParameterError(f"{name}={values!r} names the same thing twice, which would count it twice. Name "
+                                     f"each once.")
         if self.data == "folder" and not self.folder:
-            raise ParameterError("data=folder needs folder=<path>: a folder that holds data.jsonl and the pictures it names.")
+            raise ParameterError("data=folder needs folder=<path>: a folder that holds data.jsonl and the pictures it "
+                                 "names.")
         if self.data == "folder" and not Path(self.folder).is_dir():
-            raise ParameterError(f"folder={self.folder!r} is not a folder (looked in {Path.cwd()}). Give the path of one that holds "
+            raise ParameterError(f"folder={self.folder!r} is not a folder (looked in {Path.cwd()}). Give the path of "
+                                 f"one that holds "
                                  "data.jsonl and the pictures it names.")
         for name, instead in (("checkpoint", "the shipped one"), ("routed", "fresh routers")):
             if (value := getattr(self, name)) and not Path(value).is_dir():
-                raise ParameterError(f"{name}={value!r} is not a folder (looked in {Path.cwd()}). Give the folder of a saved model, or leave "
+                raise ParameterError(f"{name}={value!r} is not a folder (looked in {Path.cwd()}). Give the folder of a "
+                                     f"saved model, or leave "
                                      f"it empty for {instead}.")
         for folder in self.compare:
             if not (Path(folder) / "done.json").is_file():
-                raise ParameterError(f"compare={folder!r} is not the folder of a finished run (it holds no done.json). Give run folders "
+                raise ParameterError(f"compare={folder!r} is not the folder of a finished run (it holds no done.json). "
+                                     f"Give run folders "
                                      "of notebook 07, or leave it empty for the newest.")
 
     @classmethod
@@ -142,7 +148,8 @@ class Params:
         for name in values:
             if name not in hints:
                 near = difflib.get_close_matches(name, hints, n=1)
-                raise ParameterError(f"There is no parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+                raise ParameterError(f"There is no parameter {name!r}."
+                                     + (f" Did you mean {near[0]!r}?" if near else "")
                                      + f" Known: {', '.join(sorted(hints))}.")
         found = {name: coerce(name, value, hints[name]) for name, value in values.items()}
         for name in PATHS & found.keys():
@@ -163,7 +170,8 @@ def coerce(name: str, value: object, kind: object) -> object:
     Raises `ParameterError` when the value cannot mean that.
     """
     if isinstance(kind, types.GenericAlias):
-        items = value if isinstance(value, (list, tuple)) else [v for v in str(value).strip("[] ").split(",") if v.strip()]
+        items = value if isinstance(value, (list, tuple)) else [v for v in str(value).strip("[] ").split(",")
+                                                                if v.strip()]
         return [coerce(name, v.strip(" '\"") if isinstance(v, str) else v, typing.get_args(kind)[0]) for v in items]
     wrong = ParameterError(f"{name}={value!r} is not {ARTICLE[kind]}. Example: {name}={_EXAMPLE[kind]}.")
     if kind is bool:

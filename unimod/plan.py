@@ -43,7 +43,8 @@ class CapacityPlan:
         full = {}
         layers = {len(row) for row in self.capacity.values()}
         if len(layers) != 1 or 0 in layers:
-            raise ParameterError(f"A plan needs one capacity per layer for every task; got rows of {sorted(layers)} layers.")
+            raise ParameterError(f"A plan needs one capacity per layer for every task; got rows of {sorted(layers)} "
+                                 f"layers.")
         for task in self.capacity:
             if task not in TASKS:
                 raise ParameterError(f"A plan has no task {task!r}. Allowed: {', '.join(TASKS)}.")
@@ -51,7 +52,8 @@ class CapacityPlan:
             row = tuple(float(c) for c in self.capacity.get(task, (1.0,) * max(layers)))
             for layer, c in enumerate(row):
                 if not 0 < c <= 1:
-                    raise ParameterError(f"Capacity {c:g} of {task} in layer {layer} must lie in (0, 1]: 1 keeps every token, "
+                    raise ParameterError(f"Capacity {c:g} of {task} in layer {layer} must lie in (0, 1]: 1 keeps every "
+                                         f"token, "
                                          "0.5 half of them; to drop a layer altogether give it a small capacity.")
             full[task] = tuple(1.0 if c > 1 - 1e-6 else c for c in row)      # what bisection leaves of a dense layer
         object.__setattr__(self, "capacity", full)
@@ -81,7 +83,8 @@ class CapacityPlan:
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML."""
         rows = {task: {i: c for i, c in enumerate(row) if c < 1} for task, row in self.capacity.items()}
-        text = yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}}, sort_keys=False)
+        text = yaml.safe_dump({"layers": self.layers, "capacity": {t: r for t, r in rows.items() if r}},
+                              sort_keys=False)
         Path(expanded(path)).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -91,34 +94,43 @@ class CapacityPlan:
         try:
             data = yaml.safe_load(Path(expanded(path)).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ParameterError(f"Cannot read the plan {str(path)!r}: {error}. Give a YAML file such as notebook 03 writes, "
+            raise ParameterError(f"Cannot read the plan {str(path)!r}: {error}. Give a YAML file such as notebook 03 "
+                                 f"writes, "
                                  f"or one of the makers: {', '.join(MAKERS)}.") from None
-        if not isinstance(data, dict) or type(data.get("layers")) is not int or not isinstance(data.get("capacity"), dict):
-            raise ParameterError(f"{path} is not a plan: it needs 'layers: <number>' and 'capacity: {{t2i: {{4: 0.5}}, ...}}'.")
+        if not isinstance(data, dict) or type(data.get("layers")) is not int or not isinstance(data.get("capacity"),
+                                                                                               dict):
+            raise ParameterError(f"{path} is not a plan: it needs 'layers: <number>' and 'capacity: {{t2i: {{4: 0.5}}, "
+                                 f"...}}'.")
         n, rows = data["layers"], {}
         for task, named in data["capacity"].items():
             rows[task] = [1.0] * n
             if not isinstance(named, dict):
-                raise ParameterError(f"{path}: capacity of {task} must map layers to fractions, such as {{4: 0.5}}; got {named!r}.")
+                raise ParameterError(f"{path}: capacity of {task} must map layers to fractions, such as {{4: 0.5}}; "
+                                     f"got {named!r}.")
             for layer, c in named.items():
                 if type(layer) is not int or not 0 <= layer < n:
-                    raise ParameterError(f"{path}: layer {layer!r} of {task} does not exist; the plan has layers 0 to {n - 1}.")
+                    raise ParameterError(f"{path}: layer {layer!r} of {task} does not exist; the plan has layers 0 to "
+                                         f"{n - 1}.")
                 if not isinstance(c, (int, float)) or isinstance(c, bool):
-                    raise ParameterError(f"{path}: capacity {c!r} of {task} in layer {layer} is not a number in (0, 1].")
+                    raise ParameterError(f"{path}: capacity {c!r} of {task} in layer {layer} is not a number in "
+                                         f"(0, 1].")
                 rows[task][layer] = c
         return cls(rows or {TASKS[0]: [1.0] * n})
 
     def __str__(self) -> str:
         width = max(len(t) for t in TASKS)
-        return "\n".join(f"{task:{width}s}  " + " ".join("1  " if c == 1 else f"{c:.2f}"[1:] for c in row) + f"   -{self.saving(task):.0%}"
+        return "\n".join(f"{task:{width}s}  " + " ".join("1  " if c == 1 else f"{c:.2f}"[1:] for c in row)
+                         + f"   -{self.saving(task):.0%}"
                          for task, row in self.capacity.items())
 
     def draw(self) -> str:
         """The plan as bars, one per layer and a line per task; a full bar is a dense layer. Below, the number of every
         fourth layer."""
-        bars = {task: "".join("█" if c == 1 else "▁▂▃▄▅▆▇"[min(6, max(0, round(8 * c) - 1))] for c in row) for task, row in self.capacity.items()}
+        bars = {task: "".join("█" if c == 1 else "▁▂▃▄▅▆▇"[min(6, max(0, round(8 * c) - 1))] for c in row) for task,
+                row in self.capacity.items()}
         numbers = "".join(f"{i:<4d}" for i in range(0, self.layers, 4))
-        return "\n".join([*(f"{task:3s}  {bar}   -{self.saving(task):.0%}" for task, bar in bars.items()), f"     {numbers}".rstrip()])
+        return "\n".join([*(f"{task:3s}  {bar}   -{self.saving(task):.0%}" for task, bar in bars.items()),
+                          f"     {numbers}".rstrip()])
 
 
 def last_half(layers: int, saving: float = 0.3) -> CapacityPlan:
@@ -199,7 +211,8 @@ def from_arank(arank: Mapping[str, Sequence[float]], saving: float = 0.3, highes
     rows = {}
     for task, values in arank.items():
         if not all(0 < a < math.inf for a in values):
-            raise ParameterError(f"ARank of {task} is {[round(a, 3) for a in values]}: every layer needs a number above 0, measured on a dense model.")
+            raise ParameterError(f"ARank of {task} is {[round(a, 3) for a in values]}: every layer needs a number "
+                                 f"above 0, measured on a dense model.")
         layers = len(values)
         chosen = sorted(range(layers), key=lambda i: values[i], reverse=highest)[: layers // 2]
         _kept(layers, len(chosen), saving)
@@ -213,7 +226,8 @@ def from_arank(arank: Mapping[str, Sequence[float]], saving: float = 0.3, highes
 
 
 MAKERS: dict[str, Callable[..., CapacityPlan]] = {
-    "dense": dense, "last_half": last_half, "last_half_per_task": last_half_per_task, "middle": middle, "interleaved": interleaved,
+    "dense": dense, "last_half": last_half, "last_half_per_task": last_half_per_task, "middle": middle,
+    "interleaved": interleaved,
     "random": random_layers, "cosine_decay": cosine_decay, "paper_showo": paper_showo, "paper_emu3": paper_emu3,
 }
 FIXED = ("dense", "cosine_decay", "paper_showo", "paper_emu3")
@@ -234,7 +248,8 @@ def maker_of(name_or_file: str) -> Callable[[int, float], CapacityPlan]:
 
     def stored(layers: int, saving: float = 0.0) -> CapacityPlan:
         if plan.layers != layers:
-            raise ParameterError(f"{name_or_file} plans {plan.layers} layers, the model has {layers}. Make a plan for this model in notebook 03.")
+            raise ParameterError(f"{name_or_file} plans {plan.layers} layers, the model has {layers}. Make a plan for "
+                                 f"this model in notebook 03.")
         return plan
     return stored
 
@@ -245,7 +260,8 @@ def make_plan(name_or_file: str, layers: int, saving: float = 0.3) -> CapacityPl
     return maker_of(name_or_file)(layers, saving)
 
 
-def solve(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float], target: float) -> CapacityPlan:
+def solve(maker: Callable[[float], CapacityPlan], price: Callable[[CapacityPlan], float],
+          target: float) -> CapacityPlan:
     """The plan of `maker(saving)` whose price comes closest to `target`, by bisection over saving.
 
     price: any number that falls when a plan saves more, such as FLOPs, seconds, or a share of the dense model's. A

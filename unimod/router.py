@@ -135,6 +135,10 @@ class ForwardState:
         return self.batch if self.index is None else self.batch.take(self.index, self.segments)
 
 
+Selected = tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]
+"""`Routing.index`, `.kth`, `.rank` and `.segments`."""
+
+
 class TaskRouter(nn.Module):
     """Scores and selects the tokens of one layer.
 
@@ -158,7 +162,8 @@ class TaskRouter(nn.Module):
         """`capacity.LearnedCapacity`, where capacities are learned."""
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
 
-    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None) -> Routing:
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
+                plan: LayerPlan | None = None) -> Routing:
         """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
         state, plan = state or RoutingState(), plan or self.plan(batch)
         predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
@@ -192,7 +197,8 @@ class TaskRouter(nn.Module):
         always = batch.of_kind(self.config.always_keep) if self.config.always_keep else None
         tasks = frozenset(s.task for s, may in zip(batch.segments, drops) if may and s.rule == "threshold")
         if tasks and "labelled" in self.config.always_keep:
-            raise RuntimeError("always_keep='labelled' asks for targets, which a token that is generated has not; generate with another kind or none.")
+            raise RuntimeError("always_keep='labelled' asks for targets, which a token that is generated has not; "
+                               "generate with another kind or none.")
         segments = tuple(replace(s, length=k) for s, k in zip(batch.segments, kept))
         return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks)
 
@@ -202,8 +208,10 @@ class TaskRouter(nn.Module):
 
     def kept(self, batch: Batch) -> tuple[int, ...]:
         """Tokens of each segment that are processed, before a threshold is applied: [S], on the host."""
-        return tuple(a + share(self.capacity[int(s.task)], s.length - a) if self.may_drop(s) and s.rule != "threshold" else s.length
-                     for s, a in zip(batch.segments, batch.count_of_kind(self.config.always_keep)))
+        always = batch.count_of_kind(self.config.always_keep)
+        return tuple(a + share(self.capacity[int(s.task)], s.length - a)
+                     if self.may_drop(s) and s.rule != "threshold" else s.length
+                     for s, a in zip(batch.segments, always))
 
     def may_drop(self, segment: Segment) -> bool:
         """Whether a segment's tokens compete at all."""
@@ -224,8 +232,8 @@ class TaskRouter(nn.Module):
         ranked = _judged(score.detach(), batch)
         return ranked if plan.always is None else ranked.masked_fill(plan.always, torch.inf), plan.eligible
 
-    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]:
-        """Top-k of every segment: `Routing.index`, `.kth`, `.rank` and `.segments`."""
+    def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
+        """Top-k of every segment."""
         return *select(ranked, plan.lengths, plan.kept), plan.segments
 
     def gate(self, score: Tensor) -> Tensor:
@@ -236,7 +244,8 @@ class TaskRouter(nn.Module):
         """The causal decision of each token by itself: bool [T], True for those that the predictor expects to be kept,
         else for those above the threshold. Raises RuntimeError when there is neither."""
         if predicted is None and torch.isnan(self.threshold[list(tasks)]).any():
-            raise RuntimeError("Token-by-token generation needs calibrated thresholds: call unimod.generate.calibrate(model, batches) first.")
+            raise RuntimeError("Token-by-token generation needs calibrated thresholds: call "
+                               "unimod.generate.calibrate(model, batches) first.")
         return self._above_threshold(score, predicted, batch)
 
     def flops(self) -> int:
@@ -251,7 +260,8 @@ class TaskRouter(nn.Module):
     def _above_threshold(self, score: Tensor, predicted: Tensor | None, batch: Batch) -> Tensor:
         return score >= self.threshold[batch.task] if predicted is None else predicted > 0
 
-    def _apply_threshold(self, passes: Tensor, index: Tensor, batch: Batch, plan: LayerPlan) -> tuple[Tensor, tuple[Segment, ...]]:
+    def _apply_threshold(self, passes: Tensor, index: Tensor, batch: Batch,
+                         plan: LayerPlan) -> tuple[Tensor, tuple[Segment, ...]]:
         """Drop the tokens of threshold segments that do not pass; the sizes are read from the device."""
         passes = passes if plan.always is None else passes | plan.always
         stay, segments, at = torch.ones_like(index, dtype=torch.bool), [], 0
@@ -323,7 +333,8 @@ class _HalfPrecisionScores(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            return (torch.mm(x, weight.T, out_dtype=torch.float32) if x.is_cuda else x.float() @ weight.float().T) + bias
+            return (torch.mm(x, weight.T, out_dtype=torch.float32) if x.is_cuda
+                    else x.float() @ weight.float().T) + bias
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:

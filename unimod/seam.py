@@ -128,7 +128,8 @@ def set_recomputed(layer: nn.Module, on: bool) -> None:
 # Attention over packed tokens
 
 
-def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float,
+def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                      scaling: float,
                       dropout: float = 0.0, unimod: ForwardState | None = None, **_: object) -> tuple[Tensor, None]:
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
@@ -136,14 +137,17 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     once. It stays out of a compiled layer's graphs, which then know nothing of the rows' lengths.
     """
     if unimod is None or attention_mask is not None:
-        raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's UnifiedModel, "
+        raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's "
+                           f"UnifiedModel, "
                            "which packs without padding, or choose another attn_implementation.")
     if dropout:
-        raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with attention_dropout=0.")
+        raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with "
+                           f"attention_dropout=0.")
     return (_attend_outside if unimod.compiled else _attend)(module, query, key, value, scaling, unimod), None
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, state: ForwardState) -> Tensor:
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+            state: ForwardState) -> Tensor:
     q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
     mask = state.mask
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()

@@ -96,18 +96,19 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config or TrainConfig(steps=1)
 
-    def forward(self, packed: Batch) -> Outcome:
+    def forward(self, batch: Batch) -> Outcome:
         """The losses of a batch. Raises ValueError when it has no target."""
         with record_routing() as log:
-            loss = losses(self.model, packed)
+            loss = losses(self.model, batch)
         beside = prediction(log)
         for weight, extra in ((self.config.membership, membership), (self.config.budget, budget)):
             beside = beside + weight * extra(log) if weight else beside
         return Outcome(loss.total + beside, loss.total, loss.per_task)
 
 
-def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder: str | Path | None = None, resume: bool = True,
-          evaluate: Callable[[UnifiedModel], dict] | None = None, log: Callable[[dict], None] = lambda record: None) -> list[dict]:
+def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder: str | Path | None = None,
+          resume: bool = True, evaluate: Callable[[UnifiedModel], dict] | None = None,
+          log: Callable[[dict], None] = lambda record: None) -> list[dict]:
     """Train in place and return one record per step: losses per task, tokens, FLOPs (forward and backward), seconds.
 
     `evaluate(model)` returns figures that join the record of the step they were taken after. With `folder`, records are
@@ -122,7 +123,8 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     if config.compile:
         compile_layers(model)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=accelerator.device.type == "cuda")
+    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8,
+                                  fused=accelerator.device.type == "cuda")
     objective, optimizer = accelerator.prepare(Objective(model, config), optimizer)
     settings = {**asdict(config), "processes": world}
     records: list[dict] = []
@@ -130,52 +132,56 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         records = _restore(Path(folder), model, optimizer, settings) if resume else []
 
-    waiting: list[tuple[int, float, Callable[[], Tensor]]] = []
-    settled = 0.0
+    pending: list[tuple[int, float, Callable[[], Tensor]]] = []
+    flushed = 0.0
 
-    def settle() -> dict | None:
-        """The record of the step whose figures are still on their way. Raises RuntimeError for a loss that is not
-        finite."""
-        if not waiting:
+    def flush() -> dict | None:
+        """The record of the step whose metrics are pending. Raises RuntimeError for a loss that is not finite."""
+        if not pending:
             return None
-        nonlocal settled
-        step, began, figures = waiting.pop()
-        ranks, before = figures(), max(began, settled)      # float64 [n, 8]
-        settled = time.perf_counter()
-        value, per_task = ranks[:, 0].mean().item(), ranks[:, 1:-4].nanmean(0).tolist()
-        norm, (tokens, flops, dense_flops) = ranks[0, -4].item(), ranks[:, -3:].sum(0).tolist()
+        nonlocal flushed
+        step, began, metrics = pending.pop()
+        per_process, before = metrics(), max(began, flushed)        # float64 [processes, 8]
+        flushed = time.perf_counter()
+        value, per_task = per_process[:, 0].mean().item(), per_process[:, 1:-4].nanmean(0).tolist()
+        norm, (tokens, flops, dense_flops) = per_process[0, -4].item(), per_process[:, -3:].sum(0).tolist()
         if not math.isfinite(value):
-            raise RuntimeError(f"The loss of step {step} is {value}; lower lr={config.lr:g} (the last checkpoint is untouched).")
-        records.append({"step": step + 1, "loss": value, **{f"loss_{t.name.lower()}": per_task[t] for t in Task}, "grad_norm": norm,
-                        "lr": config.lr * config.lr_at(step), "tokens": int(tokens), "flops": flops, "dense_flops": dense_flops,
-                        "seconds": settled - before})
+            raise RuntimeError(f"The loss of step {step} is {value}; lower lr={config.lr:g} "
+                               "(the last checkpoint is untouched).")
+        records.append({
+            "step": step + 1, "loss": value, **{f"loss_{t.name.lower()}": per_task[t] for t in Task}, "grad_norm": norm,
+            "lr": config.lr * config.lr_at(step), "tokens": int(tokens), "flops": flops, "dense_flops": dense_flops,
+            "seconds": flushed - before})
         return records[-1]
 
     for step in range(len(records), config.steps):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * config.lr_at(step)
-        packed = batches.train(world * step + rank).to(accelerator.device)
+        batch = batches.train(world * step + rank).to(accelerator.device)
         objective.train()
+        # another seed for every run, step and process: routers' noise and random scores never repeat, and a resumed run
+        # draws what the interrupted one would have
         torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
-        outcome = objective(packed)
+        outcome = objective(batch)
         accelerator.backward(outcome.objective)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        cost = count(model, packed)
-        spent = torch.tensor([len(packed), cost.step, cost.dense_step], dtype=torch.float64).to(accelerator.device, non_blocking=True)
+        cost = count(model, batch)
+        spent = torch.tensor([len(batch), cost.step, cost.dense_step], dtype=torch.float64)
+        spent = spent.to(accelerator.device, non_blocking=True)
         mine = torch.cat([outcome.total.detach()[None], outcome.per_task, norm.detach()[None], spent])
         last = step + 1 == config.steps
         judged = evaluate is not None and (last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0))
         saved = folder is not None and not last and (step + 1) % config.save_every == 0
-        if (record := settle()) and main:                   # of the step before: while this one runs
+        if (record := flush()) and main:                   # of the step before: while this one runs
             log(record)
-        waiting.append((step, began, _on_its_way(accelerator.gather(mine[None]))))
+        pending.append((step, began, _async_copy(accelerator.gather(mine[None]))))
         if accelerator.device.type == "cuda" and not (judged or saved or last):
             continue
-        record = settle()
+        record = flush()
         if not main:                                        # it meets the main process again in the next step
             continue
         if judged:
@@ -192,14 +198,18 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     return records
 
 
-def _on_its_way(x: Tensor) -> Callable[[], Tensor]:
-    """Copy to the host without waiting; what is returned waits for this copy, and for nothing that was asked of the
-    device later."""
+def _async_copy(x: Tensor) -> Callable[[], Tensor]:
+    """Start a copy to the host; what is returned waits for this copy, and for nothing asked of the device later."""
     if not x.is_cuda:
         return lambda: x
-    host, done = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), torch.cuda.Event()
-    done.record()
-    return lambda: (done.synchronize(), host)[1]
+    host = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+    return wait
 
 
 def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:
@@ -212,10 +222,12 @@ def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:
         else:
             rate, decay = config.router_lr if ".router." in name else 1.0, config.weight_decay * (p.ndim > 1)
         groups.setdefault((config.lr * rate, decay), []).append(p)
-    return [{"params": params, "peak": peak, "lr": config.lr, "weight_decay": decay} for (peak, decay), params in groups.items()]
+    return [{"params": params, "peak": peak, "lr": config.lr, "weight_decay": decay}
+            for (peak, decay), params in groups.items()]
 
 
-def _save(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict, records: list[dict]) -> None:
+def _save(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict,
+          records: list[dict]) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings, "records": records}
     torch.save(state, folder / "last.pt.part")
     os.replace(folder / "last.pt.part", folder / "last.pt")
@@ -227,10 +239,12 @@ def _restore(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer
     try:
         state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ParameterError(f"{folder / 'last.pt'} cannot be read ({error}). Delete it to start this run afresh.") from None
+        raise ParameterError(f"{folder / 'last.pt'} cannot be read ({error}). Delete it to start this run "
+                             f"afresh.") from None
     if state["config"] != settings:
         changed = [k for k, v in settings.items() if state["config"].get(k) != v]
-        raise ParameterError(f"{folder} holds an interrupted run with other settings ({', '.join(changed)}). Set resume=false, or use another folder.")
+        raise ParameterError(f"{folder} holds an interrupted run with other settings ({', '.join(changed)}). Set "
+                             f"resume=false, or use another folder.")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["records"]

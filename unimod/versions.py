@@ -31,7 +31,8 @@ def tested() -> dict[str, Requirement]:
     file = CHECKOUT / "pyproject.toml"
     if file.is_file():
         project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-        lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+        lines = [*project["dependencies"],
+                 *(line for extra in project["optional-dependencies"].values() for line in extra)]
     else:
         try:
             lines = importlib.metadata.requires("unimod") or []
@@ -47,7 +48,8 @@ def locked() -> dict[str, str]:
     file = CHECKOUT / "requirements.lock"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     needs = [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    return {need.name: next(iter(need.specifier)).version for need in needs if need.marker is None or need.marker.evaluate()}
+    return {need.name: next(iter(need.specifier)).version for need in needs if need.marker is None
+            or need.marker.evaluate()}
 
 
 def installed(name: str) -> str | None:
@@ -73,7 +75,8 @@ def remedy() -> str:
 
 def advice() -> str:
     """One sentence where torch or transformers is outside the tested range, else nothing."""
-    strange = [f"{name} {installed(name)} (tested: {tested()[name].specifier})" for name in MOVING if installed(name) and not fits(name)]
+    strange = [f"{name} {installed(name)} (tested: {tested()[name].specifier})" for name in MOVING if installed(name)
+               and not fits(name)]
     return f"unimod was never run with {' and '.join(strange)}. Tested versions: {remedy()}." if strange else ""
 
 

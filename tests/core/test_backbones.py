@@ -39,7 +39,8 @@ def test_gradients_equal_the_stock_model(model, rows, packed):
         logits, target = (torch.cat(x) for x in zip(*pairs))
         total = total + weight * torch.nn.functional.cross_entropy(logits, target)
     torch.testing.assert_close(loss, total)
-    torch.testing.assert_close(ours, torch.autograd.grad(total, model.lm.model.layers[0].self_attn.q_proj.weight)[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(ours, torch.autograd.grad(total, model.lm.model.layers[0].self_attn.q_proj.weight)[0],
+                               atol=1e-4, rtol=1e-3)
 
 
 def test_a_task_without_targets_contributes_nothing(model, rows):
@@ -59,6 +60,7 @@ def test_real_sizes_have_the_published_parameter_counts():
         showo, emu = PhiForCausalLM(showo_config()), Emu3ForCausalLM(emu3_config())
     assert sum(p.numel() for p in showo.parameters()) == 1_448_176_770
     assert sum(p.numel() for p in showo.model.layers[0].parameters()) == 50_354_432
-    assert len({k.replace(f".{i}.", ".N.") for k in showo.state_dict() for i in [next((int(p) for p in k.split(".") if p.isdigit()), -1)]}) == 23
+    assert len({k.replace(f".{i}.", ".N.") for k in showo.state_dict()
+                for i in [next((int(p) for p in k.split(".") if p.isdigit()), -1)]}) == 23
     assert round(sum(p.numel() for p in emu.parameters()) / 1e9, 2) == 8.49
     assert round(sum(p.numel() for p in emu.model.layers[0].parameters()) / 1e6, 1) == 218.1

@@ -81,14 +81,16 @@ def test_interval_attention_equals_softmax_over_the_dense_mask(kv_heads, ragged)
     packed = pack(rows)
     g = torch.Generator().manual_seed(0)
     q = torch.randn(4, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True)
-    k, v = (torch.randn(kv_heads, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True) for _ in range(2))
+    k, v = (torch.randn(kv_heads, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True)
+            for _ in range(2))
     out = interval_attention(q, k, v, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3)
     kk, vv = (x.repeat_interleave(4 // kv_heads, 0) for x in (k, v))
     weights = (q @ kk.transpose(1, 2) * 0.3).masked_fill(~as_dense(packed), -torch.inf).softmax(-1)
     expected = (weights @ vv).transpose(0, 1)
     torch.testing.assert_close(out, expected)
     mix = torch.randn(out.shape, generator=g, dtype=torch.double)
-    for ours, theirs in zip(torch.autograd.grad((out * mix).sum(), (q, k, v)), torch.autograd.grad((expected * mix).sum(), (q, k, v))):
+    for ours, theirs in zip(torch.autograd.grad((out * mix).sum(), (q, k, v)),
+                            torch.autograd.grad((expected * mix).sum(), (q, k, v))):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -99,7 +101,8 @@ def test_select_keeps_the_best_of_each_segment(sizes, seed):
     keep = tuple(min(n, k) for n, k in sizes)
     if not sum(lengths):
         return
-    score = torch.randint(5, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).float()       # ties on purpose
+    score = torch.randint(5, (sum(lengths),),
+                          generator=torch.Generator().manual_seed(seed)).float()       # ties on purpose
     index, last, _ = select(score, lengths, keep)
     expected, start = [], 0
     for s, (n, k) in enumerate(zip(lengths, keep)):

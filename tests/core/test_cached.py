@@ -15,8 +15,10 @@ from unimod.plan import CapacityPlan, last_half
 
 PLAN = CapacityPlan({"t2i": [1, .7, .7, .5, .5, .4, .4, .4], "mmu": [1, .7, .6, .5, .5, .3, .3, .3]})
 ROUTERS = {name: config for name, config in PRESETS.items() if config.topk_scope != "batch"} | {
-    "sharp": RouterConfig(std=0.5), "early-exit": RouterConfig(decision_scope="exit", std=0.5), "run": RouterConfig(decision_scope="span", std=0.5),
-    "a-mod": RouterConfig(score="attention", gate="none", predictor=True), "predictor": RouterConfig(predictor=True, std=0.5)}
+    "sharp": RouterConfig(std=0.5), "early-exit": RouterConfig(decision_scope="exit", std=0.5),
+    "run": RouterConfig(decision_scope="span", std=0.5),
+    "a-mod": RouterConfig(score="attention", gate="none", predictor=True),
+    "predictor": RouterConfig(predictor=True, std=0.5)}
 QUESTIONS = ("is there a red circle and a blue square ?", "circle ?", "is there a square ?")
 ANSWERS = ("yes and no", "no", "a red and a blue circle")
 
@@ -62,7 +64,8 @@ def test_answers(model, packed, name):
     model, layout = routed(model, name, packed), model.layout
     g = torch.Generator().manual_seed(0)
     codes = [torch.randint(16, (12,), generator=g) for _ in range(3)]
-    turns = [[(QUESTIONS[0], ANSWERS[0])], [(QUESTIONS[1], ANSWERS[1])], [(QUESTIONS[1], ANSWERS[1]), (QUESTIONS[2], ANSWERS[2])]]
+    turns = [[(QUESTIONS[0], ANSWERS[0])], [(QUESTIONS[1], ANSWERS[1])],
+             [(QUESTIONS[1], ANSWERS[1]), (QUESTIONS[2], ANSWERS[2])]]
     prompts = [layout.mmu(c, [*t[:-1], (t[-1][0], "")], open_ended=True) for c, t in zip(codes, turns)]
     wholes = [layout.mmu(c, t, open_ended=True) for c, t in zip(codes, turns)]
     dropped = agree(model, prompts, wholes)
@@ -103,7 +106,8 @@ def test_kinds_that_are_never_dropped(model, packed, kind):
     apply_mod(model, PLAN, RouterConfig(always_keep=(kind,), std=0.5)).double()
     calibrate(model, packed)
     nothing, codes = torch.zeros(0, dtype=torch.long), torch.arange(12)
-    agree(model, [model.layout.t2i("a red circle", nothing, prompt=True)], [model.layout.t2i("a red circle", codes, prompt=True)])
+    agree(model, [model.layout.t2i("a red circle", nothing, prompt=True)],
+          [model.layout.t2i("a red circle", codes, prompt=True)])
 
 
 @pytest.mark.parametrize("model", ["emu3-tiny"], indirect=True)
@@ -121,7 +125,8 @@ def test_while_capacities_are_learned(model, packed):
         learned.theta.copy_(torch.randn(learned.theta.shape, generator=torch.Generator().manual_seed(0)))
     calibrate(model, packed)
     nothing, codes = torch.zeros(0, dtype=torch.long), torch.arange(12)
-    assert any(agree(model, [model.layout.t2i("a", nothing, prompt=True)], [model.layout.t2i("a", codes, prompt=True)]).values())
+    assert any(agree(model, [model.layout.t2i("a", nothing, prompt=True)],
+                     [model.layout.t2i("a", codes, prompt=True)]).values())
 
 
 def test_nothing_is_generated_where_rows_compete(model):

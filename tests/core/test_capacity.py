@@ -28,7 +28,8 @@ def test_any_theta_is_on_the_budget(theta, saving, weight):
     assert float(saved) == pytest.approx(saving, abs=1e-5)
     plan = learned.plan()
     assert all(plan.capacity[t][3] == pytest.approx(float(c[1, i])) for i, t in enumerate(TASKS))
-    assert set(plan.routed()) <= {1, 3, 5} and all(float(c[n].min()) > 1 - 1e-5 for n, layer in enumerate((1, 3, 5)) if layer not in plan.routed())
+    assert set(plan.routed()) <= {1, 3, 5} and all(float(c[n].min()) > 1 - 1e-5 for n, layer in enumerate((1, 3, 5))
+                                                   if layer not in plan.routed())
 
 
 def test_the_same_theta_on_another_budget():
@@ -37,7 +38,8 @@ def test_the_same_theta_on_another_budget():
         learned.theta.copy_(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
     plan, less = learned.plan(), learned.plan(0.2)
     assert [p.saving("t2i") + p.saving("mmu") for p in (plan, less)] == pytest.approx([0.6, 0.4], abs=1e-4)
-    assert all(b > a for task in BOTH for a, b in zip(plan.capacity[task][1:], less.capacity[task][1:])), "every one of them grows"
+    assert all(b > a for task in BOTH for a,
+               b in zip(plan.capacity[task][1:], less.capacity[task][1:])), "every one of them grows"
     with pytest.raises(ParameterError, match="saving=0.8: 3 of 4 layers can save"):
         learned.plan(0.8)
 
@@ -64,8 +66,10 @@ def test_the_edge_by_hand():
     """Half of forty tokens, of which the last four fade; of four tokens, only what is less than one token above the edge."""
     learned = LearnedCapacity(1, (0,), BOTH, 0.5)
     t2i = torch.zeros(5, dtype=torch.long)
-    assert learned.edge(0, t2i, torch.tensor([0, 16, 17, 18, 19]), torch.tensor([40] * 5)).tolist() == pytest.approx([1, 1, 0.75, 0.5, 0.25], abs=1e-4)
-    assert learned.edge(0, t2i[:4], torch.arange(4), torch.tensor([4] * 4)).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-4)
+    assert learned.edge(0, t2i, torch.tensor([0, 16, 17, 18, 19]),
+                        torch.tensor([40] * 5)).tolist() == pytest.approx([1, 1, 0.75, 0.5, 0.25], abs=1e-4)
+    assert learned.edge(0, t2i[:4], torch.arange(4), torch.tensor([4] * 4)).tolist() == pytest.approx([1, 1, 0, 0],
+                                                                                                      abs=1e-4)
 
 
 @torch.no_grad()
@@ -76,7 +80,8 @@ def test_it_keeps_what_the_plan_it_stands_for_keeps(model, packed):
     with record_routing() as log:
         model(packed)
     first = log[4]
-    assert (first.weight < 1).any() and torch.equal(first.weight[~first.eligible[first.index]], torch.ones(int((~first.eligible[first.index]).sum())))
+    assert (first.weight < 1).any() and torch.equal(first.weight[~first.eligible[first.index]],
+                                                    torch.ones(int((~first.eligible[first.index]).sum())))
     with record_routing() as log:
         faded = model.eval()(packed)
     assert (log[4].weight > 0.7).all(), "outside training nothing fades"

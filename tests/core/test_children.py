@@ -50,7 +50,8 @@ def test_a_child_that_is_replaced_is_the_one_that_runs(model, packed, config, ch
     setattr(at, name, Doubled(getattr(stock, "stock", stock)))
     after = hidden(last, packed)
     assert torch.equal(after, hidden(first, packed)) and (after - before).abs().max() > 1e-3
-    assert isinstance(remove_mod(last).get_submodule(f"lm.model.layers.5.{child}"), Doubled), "and stays when the router goes"
+    assert isinstance(remove_mod(last).get_submodule(f"lm.model.layers.5.{child}"),
+                      Doubled), "and stays when the router goes"
     assert hidden(last, packed).isfinite().all()
 
 
@@ -79,7 +80,8 @@ def test_every_linear_swapped_as_a_quantiser_does_it(model, packed, config):
 def test_hooks_fire_on_the_layer_and_on_its_children(model, packed, config):
     apply_mod(model, last_half(8), CONFIGS[config])
     seen, layer = [], model.layers[5]
-    handles = [part.register_forward_hook(lambda module, args, out: seen.append((module, seam.layer_output(out).shape[1])))
+    handles = [part.register_forward_hook(lambda module, args,
+                                          out: seen.append((module, seam.layer_output(out).shape[1])))
                for part in (layer, layer.router.proj, layer.mlp, layer.self_attn, layer.input_layernorm)]
     hidden(model, packed)
     sizes = dict(seen)
@@ -91,9 +93,11 @@ def test_hooks_fire_on_the_layer_and_on_its_children(model, packed, config):
 def test_keys_are_stock_wherever_they_are_asked_for(model, packed):
     dense = [*model.state_dict()]
     apply_mod(model, last_half(8), RouterConfig(std=0.5))
-    ways = {"state_dict": model.state_dict(), "named_parameters": dict(model.named_parameters()), "distributed": get_model_state_dict(model)}
+    ways = {"state_dict": model.state_dict(), "named_parameters": dict(model.named_parameters()),
+            "distributed": get_model_state_dict(model)}
     for way, found in ways.items():
-        assert [key for key in found if ".router." not in key] == [key for key in dense if key in found or way != "named_parameters"], way
+        assert [key for key in found if ".router." not in key] == [key for key in dense if key in found
+                                                                   or way != "named_parameters"], way
         assert len([key for key in found if ".router." in key]) == 4 * (2 if way == "named_parameters" else 3), way
     expected = hidden(model, packed)
     kept = {key: value.clone() for key, value in ways["distributed"].items()}
@@ -107,7 +111,8 @@ def test_keys_are_stock_wherever_they_are_asked_for(model, packed):
 def test_removing_leaves_nothing_behind(model, packed):
     before, modules, keys = hidden(model, packed), [type(m) for m in model.modules()], [*model.state_dict()]
     remove_mod(apply_mod(model, last_half(8), PRESETS["p-mod"]))
-    assert torch.equal(hidden(model, packed), before) and [type(m) for m in model.modules()] == modules and [*model.state_dict()] == keys
+    assert torch.equal(hidden(model, packed),
+                       before) and [type(m) for m in model.modules()] == modules and [*model.state_dict()] == keys
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -116,7 +121,8 @@ def test_what_is_asked_of_a_norm_is_answered_by_the_stock_one(model):
     apply_mod(model, last_half(8), RouterConfig())
     norm = model.layers[5].input_layernorm
     assert norm is not stock and norm.weight is stock.weight and [*dict(norm.named_parameters())] == [*dict(stock.named_parameters())]
-    assert getattr(norm, "eps", None) == getattr(stock, "eps", None) and getattr(norm, "variance_epsilon", 0) == getattr(stock, "variance_epsilon", 0)
+    assert getattr(norm, "eps", None) == getattr(stock, "eps", None) and getattr(norm, "variance_epsilon",
+                                                                                 0) == getattr(stock, "variance_epsilon", 0)
     with pytest.raises(AttributeError):
         _ = norm.no_such_thing
     assert copy.deepcopy(norm).stock.weight is not stock.weight

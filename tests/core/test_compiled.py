@@ -21,7 +21,8 @@ ROWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 def batches(layout, count=5):
     """Other lengths each time, and other numbers of rows."""
-    return [pack([*make_rows(layout, seed)[slice(seed % 3, 4 + seed) if ROWS else slice(4)], layout.lm("a red " * (seed + 1))]) for seed in range(count)]
+    return [pack([*make_rows(layout, seed)[slice(seed % 3, 4 + seed) if ROWS else slice(4)],
+                  layout.lm("a red " * (seed + 1))]) for seed in range(count)]
 
 
 @pytest.mark.parametrize("name", ["dense", "unimod", "p-mod"])

@@ -44,7 +44,8 @@ def test_checkpointing_recomputes_routed_layers_with_the_same_tokens(model, pack
     assert len(ran) == 1
 
 
-@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["p-mod"], RouterConfig(gate="sigmoid", hidden=8, normalised=True)],
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["p-mod"],
+                                    RouterConfig(gate="sigmoid", hidden=8, normalised=True)],
                          ids=["unimod", "p-mod", "hidden"])
 def test_autocast_and_bf16_weights_run_and_stay_near(model, packed, config):
     for p in model.parameters():
@@ -54,7 +55,8 @@ def test_autocast_and_bf16_weights_run_and_stay_near(model, packed, config):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses(model, packed).total
     mixed.backward()
-    assert mixed.item() == pytest.approx(loss.item(), rel=0.05) and {n for n, p in model.named_parameters() if p.grad is not None} == grads.keys()
+    assert mixed.item() == pytest.approx(loss.item(), rel=0.05) and {n for n, p in model.named_parameters()
+                                                                     if p.grad is not None} == grads.keys()
     half = losses(copy.deepcopy(model).to(torch.bfloat16), packed).total
     assert half.item() == pytest.approx(loss.item(), rel=0.05)
 
@@ -70,8 +72,10 @@ def test_a_deepcopy_is_independent_and_equal(model, packed):
         assert twin.layers[4].router.proj is twin.layers[7].router.proj, "shared routers stay shared in the copy"
 
 
-@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"], RouterConfig(std=0.5, predictor=True, always_keep=("special",)),
-                                    RouterConfig(std=0.5, decision_scope="exit"), PRESETS["p-mod"]], ids=["unimod", "gamma-mod", "predictor", "early-exit", "p-mod"])
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["gamma-mod"],
+                                    RouterConfig(std=0.5, predictor=True, always_keep=("special",)),
+                                    RouterConfig(std=0.5, decision_scope="exit"), PRESETS["p-mod"]],
+                         ids=["unimod", "gamma-mod", "predictor", "early-exit", "p-mod"])
 def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
     apply_mod(model, last_half(8), config).train()
     layer = model.layers[5]

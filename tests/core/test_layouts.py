@@ -36,7 +36,8 @@ def test_showo_t2i_row():
     assert int(row.position[row.ids == SHOWO.soi]) == 24 + 1, "soi stands at T + 1, as behind the reference's left pads"
     target = {i: int(t) for i, t in enumerate(row.target) if t != IGNORE}
     start = 2 + len(text) + 1
-    assert target == {start: SHOWO.soi, start + 2: 1 + SHOWO.image_offset, start + 6: 5 + SHOWO.image_offset, len(row.ids) - 1: SHOWO.eoi}
+    assert target == {start: SHOWO.soi, start + 2: 1 + SHOWO.image_offset, start + 6: 5 + SHOWO.image_offset,
+                      len(row.ids) - 1: SHOWO.eoi}
 
 
 def test_showo_overlong_and_empty_captions():
@@ -64,15 +65,18 @@ def test_emu3_picture_block():
     v = (CODES + EMU3.image_offset).tolist()
     grid = EMU3.text.encode("3*4")
     rows = [*v[:4], EMU3.eol, *v[4:8], EMU3.eol, *v[8:], EMU3.eol]
-    assert row.ids.tolist() == [EMU3.bos, *EMU3.text.encode("a red circle"), EMU3.boi, *grid, EMU3.img, *rows, EMU3.eof, EMU3.eoi]
+    assert row.ids.tolist() == [EMU3.bos, *EMU3.text.encode("a red circle"), EMU3.boi, *grid, EMU3.img, *rows, EMU3.eof,
+                                EMU3.eoi]
     assert sorted(int(t) for t in row.target if t != IGNORE) == v, "visual tokens are the only targets"
     for n in range(12):
         prompt = EMU3.t2i("a red circle", CODES[:n], prompt=True)
         at = len(prompt.ids) - 1
-        assert torch.equal(prompt.ids, row.ids[: at + 1]) and int(row.target[at]) == v[n], "a prompt ends where code n is predicted"
+        assert torch.equal(prompt.ids, row.ids[: at
+                                               + 1]) and int(row.target[at]) == v[n], "a prompt ends where code n is predicted"
 
 
 def test_masking_noise_by_hand():
     u = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.4, 0.6, 0.8]])
     # argsort: [1, 3, 2, 0] and [0, 1, 2, 3]; cos(pi/2 * 2/3) = 0.5 -> n = 2; cos(pi/2 * 0.9999) -> n = 1 at least
-    assert cosine_mask(torch.tensor([2 / 3, 0.9999]), u).tolist() == [[True, False, False, True], [True, False, False, False]]
+    assert cosine_mask(torch.tensor([2 / 3, 0.9999]), u).tolist() == [[True, False, False, True],
+                                                                      [True, False, False, False]]

@@ -40,8 +40,11 @@ def test_the_papers_runs_save_what_the_paper_counts():
 @given(st.integers(2, 40), st.one_of(st.just(0.0), st.floats(1e-4, 0.3)))
 def test_the_per_task_half_falls_and_saves_twice_as_much_on_understanding(layers, saving):
     plan, half = last_half_per_task(layers, saving), layers // 2
-    assert plan.saving("mmu") == pytest.approx(2 * plan.saving("t2i"), abs=1e-6) and (plan.saving("mmu") + plan.saving("t2i")) / 2 == pytest.approx(saving)
-    assert plan.saving("lm") == 0 and max(plan.routed(), default=half) >= half > max((i for i in range(half) if plan.kind(i) != "dense"), default=-1)
+    assert plan.saving("mmu") == pytest.approx(2 * plan.saving("t2i"), abs=1e-6) and (plan.saving("mmu")
+                                                                                      + plan.saving("t2i")) / 2 == pytest.approx(saving)
+    assert plan.saving("lm") == 0 and max(plan.routed(),
+                                          default=half) >= half > max((i for i in range(half)
+                                                                       if plan.kind(i) != "dense"), default=-1)
     t2i, mmu = (plan.capacity[task][half:] for task in ("t2i", "mmu"))
     assert len(set(t2i)) == 1 and list(mmu) == sorted(mmu, reverse=True) and min(mmu) >= FLOOR - 1e-9
     steps = {round(a - b, 9) for a, b in zip(mmu, mmu[1:])}
@@ -54,7 +57,8 @@ def test_the_per_task_half_refuses_what_it_cannot_save():
 
 
 def test_the_middle_lies_between_the_outer_quarters():
-    assert middle(24).routed() == tuple(range(6, 18)) and middle(8, 0.2).routed() == (2, 3, 4, 5) and len(middle(10).routed()) == 5
+    assert middle(24).routed() == tuple(range(6, 18)) and middle(8, 0.2).routed() == (2, 3, 4,
+                                                                                      5) and len(middle(10).routed()) == 5
     with pytest.raises(ParameterError, match="0 of 1 layers"):
         middle(1)
 
@@ -82,7 +86,8 @@ def test_arank_plans_meet_the_budget_in_the_lowest_or_the_highest_half(t2i, mmu,
         assert plan.saving(task) == pytest.approx(saving, abs=1e-6)
         routed = [i for i, c in enumerate(plan.capacity[task]) if c < 1]
         assert len(routed) <= 4
-        assert min(values[i] for i in routed) >= sorted(values)[4] if highest else max(values[i] for i in routed) <= sorted(values)[3]
+        assert min(values[i] for i in routed) >= sorted(values)[4] if highest else max(values[i]
+                                                                                       for i in routed) <= sorted(values)[3]
         order = sorted(routed, key=lambda i: values[i])
         assert all(plan.capacity[task][a] <= plan.capacity[task][b] + 1e-9 for a, b in zip(order, order[1:]))
 
@@ -95,12 +100,14 @@ def quadratic(plan):
 RANKS = {"t2i": [0.9, 0.4, 0.5, 0.8], "mmu": [0.3, 0.7, 0.2, 0.6], "lm": [0.5, 0.6, 0.7, 0.8]}
 
 
-@pytest.mark.parametrize("maker", [partial(last_half, 8), partial(last_half_per_task, 8), partial(from_arank, RANKS), partial(from_arank, RANKS, highest=True)])
+@pytest.mark.parametrize("maker", [partial(last_half, 8), partial(last_half_per_task, 8), partial(from_arank, RANKS),
+                                   partial(from_arank, RANKS, highest=True)])
 def test_a_budget_is_solved_for(maker):
     least = quadratic(dense(maker(0.1).layers))
     for share in (1.0, 0.9, 0.75):
         assert quadratic(solve(maker, quadratic, share * least)) == pytest.approx(share * least, rel=1e-3)
-    with pytest.raises(ParameterError, match=rf"A price of {0.3 * least:.4g} is out of reach: these plans cost [\d.]+ to {least:.4g}"):
+    with pytest.raises(ParameterError, match=rf"A price of {0.3 * least:.4g} is out of reach: these plans cost [\d.]+ "
+                                             rf"to {least:.4g}"):
         solve(maker, quadratic, 0.3 * least)
     with pytest.raises(ParameterError, match="out of reach"):
         solve(maker, quadratic, 1.01 * least)
@@ -108,7 +115,8 @@ def test_a_budget_is_solved_for(maker):
 
 def test_lm_is_a_column_like_the_others_and_dense_without_values():
     three, two = from_arank(RANKS, 0.2), from_arank({task: RANKS[task] for task in ("t2i", "mmu")}, 0.2)
-    assert three.saving("lm") == pytest.approx(0.2) and [c < 1 for c in three.capacity["lm"]] == [True, True, False, False]
+    assert three.saving("lm") == pytest.approx(0.2) and [c < 1 for c in three.capacity["lm"]] == [True, True, False,
+                                                                                                  False]
     assert two.saving("lm") == 0 and two.capacity["mmu"] == three.capacity["mmu"]
 
 
@@ -119,13 +127,15 @@ def test_what_is_no_arank_is_refused(bad):
 
 
 def test_the_drawing_has_a_bar_per_layer():
-    assert paper_showo(8).draw().splitlines() == ["t2i  ████▆▆▆▆   -10%", "mmu  █████▆▄▂   -20%", "lm   ████████   -0%", "     0   4"]
+    assert paper_showo(8).draw().splitlines() == ["t2i  ████▆▆▆▆   -10%", "mmu  █████▆▄▂   -20%", "lm   ████████   -0%",
+                                                  "     0   4"]
     bars = CapacityPlan({"t2i": [0.01, 0.125, 0.99, 1]}).draw().splitlines()[0]
     assert bars.split()[1] == "▁▁▇█", "only a dense layer has a full bar"
 
 
 def test_random_layers_are_settled_by_their_seed():
-    assert random_layers(8, 0.3, 1) == random_layers(8, 0.3, 1) and len({random_layers(8, 0.3, seed).routed() for seed in range(5)}) > 1
+    assert random_layers(8, 0.3, 1) == random_layers(8, 0.3, 1) and len({random_layers(8, 0.3, seed).routed()
+                                                                         for seed in range(5)}) > 1
 
 
 def test_the_cosine_of_p_mod_by_hand():

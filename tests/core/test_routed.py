@@ -18,7 +18,8 @@ PLAN = CapacityPlan({"t2i": [1, 1, .5, .5, 1, .2, .2, .6], "mmu": [1, .7, .5, 1,
 CONFIGS = {"mod": RouterConfig(shared=True), "unimod": RouterConfig(),
            "raw": RouterConfig(gate="raw", std=0.5), "sigmoid": RouterConfig(gate="sigmoid", std=0.5)}
 FALLING = CapacityPlan({"t2i": [1, .8, .5, .5, .5, .2, .2, .2], "mmu": [1, .7, .5, .5, .4, .2, .2, .2]})
-LOOKING = {"a-mod": RouterConfig(score="attention", gate="none", predictor=True), "early-exit": RouterConfig(decision_scope="exit", std=0.5),
+LOOKING = {"a-mod": RouterConfig(score="attention", gate="none", predictor=True),
+           "early-exit": RouterConfig(decision_scope="exit", std=0.5),
            "run": RouterConfig(decision_scope="span", std=0.5), "p-mod": PRESETS["p-mod"]}
 """Routers that look back at earlier layers, or touch what they skip."""
 
@@ -58,7 +59,8 @@ def test_capacity_one_and_identity_layers_change_nothing(model, packed):
             if name.split(".")[-2] in ("dense", "o_proj", "fc2", "down_proj"):
                 p.zero_()
     dense = layers(packed)
-    apply_mod(layers, CapacityPlan({"t2i": [1, 1, .3, 1, 1, 1, 1, 1], "mmu": [1, 1, .2, 1, 1, 1, 1, 1]}), RouterConfig(std=0.5))
+    apply_mod(layers, CapacityPlan({"t2i": [1, 1, .3, 1, 1, 1, 1, 1], "mmu": [1, 1, .2, 1, 1, 1, 1, 1]}),
+              RouterConfig(std=0.5))
     assert torch.equal(layers(packed), dense)
 
 
@@ -147,7 +149,9 @@ def test_gradients_reach_every_router_and_only_kept_tokens(routed, packed):
     loss.backward()
     for number in PLAN.routed():
         router = routed.layers[number].router
-        tasks = [0] if router.config.shared else [t for t in (Task.T2I, Task.MMU) if PLAN.at(number)[t.name.lower()] < 1 and (t, number) != (Task.MMU, 7)]
+        tasks = [0] if router.config.shared else [t for t in (Task.T2I, Task.MMU)
+                                                  if PLAN.at(number)[t.name.lower()] < 1
+                                                  and (t, number) != (Task.MMU, 7)]
         assert all(router.proj.weight.grad[t].abs().sum() > 0 for t in tasks)
 
 
@@ -175,7 +179,8 @@ def test_answers_and_pictures_come_out_of_routed_models(routed, packed):
     else:
         a = draw(routed, ["a red circle", "a"], seed=3, steps=4)
     assert a.shape == (2, 12) and int(a.min()) >= 0 and int(a.max()) < 16
-    assert torch.equal(a, draw(routed, ["a red circle", "a"], seed=3, **({} if routed.layout.causal_images else {"steps": 4})))
+    assert torch.equal(a, draw(routed, ["a red circle", "a"], seed=3,
+                               **({} if routed.layout.causal_images else {"steps": 4})))
 
 
 def test_counted_flops(model, packed):
@@ -183,7 +188,8 @@ def test_counted_flops(model, packed):
     masked = [] if model.layout.causal_images else [torch.ones(12, dtype=torch.bool)]
     assert dense.saved == 0 == dense.saved_paper
     layer = model.layers[0]
-    weights = sum(p.numel() for n, p in layer.named_parameters() if "proj.weight" in n or n.endswith(("dense.weight", "fc1.weight", "fc2.weight")))
+    weights = sum(p.numel() for n, p in layer.named_parameters() if "proj.weight" in n
+                  or n.endswith(("dense.weight", "fc1.weight", "fc2.weight")))
     assert dense.stack == 8 * (2 * weights * len(packed) + 4 * 128 * sum(n * n for n in packed.lengths))
     only_t2i = pack([model.layout.t2i("a", torch.arange(12), *masked)] * 4)
     saved = count(apply_mod(model, last_half(8, 0.3)), only_t2i)
@@ -196,7 +202,8 @@ def test_deepcopy_and_training_mode(routed, packed):
         twin.layers[2].router.proj.weight.add_(1)
         for p in twin.layers[2].layer.parameters():
             p.add_(0.1)
-        assert torch.equal(next(iter(twin.layers[2].self_attn.parameters())), next(iter(twin.layers[2].layer.self_attn.parameters())))
+        assert torch.equal(next(iter(twin.layers[2].self_attn.parameters())),
+                           next(iter(twin.layers[2].layer.self_attn.parameters())))
         assert not torch.equal(routed(packed), twin(packed))
     routed.train()
     assert routed.layers[2].layer.training and not twin.layers[2].layer.training

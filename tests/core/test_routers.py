@@ -45,7 +45,8 @@ class Stack(nn.Module):
 
 def three(task=Task.MMU, modality=(Modality.IMAGE,) * 3, rule="topk", rows=1):
     n = torch.arange(3)
-    return pack([TokenSequence(task, n, n, torch.tensor([int(m) for m in modality]), n + 1, torch.tensor([IGNORE, 5, IGNORE]), ((3, rule),))] * rows)
+    return pack([TokenSequence(task, n, n, torch.tensor([int(m) for m in modality]), n + 1,
+                               torch.tensor([IGNORE, 5, IGNORE]), ((3, rule),))] * rows)
 
 
 def routed(config, capacity=2 / 3, layers=1):
@@ -59,7 +60,8 @@ def routed(config, capacity=2 / 3, layers=1):
 def run(stack, packed, number=0, state=None, x=X):
     nowhere = torch.zeros(1, len(x), 1)
     with record_routing() as log:
-        out = stack.layers[number](x[None], unimod=ForwardState(packed, routing=state or RoutingState()), position_embeddings=(nowhere, nowhere))[0]
+        out = stack.layers[number](x[None], unimod=ForwardState(packed, routing=state or RoutingState()),
+                                   position_embeddings=(nowhere, nowhere))[0]
     return out.detach(), log[number]
 
 
@@ -81,7 +83,8 @@ def test_the_formula_on_three_tokens(config, expected):
     assert routing.index.tolist() == [0, 2] and torch.allclose(routing.score, SCORES)
     torch.testing.assert_close(out[[0, 2]], expected(0.5)[[0, 2]])
     past = X[1] * (1 + 0.2 * math.tanh(-2)) if config.scale_skipped else X[1]
-    torch.testing.assert_close(out[1], past, atol=0, rtol=1e-6 if config.scale_skipped else 0, msg="a dropped token passes by, scaled in p-MoD alone")
+    torch.testing.assert_close(out[1], past, atol=0, rtol=1e-6 if config.scale_skipped else 0,
+                               msg="a dropped token passes by, scaled in p-MoD alone")
 
 
 def test_the_normalised_score_and_the_hidden_layer_by_hand():
@@ -135,7 +138,8 @@ def test_a_decision_reaches_over_the_whole_run():
 
 
 def test_a_token_that_left_early_never_comes_back():
-    """Scores are 0.5, -2, 0.5 in the first layer; then the router of the second would rather have the token that has left."""
+    """Scores are 0.5, -2, 0.5 in the first layer; then the router of the second would rather have the token that has
+    left."""
     stack = apply_mod(Stack(2), CapacityPlan({"mmu": [2 / 3, 1 / 3]}), PRESETS["early-exit"])
     for layer, sign in zip(stack.layers, (1, -1)):
         layer.router.proj.weight.data = sign * W.expand(3, 2).clone()
@@ -173,23 +177,28 @@ def test_one_router_for_the_whole_batch_by_hand():
     stack = apply_mod(Stack(), CapacityPlan({"t2i": [0.5], "mmu": [0.5]}), PRESETS["competitive"]).eval()
     stack.layers[0].router.proj.weight.data = W[None].clone()
     out, routing = run(stack, packed, x=x)
-    assert routing.index.tolist() == [0, 2, 4] and [s.length for s in routing.segments] == [2, 1], "the second task wins one place of three"
+    assert routing.index.tolist() == [0, 2, 4] and [s.length for s in routing.segments] == [2,
+                                                                                            1], "the second task wins one place of three"
     assert torch.equal(routing.weight, torch.ones(3)) and torch.equal(out[4], (x + 10 + 2 * x)[4])
     (grad,) = torch.autograd.grad(routing.weight.sum(), routing.score)
     s = torch.sigmoid(torch.tensor([0.5, 0.5, 2.0]))
     torch.testing.assert_close(grad, torch.zeros(6).index_copy(0, routing.index, s * (1 - s)))
     torch.manual_seed(0)
     noisy = torch.stack([run(stack.train(), packed, x=x)[1].score - routing.score for _ in range(300)]).detach()
-    assert abs(noisy.mean()) < 0.2 and noisy.std() == pytest.approx(math.pi / 3**0.5, rel=0.1), "logistic: two Gumbels' difference"
+    assert abs(noisy.mean()) < 0.2 and noisy.std() == pytest.approx(math.pi / 3**0.5,
+                                                                    rel=0.1), "logistic: two Gumbels' difference"
 
 
 @pytest.mark.parametrize("kind, modality, kept", [
-    ("image", (Modality.TEXT, Modality.IMAGE, Modality.TEXT), [0, 1]), ("text", (Modality.IMAGE, Modality.TEXT, Modality.IMAGE), [0, 1]),
-    ("special", (Modality.IMAGE, Modality.SPECIAL, Modality.IMAGE), [0, 1]), ("question", (Modality.IMAGE, Modality.TEXT, Modality.IMAGE), [0, 1]),
+    ("image", (Modality.TEXT, Modality.IMAGE, Modality.TEXT), [0, 1]),
+    ("text", (Modality.IMAGE, Modality.TEXT, Modality.IMAGE), [0, 1]),
+    ("special", (Modality.IMAGE, Modality.SPECIAL, Modality.IMAGE), [0, 1]),
+    ("question", (Modality.IMAGE, Modality.TEXT, Modality.IMAGE), [0, 1]),
     ("labelled", (Modality.IMAGE,) * 3, [0, 1])])
 def test_what_is_never_dropped_is_kept_at_weight_one_beside_the_best_of_the_rest(kind, modality, kept):
     """Token 1 has the lowest score; of the two others one is kept, the earlier at a tie."""
-    out, routing = run(routed(RouterConfig(always_keep=(kind,), gate="sigmoid"), capacity=0.4), three(modality=modality))
+    out, routing = run(routed(RouterConfig(always_keep=(kind,), gate="sigmoid"), capacity=0.4),
+                       three(modality=modality))
     assert routing.index.tolist() == kept and routing.weight[1] == 1 and routing.weight[0] == torch.sigmoid(SCORES[0])
     assert torch.equal(out[1], (X + UPDATE)[1])
 
@@ -207,7 +216,8 @@ def test_routers_across_layers_are_one_and_survive_a_file(tmp_path, model, packe
     assert len({id(r.proj) for r in routers}) == 1
     with torch.no_grad():
         again, _ = from_pretrained(save_pretrained(tmp_path, model))
-        assert torch.equal(again(packed), model(packed)) and len({id(layer.router.proj) for layer in again.layers[4:]}) == 1
+        assert torch.equal(again(packed),
+                           model(packed)) and len({id(layer.router.proj) for layer in again.layers[4:]}) == 1
     assert again.layers[5].router.config == PRESETS["gamma-mod"]
 
 
@@ -226,7 +236,8 @@ def test_every_preset_is_removed_without_a_trace(model, packed, name):
 def test_every_preset_trains_its_routers_and_saves_flops(model, packed, name):
     apply_mod(model, last_half(8), PRESETS[name])
     losses(model.train(), packed).total.backward()
-    grads = [p.grad for layer in model.layers[4:7] for n, p in layer.router.named_parameters() if n.endswith("proj.weight")]
+    grads = [p.grad for layer in model.layers[4:7] for n, p in layer.router.named_parameters()
+             if n.endswith("proj.weight")]
     assert all(g is not None and g.abs().sum() > 0 for g in grads) and bool(grads) == (PRESETS[name].score == "learned")
     assert 0 < count(model, packed).saved < 0.31
 
@@ -249,7 +260,8 @@ def test_router_tuning_trains_routers_only(model, packed, way):
         apply_mod(model, last_half(8), PRESETS["router-tuning"])
     else:
         train_routers_only(apply_mod(model, last_half(8)))
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if ".router." in n}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters()
+                                                                           if ".router." in n}
     losses(model, packed).total.backward()
     with torch.no_grad():
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0).step()
@@ -258,18 +270,27 @@ def test_router_tuning_trains_routers_only(model, packed, way):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"gate": "relu"}, "gate='relu' is not known. Allowed: tanh"), ({"branch": "attention"}, "branch='attention' is not known. Allowed: update, mlp"),
-    ({"score": "loss"}, "score='loss' is not known"), ({"always_keep": ("pictures",)}, f"'pictures' is not known. Allowed: {', '.join(KINDS)}"),
+    ({"gate": "relu"}, "gate='relu' is not known. Allowed: tanh"),
+    ({"branch": "attention"}, "branch='attention' is not known. Allowed: update, mlp"),
+    ({"score": "loss"}, "score='loss' is not known"),
+    ({"always_keep": ("pictures",)}, f"'pictures' is not known. Allowed: {', '.join(KINDS)}"),
     ({"hidden": -1}, "hidden=-1 is not a width"),
     ({"score": "random"}, "goes with gate='none'"), ({"noise": -1.0}, "noise=-1.0 is not a scale"),
     ({"std": float("nan")}, "std=nan is not a scale"), ({"gain": float("inf")}, "gain=inf is not"),
-    ({"hidden": 2.5}, "hidden=2.5 must be a whole number"), ({"hidden": True}, "hidden=True must be"), ({"shared": "no"}, "shared='no' must be true or false"),
-    ({"noise": "1"}, "noise='1' must be a number"), ({"always_keep": "text"}, r"always_keep='text' is a text; give a tuple, such as always_keep=\('text',\)"),
-    ({"score": "random", "gate": "none", "hidden": 4}, "without shared_layers, hidden.*hidden=4"), ({"gate": "none", "branch": "mlp"}, "branch='mlp' need a gate"),
-    ({"topk_scope": "batch", "always_keep": ("text",)}, "no predictor and no always_keep"), ({"topk_scope": "batch", "score": "random", "gate": "none"}, "score='learned'"),
-    ({"topk_scope": "all"}, "topk_scope='all' is not known. Allowed: segment, batch, sequences"), ({"decision_scope": "all"}, "Allowed: layer, span, exit"),
-    ({"score": "random", "gate": "none", "predictor": True}, "cannot foresee"), ({"topk_scope": "sequences"}, "goes with score='random'"),
-    ({"topk_scope": "batch", "predictor": True}, "is an experiment"), ({"gate": "none", "scale_skipped": True}, "need a gate; allowed: tanh")])
+    ({"hidden": 2.5}, "hidden=2.5 must be a whole number"), ({"hidden": True}, "hidden=True must be"),
+    ({"shared": "no"}, "shared='no' must be true or false"),
+    ({"noise": "1"}, "noise='1' must be a number"),
+    ({"always_keep": "text"}, r"always_keep='text' is a text; give a tuple, such as always_keep=\('text',\)"),
+    ({"score": "random", "gate": "none", "hidden": 4}, "without shared_layers, hidden.*hidden=4"),
+    ({"gate": "none", "branch": "mlp"}, "branch='mlp' need a gate"),
+    ({"topk_scope": "batch", "always_keep": ("text",)}, "no predictor and no always_keep"),
+    ({"topk_scope": "batch", "score": "random", "gate": "none"}, "score='learned'"),
+    ({"topk_scope": "all"}, "topk_scope='all' is not known. Allowed: segment, batch, sequences"),
+    ({"decision_scope": "all"}, "Allowed: layer, span, exit"),
+    ({"score": "random", "gate": "none", "predictor": True}, "cannot foresee"),
+    ({"topk_scope": "sequences"}, "goes with score='random'"),
+    ({"topk_scope": "batch", "predictor": True}, "is an experiment"),
+    ({"gate": "none", "scale_skipped": True}, "need a gate; allowed: tanh")])
 def test_bad_options_are_refused_before_a_model_is_touched(options, words):
     with pytest.raises(ParameterError, match=words):
         RouterConfig(**options)
@@ -277,7 +298,8 @@ def test_bad_options_are_refused_before_a_model_is_touched(options, words):
 
 def test_the_names_of_before_are_read_from_a_file_with_a_notice(capsys):
     old = {"across": True, "keep": ["text"], "compete": "segment", "reach": "run", "alone": False, "gate": "sigmoid"}
-    assert RouterConfig.stored(old) == RouterConfig(shared_layers=True, always_keep=("text",), decision_scope="span", gate="sigmoid")
+    assert RouterConfig.stored(old) == RouterConfig(shared_layers=True, always_keep=("text",), decision_scope="span",
+                                                    gate="sigmoid")
     (line,) = capsys.readouterr().err.splitlines()
     assert "reach is now decision_scope" in line and "save the model again" in line
     assert RouterConfig.stored({"compete": "rows", "score": "random", "gate": "none"}) == PRESETS["layer-drop"]
@@ -285,8 +307,10 @@ def test_the_names_of_before_are_read_from_a_file_with_a_notice(capsys):
 
 
 @pytest.mark.parametrize("name, rows, words", [
-    ("a-mod", [0.5, 1, 1], "layer 0 cannot be routed"), ("early-exit", [1, 0.5, 0.6], "mmu keeps 0.5 in layer 1 and 0.6 in layer 2"),
-    ("early-exit", [0.5, 1, 1], "never comes back"), ("tread", [1, 0.5, 0.4], "mmu keeps 0.5 in layer 1 and 0.4 in layer 2")])
+    ("a-mod", [0.5, 1, 1], "layer 0 cannot be routed"),
+    ("early-exit", [1, 0.5, 0.6], "mmu keeps 0.5 in layer 1 and 0.6 in layer 2"),
+    ("early-exit", [0.5, 1, 1], "never comes back"),
+    ("tread", [1, 0.5, 0.4], "mmu keeps 0.5 in layer 1 and 0.4 in layer 2")])
 def test_plans_that_a_router_cannot_carry_out_are_refused(name, rows, words):
     stack = Stack(3)
     with pytest.raises(ParameterError, match=words):
@@ -312,5 +336,6 @@ def test_scores_of_half_precision_are_summed_in_float32(hidden):
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     weight = torch.randn(out.shape, generator=g)
     found, right = ((m(y) * weight).sum() for m, y in ((score, x), (again, wide)))
-    for a, b in zip(torch.autograd.grad(found, (x, *score.parameters())), torch.autograd.grad(right, (wide, *again.parameters()))):
+    for a, b in zip(torch.autograd.grad(found, (x, *score.parameters())),
+                    torch.autograd.grad(right, (wide, *again.parameters()))):
         torch.testing.assert_close(a.float(), b, atol=0.05 * float(b.abs().max()), rtol=0.05)

@@ -4,7 +4,8 @@ import torch
 
 WORDS = ("a", "red", "blue", "circle", "square", "is", "there", "yes", "no", "and")
 CAPTIONS = ("", "a red circle", "a blue square and a red circle", "zebra")
-TURNS = ([("is there a circle ?", "yes")], [("is there a red circle ?", "no"), ("is there a square ?", "yes")], [("circle ?", "")])
+TURNS = ([("is there a circle ?", "yes")], [("is there a red circle ?", "no"), ("is there a square ?", "yes")],
+         [("circle ?", "")])
 
 
 def make_rows(layout, seed=0):

@@ -31,7 +31,8 @@ from unimod.train import Objective, TrainConfig, _groups, train
 
 WORLD = 2
 CONFIG = TrainConfig(steps=4, lr=3e-3, save_every=2)
-LEARNED = {name: config for name, config in PRESETS.items() if config.score == "learned" and config.topk_scope == "segment"}
+LEARNED = {name: config for name, config in PRESETS.items() if config.score == "learned"
+           and config.topk_scope == "segment"}
 ROUTERS = {**LEARNED, "predictor": RouterConfig(predictor=True), "dense": None}
 SHARDED = [("dense", False), ("unimod", False), ("unimod", True), ("predictor", False), ("gamma-mod", True)]
 
@@ -90,13 +91,15 @@ def under_accelerate(folder):
     """A run, the same run broken off and resumed, what a resume with other processes says, and a loss that is nan in one process only."""
     logged, found = [], {}
     whole = fresh().model
-    found["records"] = train(whole, batches(whole), CONFIG, folder=folder / "whole", log=logged.append, evaluate=lambda model: {"judged": 1})
+    found["records"] = train(whole, batches(whole), CONFIG, folder=folder / "whole", log=logged.append,
+                             evaluate=lambda model: {"judged": 1})
     found["written"] = (folder / "whole" / "metrics.jsonl").read_text().splitlines()
     found["logged"], found["weights"] = len(logged), weights(whole)
     broken = fresh().model
     source = batches(broken)
     with pytest.raises(KeyboardInterrupt):
-        train(broken, Interrupted(source.data, source.image_tokenizer, source.layout, source.rows), CONFIG, folder=folder / "broken")
+        train(broken, Interrupted(source.data, source.image_tokenizer, source.layout, source.rows), CONFIG,
+              folder=folder / "broken")
     if not distributed.get_rank():
         shutil.copytree(folder / "broken", folder / "two processes")
     again = fresh(seed=7).model
@@ -144,7 +147,8 @@ def under_fsdp(folder):
         loss.backward()
         grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         optimizer.step()
-        after = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in weights(model).items()}
+        after = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name,
+                 value in weights(model).items()}
         found[router, recompute] = loss.item(), grads, after, list(model.state_dict())
     return found
 
@@ -154,7 +158,8 @@ CHECKS = (under_accelerate, under_ddp, under_fsdp)
 
 def process(rank, port, folder):
     """One of the two processes, started as a launcher would start it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1",
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD),
+                      MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     found = {}
@@ -187,7 +192,8 @@ def found(tmp_path_factory):
 def assert_same(some, others, **tolerance):
     assert some.keys() == others.keys()
     for name, value in some.items():
-        torch.testing.assert_close(value, others[name], msg=lambda said, name=name: f"{name}: {said}", **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(value, others[name], msg=lambda said, name=name: f"{name}: {said}",
+                                   **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 NEAR = {"rtol": 1e-5, "atol": 1e-6}
@@ -229,7 +235,9 @@ def test_records_are_of_both_processes_and_are_written_and_judged_once(found):
     source = batches(model)
     for step, (record, same) in enumerate(zip(main["records"], other["records"])):
         both = [source.train(WORLD * step + rank) for rank in range(WORLD)]
-        assert record["tokens"] == sum(map(len, both)) and record["flops"] == (1 + BACKWARD) * sum(count(model, p).total for p in both)
+        assert record["tokens"] == sum(map(len, both)) and record["flops"] == (1
+                                                                               + BACKWARD) * sum(count(model, p).total
+                                                                                                 for p in both)
         assert all(record[k] == same[k] for k in same if k != "seconds")
 
 

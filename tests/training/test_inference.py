@@ -41,7 +41,8 @@ def test_agreement_is_that_of_the_thresholds_with_top_k(world):
         tokens = [i for i in range(len(packed)) if routing.eligible[i] and packed.task[i] == task]
         kept = set(routing.index.tolist())
         assert r["tokens"] == len(tokens) and r["by"] == "threshold"
-        assert r["agree"] == pytest.approx(sum((float(routing.score[i]) >= threshold) == (i in kept) for i in tokens) / len(tokens))
+        assert r["agree"] == pytest.approx(sum((float(routing.score[i]) >= threshold) == (i in kept)
+                                               for i in tokens) / len(tokens))
         assert r["planned"] == pytest.approx(sum(i in kept for i in tokens) / len(tokens))
     shares = [r["agree"] for r in rows if r["task"] != "lm"]
     assert sum(shares) / len(shares) > 0.6 and min(shares) < 1
@@ -68,7 +69,8 @@ def test_what_cannot_judge_alone_says_so(world):
 
 def test_the_cache_holds_what_is_kept(world):
     model, _, batches = world
-    rows = [model.layout.mmu(c, [("is there a red circle?", "yes")]) for c in batches.codes(batches.samples("test", 0, 3))]
+    rows = [model.layout.mmu(c, [("is there a red circle?", "yes")])
+            for c in batches.codes(batches.samples("test", 0, 3))]
     with torch.no_grad(), record_routing() as log:
         model(pack(rows))
     n = len(pack(rows))
@@ -80,14 +82,18 @@ def test_branches_that_share_keep_the_same_picture_tokens(world):
     model, tokenizer, batches = world
     split, shared = guidance(model, tokenizer, batches.samples("test", 0, 6))
     assert (split["branches"], shared["branches"]) == ("split", "share") and split["same"] < shared["same"]
-    assert shared["same"] == (1.0 if model.layout.causal_images else pytest.approx(1, abs=0.1)), "rows of other lengths keep other numbers"
+    assert shared["same"] == (1.0 if model.layout.causal_images
+                              else pytest.approx(1, abs=0.1)), "rows of other lengths keep other numbers"
     assert all(0 <= row["right"] <= 1 and row["pictures"] == 6 for row in (split, shared))
 
 
 def test_sharing_changes_nothing_without_guidance_or_routers(world):
     model, _, _ = world
     captions = ["a red circle at the top left", "a blue square at the bottom right"]
-    assert torch.equal(draw(model, captions, seed=1, guidance=0.0, share=True), draw(model, captions, seed=1, guidance=0.0))
+    assert torch.equal(draw(model, captions, seed=1, guidance=0.0, share=True),
+                       draw(model, captions, seed=1, guidance=0.0))
     dense, _ = from_pretrained(shipped(model.layout.kind + "-tiny"))
-    assert torch.equal(draw(dense, captions, seed=1, guidance=1.5, share=True), draw(dense, captions, seed=1, guidance=1.5))
-    assert not torch.equal(draw(model, captions, seed=1, guidance=1.5, share=True), draw(model, captions, seed=1, guidance=1.5))
+    assert torch.equal(draw(dense, captions, seed=1, guidance=1.5, share=True),
+                       draw(dense, captions, seed=1, guidance=1.5))
+    assert not torch.equal(draw(model, captions, seed=1, guidance=1.5, share=True),
+                           draw(model, captions, seed=1, guidance=1.5))

@@ -80,7 +80,8 @@ def test_new_lora_changes_no_bit_and_both_orders_are_one_model(fresh, packed, or
     plain, model = routed(fresh()), order(fresh())
     assert torch.equal(logits(model, packed), logits(plain, packed))
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trains and trains == {n for n in model.state_dict() if (".lora_" in n or ".router." in n) and not n.endswith("threshold")}
+    assert trains and trains == {n for n in model.state_dict() if (".lora_" in n or ".router." in n)
+                                 and not n.endswith("threshold")}
     with_lora, without, dense = count(model, packed), count(plain, packed), count(fresh(), packed)
     assert without.stack < with_lora.stack < 1.2 * without.stack and with_lora.stack < dense.stack
     assert torch.equal(logits(moved(model), packed), logits(moved(lora_first(fresh())), packed))
@@ -109,7 +110,8 @@ def test_without_routers_it_is_the_dense_model_with_lora(fresh, packed, order):
     dense.load_state_dict(trained)
     routed_logits = logits(model, packed)
     assert torch.equal(logits(remove_mod(model), packed), logits(dense, packed))
-    assert not torch.equal(routed_logits, logits(dense, packed)) and model.state_dict().keys() == dense.state_dict().keys()
+    assert not torch.equal(routed_logits,
+                           logits(dense, packed)) and model.state_dict().keys() == dense.state_dict().keys()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["lora-first", "lora-last"])

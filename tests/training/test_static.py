@@ -20,11 +20,13 @@ def test_static_steps_say_and_draw_the_same(name):
     batches = Batches(DATA, tokenizer, model.layout, (2, 2, 1))
     calibrate(apply_mod(model, last_half(8, 0.2), RouterConfig(std=0.02)), batches.held_out("train", 8))
     samples = batches.samples("test", 0, 5)
-    asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True) for s, c in zip(samples, batches.codes(samples))]
+    asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True) for s,
+             c in zip(samples, batches.codes(samples))]
     assert answer(model, asked, static=True) == answer(model, asked)
     if model.layout.causal_images:
         for options in ({}, {"guidance": 1.0}, {"guidance": 1.0, "share": True}):
-            assert torch.equal(draw(model, ["a red circle", ""], static=True, **options), draw(model, ["a red circle", ""], **options))
+            assert torch.equal(draw(model, ["a red circle", ""], static=True, **options),
+                               draw(model, ["a red circle", ""], **options))
 
 
 def test_static_steps_are_for_rows_of_one_kind():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unimod.analysis.redundancy import shares
-from unimod.baselines import PRESETS
+from unimod.baselines import PRESETS, RandomRouter
 from unimod.batch import Task
 from unimod.bench import time_steps
 from unimod.config import ParameterError, RouterConfig
@@ -50,7 +50,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, router):
         model = fresh(seed=seed)
         if router != "dense":
             torch.manual_seed(seed)
-            apply_mod(model, last_half(8), {**PRESETS, "noisy": RouterConfig(noise=1.0), "learned": RouterConfig()}[router])
+            apply_mod(model, last_half(8),
+                      {**PRESETS, "noisy": RouterConfig(noise=1.0), "learned": RouterConfig()}[router])
         if router == "learned":
             learn_capacity(model, 0.3)
         return model
@@ -114,7 +115,8 @@ def test_evaluation_is_deterministic_and_counts_what_it_judged():
 
 def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     model = fresh().eval()
-    names = ["unimod", "shared.last_half", "separate.interleaved", "separate.random", "gamma-mod.last_half", "random.last_half", "p-mod.cosine_decay"]
+    names = ["unimod", "shared.last_half", "separate.interleaved", "separate.random", "gamma-mod.last_half",
+             "random.last_half", "p-mod.cosine_decay"]
     params = Params(models=["showo-tiny"], arms=names, saving=0.25, steps=2, batch=2, eval_samples=2)
     session = Session("showo-tiny", model, TOKENIZER, DATA, batches(model))
     arms = {arm.name: arm for arm in arms_of(params, session)}
@@ -122,11 +124,14 @@ def test_any_router_goes_on_any_plan_at_the_same_cost(tmp_path):
     for name in names[1:6]:
         assert arms[name].cost.stack == pytest.approx(arms["unimod"].cost.stack, rel=0.02), name
     assert arms["shared.last_half"].router.shared and not arms["separate.interleaved"].router.shared
-    assert arms["separate.interleaved"].plan.routed() == (1, 3, 5, 7) and arms["gamma-mod.last_half"].router.shared_layers
-    assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total for arm in arms.values())
+    assert arms["separate.interleaved"].plan.routed() == (1, 3, 5,
+                                                          7) and arms["gamma-mod.last_half"].router.shared_layers
+    assert all(abs(arm.steps * arm.cost.total - 2 * arms["unimod"].cost.dense_total) <= arm.cost.total
+               for arm in arms.values())
     result = run_arm(params, session, arms["random.last_half"], 0, tmp_path / "random.last_half-0")
     assert result["arm"] == "random.last_half" and read_arms([tmp_path]) == [result]
-    assert not any(key.startswith("routing/") for key in result["evaluations"][-1]) and result["collapsed"] == [], "it keeps all in evaluation"
+    assert not any(key.startswith("routing/")
+                   for key in result["evaluations"][-1]) and result["collapsed"] == [], "it keeps all in evaluation"
 
 
 def test_layers_by_arank_and_capacities_per_task(monkeypatch):
@@ -138,7 +143,8 @@ def test_layers_by_arank_and_capacities_per_task(monkeypatch):
     arms = {a.name: a for a in arms_of(Params(models=["showo-tiny"], arms=names, samples=2, tolerance=0.1), session)}
     assert asked == [(2, 0.1)], "measured once, with the run's own samples and tolerance"
     ranks = shares(model, session.batches, 2, 0.1)
-    for name, pick in (("separate.lowest_arank", sorted), ("shared.highest_arank", lambda values: sorted(values, reverse=True))):
+    for name, pick in (("separate.lowest_arank", sorted),
+                       ("shared.highest_arank", lambda values: sorted(values, reverse=True))):
         for task, values in ranks.items():
             routed = [values[i] for i, c in enumerate(arms[name].plan.capacity[task]) if c < 1]
             assert sorted(routed) == sorted(pick(values)[:4]), (name, task)
@@ -159,8 +165,10 @@ def test_capacities_learned_for_an_arm_cost_what_unimods_do():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "searched on a copy"
 
 
-@pytest.mark.parametrize("arm, words", [("early-exit.interleaved", "arms: early-exit.interleaved does not go together. decision_scope='exit'"),
-                                        ("tread.cosine_decay", "decision_scope='span': one decision"), ("a-mod.learned", "layer 0 cannot be routed"),
+@pytest.mark.parametrize("arm, words", [("early-exit.interleaved",
+                                         "arms: early-exit.interleaved does not go together. decision_scope='exit'"),
+                                        ("tread.cosine_decay", "decision_scope='span': one decision"),
+                                        ("a-mod.learned", "layer 0 cannot be routed"),
                                         ("tread.learned", "one decision"),
                                         ("early-exit.learned", "never comes back")])
 def test_arms_that_do_not_go_together_are_refused(arm, words, monkeypatch):
@@ -184,7 +192,8 @@ def test_routers_that_look_back_go_through_an_arm(tmp_path, name):
 
 def test_an_arm_that_cannot_meet_the_price_is_named():
     session = Session("showo-tiny", fresh().eval(), TOKENIZER, DATA, batches(fresh()))
-    with pytest.raises(ParameterError, match=r"arms: p-mod.last_half cannot be as cheap as unimod, .* saving=0.3.*out of reach: these plans cost 0\.\d+ to 1"):
+    with pytest.raises(ParameterError, match=r"arms: p-mod.last_half cannot be as cheap as unimod, .* saving=0.3.*out "
+                                             r"of reach: these plans cost 0\.\d+ to 1"):
         arms_of(Params(models=["showo-tiny"], arms=["dense", "p-mod.last_half"]), session)
 
 
@@ -196,7 +205,8 @@ def test_arms_spend_equal_flops_and_are_read_back(tmp_path, name):
     arms = arms_of(params, session)
     dense, mod, unimod = arms
     assert dense.steps == 2 and dense.cost.saved == 0
-    assert mod.cost.stack == pytest.approx(unimod.cost.stack, rel=0.01) and mod.router.shared and not unimod.router.shared
+    assert mod.cost.stack == pytest.approx(unimod.cost.stack,
+                                           rel=0.01) and mod.router.shared and not unimod.router.shared
     assert 0.1 < unimod.cost.saved < 0.35
     before = [p.clone() for p in model.parameters()]
     results = [run_arm(params, session, arm, 0, tmp_path / arm.name) for arm in arms]
@@ -213,3 +223,21 @@ def test_arms_spend_equal_flops_and_are_read_back(tmp_path, name):
     assert times["dense"]["ratio"] == 1 and all(t["ms"] > 0 for t in times.values())
     with pytest.raises(ParameterError, match="No finished arm"):
         read_arms([tmp_path / "nowhere"])
+
+
+def test_every_step_run_and_process_draws_other_noise(monkeypatch):
+    """Random scores of every step of two runs: never the same, and the same again for the same seed."""
+    drawn = []
+    model = apply_mod(fresh(), last_half(8), PRESETS["random"])
+    scores = RandomRouter.scores
+
+    def recorded(*args):
+        drawn.append(scores(*args))
+        return drawn[-1]
+    monkeypatch.setattr(RandomRouter, "scores", recorded)
+    for seed in (0, 1, 0):
+        train(model, batches(model, 1), TrainConfig(steps=3, seed=seed))
+    first, other, again = drawn[:12], drawn[12:24], drawn[24:]
+    assert len(again) == 12 and all(torch.equal(a, b) for a, b in zip(first, again))
+    n = min(map(len, drawn))
+    assert len({tuple(x[:n].tolist()) for x in first + other}) == 24

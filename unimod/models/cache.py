@@ -49,7 +49,8 @@ class KVCache:
         mask, row, used = state.mask, state.batch.row, self.used[layer]
         row = row if state.index is None else row[state.index]
         if not first and max(mask.lengths) > 1:
-            raise RuntimeError(f"Rows of {max(mask.lengths)} tokens cannot follow cached ones; append one token per row at a time.")
+            raise RuntimeError(f"Rows of {max(mask.lengths)} tokens cannot follow cached ones; append one token per "
+                               f"row at a time.")
         place = used[row] + torch.arange(len(row), device=row.device) - mask.lo if first else used[row]
         self.keys[layer][row, :, place] = k.transpose(0, 1)
         self.values[layer][row, :, place] = v.transpose(0, 1)
@@ -60,7 +61,8 @@ class KVCache:
         # known on the host, at least what any row holds
         most = self._most[layer] = min(self._most[layer] + 1, self.room)
         whole = len(row) == self.rows
-        keys, values = (store[layer][:, :, :most] if whole else store[layer][row, :, :most] for store in (self.keys, self.values))
+        keys, values = (store[layer][:, :, :most] if whole else store[layer][row, :, :most]
+                        for store in (self.keys, self.values))
         allow = torch.arange(most, device=row.device) < used[row, None]
         return _attend_one(q, keys, values, allow, scale)
 
@@ -78,6 +80,7 @@ class KVCache:
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor, allow: Tensor, scale: float) -> Tensor:
     """One query per sequence: q [H, B, d] over keys and values [B, H_kv, n, d] where allow [B, n] says so. Returns [B,
     H, d]."""
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None], scale=scale,
+    out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None],
+                                         scale=scale,
                                          enable_gqa=q.shape[0] != keys.shape[1])
     return out[:, :, 0]

@@ -1,8 +1,8 @@
 """A stock transformers causal model run layer by layer on packed tokens.
 
     model = UnifiedModel(PhiForCausalLM(config), layout)
-    hidden = model(packed)                       # [T, D]
-    logits = model.head(hidden[packed.labelled])
+    hidden = model(batch)                       # [T, D]
+    logits = model.head(hidden[batch.labelled])
 
 Two ways lead to the model's numbers: `nll` of targets, and `code_logits` where a picture's next code is asked for. A
 model whose picture codes have embeddings and a head of their own overrides these and `embed`, as Janus does.
@@ -87,14 +87,16 @@ class UnifiedModel(nn.Module):
         """Where the model is."""
         return self.head.weight.device
 
-    def embed(self, packed: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer: [T, D]. Raises ValueError for features that the model has no projector for."""
-        h = self.embedding(packed.ids.clamp(min=0))
-        if packed.features is None:
+        h = self.embedding(batch.ids.clamp(min=0))
+        if batch.features is None:
             return h
         if self.projector is None:
-            raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture codes, or load its CLIP-ViT variant.")
-        return h.masked_scatter((packed.ids == FEATURE)[:, None], self.projector(packed.features.to(h.dtype)).to(h.dtype))
+            raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture "
+                             f"codes, or load its CLIP-ViT variant.")
+        return h.masked_scatter((batch.ids == FEATURE)[:, None],
+                                self.projector(batch.features.to(h.dtype)).to(h.dtype))
 
     def forward(self, batch: Batch, cache: KVCache | None = None, decode: bool = False) -> Tensor:
         """Hidden states after the final norm: [T, D]. `cache` is read and written; `decode` as in `ForwardState`.
@@ -115,7 +117,8 @@ class UnifiedModel(nn.Module):
                     routing.routing = routing.decision = None
                 scored = isinstance(following, MoDLayer) and following.router.needs_attention
                 routing.needs_attention = scored and (cache is None or cache.fresh)
-                h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=state))
+                h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary,
+                                            unimod=state))
         if cache is not None:
             cache.fresh = False
         return seam.final_norm(self.decoder)(h)[0]
@@ -147,7 +150,8 @@ def without(model: UnifiedModel, layer: int) -> Iterator[None]:
     Raises `ParameterError` for a layer that does not exist or is passed by already.
     """
     if not 0 <= layer < len(model.layers):
-        raise ParameterError(f"layer {layer} does not exist here, so it cannot be left out; allowed: 0 to {len(model.layers) - 1}.")
+        raise ParameterError(f"layer {layer} does not exist here, so it cannot be left out; allowed: 0 to "
+                             f"{len(model.layers) - 1}.")
     if layer in model.skipped:
         raise ParameterError(f"layer {layer} is left out already; name another one.")
     before, model.skipped = model.skipped, model.skipped | {layer}
