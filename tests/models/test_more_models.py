@@ -1,8 +1,7 @@
-"""Chameleon and Janus, each one file of less than a hundred lines, against transformers and in everything the package does with a model."""
+"""Chameleon and Janus against transformers and in everything the package does with a model."""
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,12 +50,6 @@ def model(folder):
 @pytest.fixture
 def rows(kind, stock, model):
     return make_rows(model, pictures_of(kind, stock))
-
-
-@pytest.mark.parametrize("name", ["chameleon", "janus"])
-def test_one_more_model_takes_less_than_a_hundred_lines(name):
-    module = {"chameleon": chameleon, "janus": janus}[name]
-    assert len(Path(module.__file__).read_text().splitlines()) < 100
 
 
 # the forward

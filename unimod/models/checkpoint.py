@@ -1,14 +1,16 @@
 """Build, load and save models: folders of released models as they are, with the routers beside the weights.
 
-    model, image_tokenizer = from_pretrained("show-o", text="phi-1_5", image_tokenizer="magvitv2", device="cuda", dtype=torch.bfloat16)
+    model, image_tokenizer = from_pretrained("show-o", text="phi-1_5", image_tokenizer="magvitv2", device="cuda",
+                                             dtype=torch.bfloat16)
     model, image_tokenizer = from_pretrained(shipped("showo-tiny"))      # routed again if it was saved routed
     save_pretrained(folder, model, image_tokenizer)
     inspect(folder)                                                      # what a folder holds, without loading it
 
-    config.json, weights      in the model's original layout             routers.safetensors    with plan.yaml and router.json, if routed
+    config.json, weights      in the model's original layout
+    routers.safetensors       with plan.yaml and router.json, if routed
     image_tokenizer/          see image_tokenizer.py, if there is one
 
-A folder that cannot be used raises `CheckpointError`, whose message names the file, what was found and what was expected.
+A folder that cannot be used raises `CheckpointError`: it names the file, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -29,20 +31,21 @@ from ..layers import MoDLayer, apply_mod, routed_layers
 from ..plan import CapacityPlan
 from ..seam import without_initial_values
 from . import chameleon, emu3, janus, showo
-from .family import Family
 from .image_tokenizer import CONFIG_FILE, ImageTokenizer, load_image_tokenizer, stock_image_tokenizer, stock_kind
 from .layout import Layout
 from .text import HubText, Text, WordTokenizer
 from .unified import UnifiedModel
-from .weights import CheckpointError, Weights, compare, fill, read_json
+from .weights import CheckpointError, Family, Weights, compare, fill, listing, read_json
 
+INSIDE = ("model.vqmodel.", "vqmodel.")
+"""Beginnings of the keys of an image tokenizer that a model's own weights contain."""
 FAMILIES = (showo.FAMILY, emu3.FAMILY, chameleon.FAMILY, janus.FAMILY)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class NoText:
-    """Stands in where a folder has no text tokenizer: the model can be analysed and routed, but no text written."""
+    """The text tokenizer of a folder that has none: the model can be analysed and routed, but no text written."""
 
     size: int
     eot: int
@@ -50,8 +53,9 @@ class NoText:
 
     def encode(self, text: str) -> list[int]:
         """Raises `CheckpointError`: there is no tokenizer."""
-        raise CheckpointError(f"{self.folder} has no text tokenizer, so {text[:40]!r} cannot be written. Give from_pretrained(text=...) the folder of one "
-                              "(Show-o: Phi-1.5's; Emu3: the converted model's).")
+        raise CheckpointError(f"{self.folder} has no text tokenizer, so {text[:40]!r} cannot be written. Give "
+                              "from_pretrained(text=...) the folder of one (Show-o: Phi-1.5's; Emu3: the converted "
+                              "model's).")
 
     def decode(self, ids: object) -> str:
         """Raises `CheckpointError`, as `encode`."""
@@ -65,24 +69,24 @@ class NoText:
 def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, grid: tuple[int, int] = (6, 6),
                 text_budget: int = 96, seed: int = 0) -> UnifiedModel:
     """A tiny model with fresh weights. Raises `ParameterError` for an unknown name."""
-    text = WordTokenizer(words)
+    builders = {"showo-tiny": showo.tiny, "emu3-tiny": emu3.tiny}
+    if name not in builders:
+        raise ParameterError(f"There is no model {name!r}. Allowed: {', '.join(MODELS)}.")
     torch.manual_seed(seed)
-    if name == "showo-tiny":
-        return showo.tiny(text, codebook_size, grid, text_budget)
-    if name == "emu3-tiny":
-        return emu3.tiny(text, codebook_size, grid, text_budget)
-    raise ParameterError(f"There is no model {name!r}. Allowed: {', '.join(MODELS)}.")
+    return builders[name](WordTokenizer(words), codebook_size, grid, text_budget)
 
 
-def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None, image_tokenizer: str | Path | None = None,
-                    text_budget: int | None = None, device: torch.device | str = "cpu",
+def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None,
+                    image_tokenizer: str | Path | None = None, text_budget: int | None = None,
+                    device: torch.device | str = "cpu",
                     dtype: torch.dtype | None = None) -> tuple[UnifiedModel, ImageTokenizer | None]:
-    """The model in a folder, in eval mode and routed if it was saved routed, and its picture tokenizer if one is at hand.
+    """The model in a folder, in eval mode and routed if it was saved routed, and its image tokenizer, or None.
 
-    text: a tokenizer, or the folder of transformers' tokenizer; default: the one in the folder, if any. image_tokenizer: folder of
-    MAGVIT-v2 or Emu3's vision tokenizer; default: the one inside the folder. text_budget: Show-o's T, which its config.json does
-    not say (128; 381 in the released models tuned on LLaVA). dtype: default as stored. Weights are read one tensor at a time,
-    straight to `device`, after a check that they fit its memory. Raises `CheckpointError`.
+    text: a tokenizer, or the folder of transformers' tokenizer; default: the one in the folder, if any.
+    image_tokenizer: folder of MAGVIT-v2 or Emu3's vision tokenizer; default: the one inside the folder. text_budget:
+    Show-o's T, which its config.json does not give (128; 381 in the released models tuned on LLaVA). dtype: default as
+    stored. Weights are read one tensor at a time, straight to `device`, after a check that they fit its memory. Raises
+    `CheckpointError`.
     """
     folder = Path(expanded(folder))
     family, config = _recognise(folder)
@@ -97,24 +101,28 @@ def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None
     fill(model, weights, family.ours, family.theirs)
     _load_routers(folder, model)
     if image_tokenizer is not None or (folder / "image_tokenizer").is_dir():
-        return model.eval(), load_image_tokenizer(image_tokenizer or folder / "image_tokenizer").to(device)
-    inside = stock_image_tokenizer(weights.under("model.vqmodel.") or weights.under("vqmodel."))
-    return model.eval(), inside and inside.to(device)
+        found = load_image_tokenizer(image_tokenizer or folder / "image_tokenizer")
+    else:
+        found = stock_image_tokenizer(weights.under(INSIDE[0]) or weights.under(INSIDE[1]))
+    return model.eval(), found and found.to(device)
 
 
 def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: ImageTokenizer | None = None) -> Path:
-    """Write the model in its original key layout, its routers beside it, and its picture tokenizer.
+    """Write the model in its original key layout, its routers beside it, and its image tokenizer; returns the folder.
 
     config.json is written last, so a half-written folder does not load.
     """
     folder, family = Path(expanded(folder)), next(f for f in FAMILIES if f.name == model.layout.kind)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}           # a clone each: routers may share weights
-    save_file({family.theirs(k): v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+    # cloned, since routers may share weights and safetensors refuses tensors that share memory
+    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    save_file({family.theirs(k): v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors",
+              metadata={"format": "pt"})
     routed = routed_layers(model)
     if routed:
-        save_file({k: v for k, v in state.items() if ".router." in k and ".learned." not in k}, folder / "routers.safetensors")
+        routers = {k: v for k, v in state.items() if ".router." in k and ".learned." not in k}
+        save_file(routers, folder / "routers.safetensors")
         plan_of(model).save(folder / "plan.yaml")
         (folder / "router.json").write_text(json.dumps(asdict(routed[0].router.config), indent=1), encoding="utf-8")
     else:
@@ -132,15 +140,16 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
 
 
 def shipped(name: str) -> Path:
-    """Folder of the trained tiny checkpoint that comes with the package. Raises `CheckpointError` when it is not there."""
+    """Folder of a trained tiny checkpoint that comes with the package. Raises `CheckpointError` if it is not there."""
     folder = Path(str(resources.files("unimod"))) / "checkpoints" / name
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"The package holds no checkpoint {name!r} in {folder.parent}. Train it: python -m unimod train-tiny {name}.")
+        raise CheckpointError(f"The package holds no checkpoint {name!r} in {folder.parent}. "
+                              f"Train it: python -m unimod train-tiny {name}.")
     return folder
 
 
 def plan_of(model: UnifiedModel) -> CapacityPlan:
-    """The capacity plan a model is routed by; all dense when it is not. Of capacities that are being learned, where they stand."""
+    """The capacity plan a model is routed by, all dense when it is not; the present one of learned capacities."""
     for layer in routed_layers(model):
         if layer.router.learned is not None:
             return layer.router.learned.plan()
@@ -149,7 +158,7 @@ def plan_of(model: UnifiedModel) -> CapacityPlan:
 
 
 def outline(folder: str | Path) -> tuple[UnifiedModel, Family, Weights]:
-    """A folder's model on the meta device (shapes, no values), its family, and the weights it could be filled with. Raises `CheckpointError`."""
+    """A folder's model on the meta device (shapes, no values), its family and its weights. Raises `CheckpointError`."""
     folder = Path(expanded(folder))
     family, config = _recognise(folder)
     weights, layout = Weights(folder), _layout(folder, config, family, None)
@@ -191,46 +200,66 @@ class Inspection:
 
     def __str__(self) -> str:
         def some(entries: tuple[str, ...]) -> str:
-            return f"{len(entries)}" + (f": {'; '.join(entries[:4])}{'; ...' if len(entries) > 4 else ''}" if entries else "")
-        rows = {"kind": self.kind, "layers x width": f"{self.layers} x {self.width}", "vocabulary": f"{self.vocabulary}, {self.codebook} of them picture codes",
-                "parameters": f"{self.parameters:,}", "stored": f"{self.weights_gb:.3f} GB in {', '.join(self.files[:3])} ({', '.join(self.dtypes)})",
-                "to load": f"{self.load_bf16_gb:.3f} GB in bf16, {self.load_fp32_gb:.3f} GB in fp32", "to train": f"{self.train_gb:.3f} GB and activations",
-                "missing keys": some(self.missing), "unexpected keys": some(self.unexpected), "other shapes": some(self.shape), "text tokenizer": self.text,
-                "picture tokenizer": self.image_tokenizer, "routers": self.routed}
+            shown = "; ".join(entries[:4]) + ("; ..." if len(entries) > 4 else "")
+            return f"{len(entries)}: {shown}" if entries else "0"
+        rows = {
+            "kind": self.kind,
+            "layers x width": f"{self.layers} x {self.width}",
+            "vocabulary": f"{self.vocabulary}, {self.codebook} of them picture codes",
+            "parameters": f"{self.parameters:,}",
+            "stored": f"{self.weights_gb:.3f} GB in {', '.join(self.files[:3])} ({', '.join(self.dtypes)})",
+            "to load": f"{self.load_bf16_gb:.3f} GB in bf16, {self.load_fp32_gb:.3f} GB in fp32",
+            "to train": f"{self.train_gb:.3f} GB and activations",
+            "missing keys": some(self.missing),
+            "unexpected keys": some(self.unexpected),
+            "other shapes": some(self.shape),
+            "text tokenizer": self.text,
+            "picture tokenizer": self.image_tokenizer,
+            "routers": self.routed,
+        }
         return "\n".join(f"{name:18s} {value}" for name, value in rows.items())
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Look at a folder: its kind, sizes, keys that do not fit, routers. Raises `CheckpointError` when it is not a model's."""
+    """A folder's kind, sizes, keys that do not fit and routers. Raises `CheckpointError` when it is not a model's."""
     folder = Path(expanded(folder))
     model, family, weights = outline(folder)
     _, problems = compare(model.state_dict(), weights, family.ours, family.theirs)
     count = sum(p.numel() for p in model.parameters())
-    plan = CapacityPlan.load(folder / "plan.yaml") if (folder / "plan.yaml").exists() else None
-    inside = next((name for name in ("model.vqmodel.", "vqmodel.") if stock_kind(weights.under(name).shapes)), None)
-    routers = "routers.safetensors" if (folder / "routers.safetensors").exists() else "but routers.safetensors is missing"
+    text, routed = model.layout.text, "none"
+    if (folder / "plan.yaml").exists():
+        plan, has_routers = CapacityPlan.load(folder / "plan.yaml"), (folder / "routers.safetensors").exists()
+        routed = (f"{len(plan.routed())} of {plan.layers} layers, "
+                  + ("routers.safetensors" if has_routers else "but routers.safetensors is missing"))
+    inside = next((name for name in INSIDE if stock_kind(weights.under(name).shapes)), None)
+    tokenizer = f"inside ({inside})" if inside else "none"
     return Inspection(
-        str(folder), family.name, len(model.layers), model.width, model.layout.vocab_size, model.layout.codebook_size, count,
-        tuple(sorted({str(d).removeprefix("torch.") for d in weights.dtypes.values()})), tuple(p.name for p in weights.files),
-        sum(p.stat().st_size for p in weights.files) / 1e9, 2 * count / 1e9, 4 * count / 1e9, 16 * count / 1e9,
-        **{k: tuple(v) for k, v in problems.items()}, text="none" if isinstance(model.layout.text, NoText) else type(model.layout.text).__name__,
-        image_tokenizer="image_tokenizer/" if (folder / "image_tokenizer").is_dir() else f"inside ({inside})" if inside else "none",
-        routed="none" if plan is None else f"{len(plan.routed())} of {plan.layers} layers, {routers}")
+        folder=str(folder), kind=family.name, layers=len(model.layers), width=model.width,
+        vocabulary=model.layout.vocab_size, codebook=model.layout.codebook_size, parameters=count,
+        dtypes=tuple(sorted({str(d).removeprefix("torch.") for d in weights.dtypes.values()})),
+        files=tuple(p.name for p in weights.files), weights_gb=sum(p.stat().st_size for p in weights.files) / 1e9,
+        load_bf16_gb=2 * count / 1e9, load_fp32_gb=4 * count / 1e9, train_gb=16 * count / 1e9,
+        **{name: tuple(entries) for name, entries in problems.items()},
+        text="none" if isinstance(text, NoText) else type(text).__name__,
+        image_tokenizer="image_tokenizer/" if (folder / "image_tokenizer").is_dir() else tokenizer, routed=routed)
 
 
 def _recognise(folder: Path) -> tuple[Family, dict]:
     expected = "; ".join(f.folder for f in FAMILIES)
     if not (folder / "config.json").is_file():
         if (folder / CONFIG_FILE).is_file():
-            raise CheckpointError(f"{folder} holds a picture tokenizer, not a model; give it as image_tokenizer= beside a model's folder.")
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing" if folder.is_dir() else "no such folder"
-        raise CheckpointError(f"{folder / 'config.json'} is missing; found: {found}. Expected a model's folder: {expected}.")
+            raise CheckpointError(f"{folder} holds a picture tokenizer, not a model; give it as image_tokenizer= "
+                                  "beside a model's folder.")
+        raise CheckpointError(f"{folder / 'config.json'} is missing; found: {listing(folder)}. "
+                              f"Expected a model's folder: {expected}.")
     config = read_json(folder / "config.json")
     for family in FAMILIES:
         if family.recognises(config):
             return family, config
-    says = {k: config[k] for k in ("_class_name", "model_type", "architectures") if k in config} or f"the settings {', '.join(sorted(config)[:8])}"
-    raise CheckpointError(f"{folder / 'config.json'} is not of a model that is known here: it says {says}. Expected one of: {expected}.")
+    says = {k: config[k] for k in ("_class_name", "model_type", "architectures") if k in config}
+    says = says or f"the settings {', '.join(sorted(config)[:8])}"
+    raise CheckpointError(f"{folder / 'config.json'} is not of a model that is known here: it says {says}. "
+                          f"Expected one of: {expected}.")
 
 
 def _layout(folder: Path, config: dict, family: Family, text: str | Path | Text | None) -> Layout:
@@ -239,8 +268,8 @@ def _layout(folder: Path, config: dict, family: Family, text: str | Path | Text 
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} has a setting of the wrong kind ({type(error).__name__}: {error}). "
-                              "Use the config.json that belongs to the weights.") from None
+        raise CheckpointError(f"{folder / 'config.json'} has a setting of the wrong kind ({type(error).__name__}: "
+                              f"{error}). Use the config.json that belongs to the weights.") from None
 
 
 def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | None) -> Text:
@@ -256,32 +285,40 @@ def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | 
     try:
         return HubText.load(text, size, name)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"text={str(text)!r} is not a tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"text={str(text)!r} is not a tokenizer that transformers can load: "
+                              f"{str(error).splitlines()[0]}") from None
 
 
 def _load_routers(folder: Path, model: UnifiedModel) -> None:
     path = folder / "routers.safetensors"
     if not (folder / "plan.yaml").exists():
         if path.is_file():
-            raise CheckpointError(f"{folder} has a routers.safetensors but no plan.yaml. Copy it there, or remove the routers to load the dense model.")
+            raise CheckpointError(f"{folder} has a routers.safetensors but no plan.yaml. Copy it there, or remove the "
+                                  "routers to load the dense model.")
         return
     if not path.is_file():
-        raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove plan.yaml to load the dense model.")
+        raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove "
+                              "plan.yaml to load the dense model.")
     try:
         apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig.stored(read_json(folder / "router.json")))
     except (ParameterError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be routed as its plan.yaml and router.json say: {error}") from None
-    routers = torch.nn.ModuleDict({str(i): layer.router for i, layer in enumerate(model.layers) if isinstance(layer, MoDLayer)})
+    layers = enumerate(model.layers)
+    routers = torch.nn.ModuleDict({str(i): layer.router for i, layer in layers if isinstance(layer, MoDLayer)})
     fill(routers, Weights(folder, path), lambda key: key.partition("layers.")[2].replace(".router.", ".", 1))
 
 
 def _room(folder: Path, weights: Weights, family: Family, dtype: torch.dtype, device: torch.device) -> None:
     """Raises `CheckpointError` when the weights cannot fit the memory that is free on the device."""
-    needed = sum(torch.Size(shape).numel() for key, shape in weights.shapes.items() if family.ours(key)) * dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available if device.type == "cpu" else needed
+    needed = sum(tensor.numel() for key, tensor in weights.tensors.items() if family.ours(key)) * dtype.itemsize
+    free = needed                                           # unknown on other devices: not refused
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available
     if needed > free:
-        raise CheckpointError(f"{folder} needs {needed / 1e9:.1f} GB in {dtype}, {device} has {free / 1e9:.1f} GB free. "
-                              "Load it in dtype=torch.bfloat16, or on a larger device.")
+        raise CheckpointError(f"{folder} needs {needed / 1e9:.1f} GB in {dtype}, {device} has {free / 1e9:.1f} GB "
+                              "free. Load it in dtype=torch.bfloat16, or on a larger device.")
 
 
 @contextmanager

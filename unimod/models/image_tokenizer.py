@@ -1,19 +1,19 @@
-"""Pictures to tokens and back: one interface, three members.
+"""Image tokenizers: uint8 images to codes and back. One interface, three members:
 
-    dictionary  PatchDictionary (patches.py)  the distinct 8x8 patches themselves: lossless where they fit, fitted in seconds
+    dictionary  PatchDictionary (patches.py)  the distinct 8x8 patches: lossless where they fit, fitted in seconds
     magvit      MagVitV2 (magvit.py)          lookup-free quantiser, the structure of Show-o's tokenizer at any width
     emu3vq      Emu3VQ (emu3_vq.py)           learned codebook, transformers' Emu3VQVAE at any width
 
     tokenizer = build_image_tokenizer("magvit")
-    report = tokenizer.fit(pictures, seconds=180)          # pictures: uint8 [B, 3, H, W], H and W multiples of tokenizer.downsample
-    codes = tokenizer.encode(pictures)                     # int64 [B, h, w]
+    report = tokenizer.fit(images, seconds=180)     # uint8 [B, 3, H, W], H and W multiples of tokenizer.downsample
+    codes = tokenizer.encode(images)                # int64 [B, h, w]
     tokenizer.save("runs/magvit"); tokenizer = load_image_tokenizer("runs/magvit")
-
-Fit and measure on pictures of your own, kept in one .npz with uint8 arrays `train` and `test` [N, H, W, 3]; prints one JSON line:
 
     python -m unimod.models.image_tokenizer magvit pictures.npz --steps 1000 --out runs/magvit
 
-B pictures, H x W pixels, h x w tokens, D latent channels.
+fits and measures on one's own images, uint8 arrays `train` and `test` [N, H, W, 3], and prints one JSON line.
+
+B images, H x W pixels, h x w codes, D latent channels.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ from torch import Tensor, nn
 from ..config import expanded
 from .weights import CheckpointError, Weights, fill, read_json
 
-MEMBERS = {
-    "dictionary": ("unimod.models.patches", "PatchDictionary"),
-    "magvit": ("unimod.models.magvit", "MagVitV2"),
-    "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ"),
-}
+# name -> module and class, imported when first used
+MEMBERS = {"dictionary": ("unimod.models.patches", "PatchDictionary"),
+           "magvit": ("unimod.models.magvit", "MagVitV2"),
+           "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ")}
 CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "tokenizer.safetensors"
 Log = Callable[[str], object]
-PIXELS_AT_ONCE = 1 << 19  # encode and decode walk the batch in pieces of about this many pixels: bounded memory
-MEASURED = 256  # pictures a FitReport is measured on
+PIXELS_AT_ONCE = 1 << 19  # encode and decode process about this many pixels at once, which bounds their memory
+MEASURED = 256  # images a FitReport is measured on
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,16 @@ class ReconstructionReport:
     """What encode and decode lose."""
 
     psnr_db: float
-    """10 log10(255^2 / mean squared error over all pictures), decibels; inf when nothing is lost."""
+    """10 log10(255^2 / mean squared error over all images), decibels; inf when nothing is lost."""
     exact_fraction: float
-    """Share of the pictures that come back bit for bit."""
+    """Share of the images that come back bit for bit."""
     codes_used: int
-    """Distinct codes these pictures need."""
+    """Distinct codes these images need."""
 
 
 @dataclass(frozen=True)
 class FitReport(ReconstructionReport):
-    """What a fit did, measured on the first 256 of the pictures it was fitted on."""
+    """What a fit did, measured on the first 256 of the images it was fitted on."""
 
     name: str
     pictures: int
@@ -73,15 +72,14 @@ class FitReport(ReconstructionReport):
     """Optimiser steps; 0 for the dictionary."""
     parameters: int
     distinct_patches: int | None = None
-    """Distinct patches in the fitting pictures; None for the learned tokenizers."""
+    """Distinct patches in the fitting images; None for the learned tokenizers."""
     warning: str = ""
-    """Plain words when the result is not what one would hope for; empty otherwise."""
+    """Why the result is worse than it could be; empty otherwise."""
 
 
 class ImageTokenizer(nn.Module, ABC):
-    """Base of the three: checks, batching, files. A member gives `Config`, `fit`, `_codes` and `_pixels`.
-
-    One that was released in a layout of its own also gives `config_of` and `key_of`.
+    """Base of the three: checks, batching, files. A member gives `Config`, `fit`, `_codes` (uint8 [B, 3, H, W] -> int64
+    [B, h, w], checked and on its device) and `_pixels` (back); one that was released also `config_of` and `key_of`.
     """
 
     name: ClassVar[str]
@@ -89,7 +87,7 @@ class ImageTokenizer(nn.Module, ABC):
     codebook_size: int
     """Codes are 0 .. codebook_size - 1."""
     downsample: int
-    """Pixels along one side of a token."""
+    """Pixels along one side of a code."""
 
     @classmethod
     def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> object | None:
@@ -102,52 +100,58 @@ class ImageTokenizer(nn.Module, ABC):
         return key
 
     @abstractmethod
-    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None) -> FitReport:
-        """Learn from uint8 pictures [N, 3, H, W] within the budget; `seed` settles every draw; `log` gets a line of progress now and then."""
+    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0,
+            log: Log | None = None) -> FitReport:
+        """Learn from uint8 images [N, 3, H, W] within the budget. `seed` sets every draw; `log` gets progress lines."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> int64 [B, h, w] with h = H / downsample, on the device of `images`. ValueError for any other input."""
+        """uint8 [B, 3, H, W] -> int64 [B, h, w] with h = H / downsample, on the device of `images`.
+
+        Raises ValueError for any other input.
+        """
         self.check_images(images)
         return self._in_pieces(self._codes, images, images[0, 0].numel())
 
     def decode(self, codes: Tensor) -> Tensor:
-        """int64 [B, h, w] -> uint8 [B, 3, H, W], on the device of `codes`. ValueError for codes outside 0 .. codebook_size - 1."""
+        """int64 [B, h, w] -> uint8 [B, 3, H, W], on the device of `codes`.
+
+        Raises ValueError for codes outside 0 .. codebook_size - 1.
+        """
         if codes.dtype != torch.int64 or codes.dim() != 3 or not codes.numel():
             raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}: give torch.int64 [B, h, w], none of them 0")
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= self.codebook_size:
-            raise ValueError(f"codes span {low}..{high}: '{self.name}' decodes 0..{self.codebook_size - 1}; take the vocabulary's offset off")
+            raise ValueError(f"codes span {low}..{high}: '{self.name}' decodes 0..{self.codebook_size - 1}; take the "
+                             "vocabulary's offset off")
         return self._in_pieces(self._pixels, codes, codes[0].numel() * self.downsample**2)
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """decode(encode(images)): uint8 [B, 3, H, W] -> the same."""
-        return self.decode(self.encode(images))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json (name and config) and tokenizer.safetensors into `folder`, made if missing."""
         folder = Path(expanded(folder))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).unlink(missing_ok=True)                 # written last: half a folder does not load
-        save_file({key: value.contiguous() for key, value in self.stored().state_dict().items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps({"name": self.name, "config": asdict(self.config)}, indent=1) + "\n", encoding="utf-8")
+        save_file({k: v.contiguous() for k, v in self.stored().state_dict().items()}, folder / WEIGHTS_FILE)
+        config = {"name": self.name, "config": asdict(self.config)}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     def stored(self) -> nn.Module:
         """The module whose state dict is the file."""
         return self
 
     def check_images(self, images: Tensor) -> None:
-        side = self.downsample
+        """Raises ValueError for anything but uint8 [B, 3, H, W] with sides that are multiples of `downsample`."""
+        side, given = self.downsample, list(images.shape)
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or not images.numel():
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}: give torch.uint8 [B, 3, H, W], none of them 0")
-        if images.shape[2] % side or images.shape[3] % side:
-            raise ValueError(f"images are {images.shape[2]} x {images.shape[3]} pixels: both must be multiples of {side}; crop or pad them")
+            raise ValueError(f"images are {images.dtype} {given}: give torch.uint8 [B, 3, H, W], none of them 0")
+        if given[2] % side or given[3] % side:
+            raise ValueError(f"images are {given[2]} x {given[3]} pixels: both must be multiples of {side}; "
+                             "crop or pad them")
 
     def _in_pieces(self, function: Callable[[Tensor], Tensor], batch: Tensor, pixels_each: int) -> Tensor:
-        device = next(iter(self.state_dict().values())).device
+        device, size = next(iter(self.state_dict().values())).device, max(1, PIXELS_AT_ONCE // pixels_each)
         self.eval()
         with torch.no_grad():
-            pieces = batch.split(max(1, PIXELS_AT_ONCE // pixels_each))
-            return torch.cat([function(piece.to(device)).to(batch.device) for piece in pieces])
+            return torch.cat([function(piece.to(device)).to(batch.device) for piece in batch.split(size)])
 
 
 class Forward(NamedTuple):
@@ -189,10 +193,12 @@ class LearnedTokenizer(ImageTokenizer):
     def _pixels(self, codes: Tensor) -> Tensor:
         return ((self.images_of(self.codewords(codes)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0, log: Log | None = None) -> FitReport:
+    def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0,
+            log: Log | None = None) -> FitReport:
         """Train on `images` (uint8 [N, 3, H, W]) until `steps` or `seconds` is used up, from the present weights.
 
-        AdamW, 30 steps of warm-up, cosine to zero over the budget. With `steps` alone the result is the same for the same seed on one machine.
+        AdamW, 30 steps of warm-up, cosine to zero over the budget. With `steps` alone the result is the same for the
+        same seed on one machine. Raises ValueError without a budget, FloatingPointError when the loss is not finite.
         """
         self.check_images(images)
         budget = [number for number in (steps, seconds) if number is not None]
@@ -205,10 +211,12 @@ class LearnedTokenizer(ImageTokenizer):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             while done < 1:
-                optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
+                cosine = 0.5 * (1 + math.cos(math.pi * done))
+                optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, (step + 1) / 30) * cosine
                 loss, _, z, codes = self(images[torch.randint(len(images), (self.batch_size,))].to(device))
                 if not loss.isfinite():
-                    raise FloatingPointError(f"{self.name}: the loss is {loss.item()} at step {step}; fit a fresh tokenizer with another seed")
+                    raise FloatingPointError(f"{self.name}: the loss is {loss.item()} at step {step}; fit a fresh "
+                                             "tokenizer with another seed")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters(), 1.0)
@@ -218,7 +226,8 @@ class LearnedTokenizer(ImageTokenizer):
                 elapsed = time.perf_counter() - started
                 done = max(step / steps if steps else 0.0, elapsed / seconds if seconds else 0.0)
                 if log and (step % 50 == 0 or done >= 1):
-                    log(f"{self.name} step {step} ({elapsed:.0f} s): loss {loss.item():.4f}, {codes.unique().numel()} codes in the batch")
+                    used = codes.unique().numel()
+                    log(f"{self.name} step {step} ({elapsed:.0f} s): loss {loss.item():.4f}, {used} codes in the batch")
         self.eval()
         return fit_report(self, images, started, step)
 
@@ -228,7 +237,8 @@ def fit_report(tokenizer: ImageTokenizer, images: Tensor, started: float, steps:
     seconds = time.perf_counter() - started
     measured = asdict(reconstruction_report(tokenizer, images[:MEASURED]))
     parameters = sum(p.numel() for p in tokenizer.parameters())
-    return FitReport(**measured, name=tokenizer.name, pictures=len(images), seconds=seconds, steps=steps, parameters=parameters, **more)
+    return FitReport(**measured, name=tokenizer.name, pictures=len(images), seconds=seconds, steps=steps,
+                     parameters=parameters, **more)
 
 
 def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> ReconstructionReport:
@@ -236,15 +246,18 @@ def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> Reconstr
     codes = tokenizer.encode(images)
     error = (tokenizer.decode(codes).short() - images.short()).flatten(1).double()
     mse, exact = error.square().mean().item(), (error == 0).all(1).double().mean().item()
-    return ReconstructionReport(10 * math.log10(255**2 / mse) if mse else math.inf, exact, codes.unique().numel())
+    psnr = 10 * math.log10(255**2 / mse) if mse else math.inf
+    return ReconstructionReport(psnr, exact, codes.unique().numel())
 
 
 def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokenizer:
-    """A new tokenizer: `name` is a key of MEMBERS, `options` are fields of that member's config; `seed` draws the first weights."""
+    """A new tokenizer: `name` is a key of MEMBERS, `options` are fields of its config; `seed` draws the first weights.
+
+    Raises ValueError for an unknown name or option.
+    """
     if name not in MEMBERS:
         raise ValueError(f"unknown image tokenizer {name!r}: choose one of {', '.join(MEMBERS)}")
-    module, member = MEMBERS[name]
-    cls = getattr(importlib.import_module(module), member)
+    cls = _member(name)
     allowed = [field.name for field in fields(cls.Config)]
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"unknown option {unknown[0]!r} for image tokenizer '{name}': it takes {', '.join(allowed)}")
@@ -254,58 +267,65 @@ def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokeni
 
 
 def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
-    """The tokenizer in a folder: one that `save` wrote, Show-o's MAGVIT-v2 or Emu3's vision tokenizer as they were released.
+    """The tokenizer in a folder: one that `save` wrote, Show-o's MAGVIT-v2 or Emu3's vision tokenizer as released.
 
     Raises `CheckpointError` that names the file, what was found and what was expected.
     """
     folder = Path(expanded(folder))
-    if (folder / CONFIG_FILE).is_file():
-        config = read_json(folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        config = read_json(path)
         try:
-            options = {key: tuple(value) if isinstance(value, list) else value for key, value in config["config"].items()}
+            options = {k: tuple(v) if isinstance(v, list) else v for k, v in config["config"].items()}
             tokenizer = build_image_tokenizer(config["name"], **options)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f'{folder / CONFIG_FILE}: expected {{"name": ..., "config": {{...}}}} as ImageTokenizer.save writes it; {error}') from error
+            raise CheckpointError(f'{path}: expected {{"name": ..., "config": {{...}}}} as ImageTokenizer.save writes '
+                                  f"it; {error}") from error
         fill(tokenizer.stored(), Weights(folder), lambda key: key)
         return tokenizer.eval()
     weights = Weights(folder)
-    found = stock_image_tokenizer(weights)
-    if found is None:
-        raise CheckpointError(f"{folder} is not a picture tokenizer: it has no {CONFIG_FILE}, and its weights ({', '.join(sorted(weights.shapes)[:3])}, ...) "
-                              "are neither MAGVIT-v2's (quantize.power_vals) nor Emu3's (quantize.embedding.weight and temporal convolutions).")
-    return found
+    if found := stock_image_tokenizer(weights):
+        return found
+    keys = ", ".join(sorted(weights.shapes)[:3])
+    raise CheckpointError(f"{folder} is not a picture tokenizer: it has no {CONFIG_FILE}, and its weights ({keys}, "
+                          "...) are neither MAGVIT-v2's (quantize.power_vals) nor Emu3's "
+                          "(quantize.embedding.weight and temporal convolutions).")
 
 
 def stock_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[type[ImageTokenizer], object] | None:
     """The member that released weights of these shapes are of, and its config; None when they are of no known kind."""
-    for module, member in MEMBERS.values():
-        cls = getattr(importlib.import_module(module), member)
-        config = cls.config_of(shapes)
+    for name in MEMBERS:
+        config = _member(name).config_of(shapes)
         if config is not None:
-            return cls, config
+            return _member(name), config
     return None
 
 
 def stock_image_tokenizer(weights: Weights) -> ImageTokenizer | None:
-    """The tokenizer that released weights are of, its sizes read off their shapes; None when they are of no known kind."""
-    found = stock_kind(weights.shapes)
-    if found is None:
-        return None
-    cls, config = found
-    tokenizer = cls(config)
-    fill(tokenizer.stored(), weights, cls.key_of)
-    return tokenizer.eval()
+    """The tokenizer of released weights, its sizes taken from their shapes; None when they are of no known kind."""
+    if found := stock_kind(weights.shapes):
+        cls, config = found
+        tokenizer = cls(config)
+        fill(tokenizer.stored(), weights, cls.key_of)
+        return tokenizer.eval()
+    return None
 
 
 def at_least_one(**values: int) -> None:
-    """Refuse any value that is not a whole number >= 1: the check every config shares."""
+    """Raises ValueError for any value that is not a whole number >= 1: the check that every config shares."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
 
 
+def _member(name: str) -> type[ImageTokenizer]:
+    module, cls = MEMBERS[name]
+    return getattr(importlib.import_module(module), cls)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Fit one image tokenizer and print what was measured as one JSON line.")
+    """The command `python -m unimod.models.image_tokenizer`."""
+    parser = argparse.ArgumentParser(description="Fit one image tokenizer and print what was measured, one JSON line.")
     parser.add_argument("name", choices=list(MEMBERS))
     parser.add_argument("pictures", help=".npz with uint8 arrays train and test, [N, H, W, 3]")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of a learned tokenizer")
@@ -327,4 +347,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("unimod.models.image_tokenizer").main()  # the imported twin: the base class of the members
+    # the imported module, not this one: the members' base class lives there
+    importlib.import_module("unimod.models.image_tokenizer").main()

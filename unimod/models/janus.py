@@ -1,4 +1,5 @@
-"""Janus: transformers' stock model, causal. Pictures are vision features to understand, and codes with embeddings and a head of their own to draw.
+"""Janus: transformers' stock model, causal. Understanding reads vision features; generation has codes with an embedding
+and a head of their own.
 
     model, _ = from_pretrained("Janus-Pro-1B")              # config.json with model_type janus
     features = model.lm.model.vision_model(pixels).last_hidden_state[0]
@@ -14,22 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedModel
 
-from ..batch import FEATURE, Batch, Task, TokenSequence
-from ..mask import prefix_hi
-from .emu3 import Emu3Layout
-from .family import Family, Shapes, special_ids
-from .layout import Layout, Turns, shifted
+from ..batch import FEATURE, Batch, TokenSequence
+from .layout import CausalLayout, Turns
 from .text import Text
 from .unified import UnifiedModel
+from .weights import Family, Shapes, special_ids
 
-NAMES = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "boi": "<begin_of_image>", "eoi": "<end_of_image>"}
-RELEASED = {"bos": 100000, "eos": 100001, "boi": 100016, "eoi": 100593}     # where neither config.json nor a tokenizer says them
-SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-          "and assist the user with a variety of tasks using natural language.\n\n")
+NAMES = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>",
+         "boi": "<begin_of_image>", "eoi": "<end_of_image>"}
+RELEASED = {"bos": 100000, "eos": 100001, "boi": 100016, "eoi": 100593}
+"""Ids in the released models, for folders where neither config.json nor a tokenizer gives them."""
+SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that the "
+          "user provides, and assist the user with a variety of tasks using natural language.\n\n")
 
 
 class Janus(UnifiedModel):
-    """Text ids are the language model's; picture code c has id text vocabulary + c."""
+    """Text ids are the language model's; image code c has id text vocabulary + c."""
 
     @property
     def decoder(self) -> PreTrainedModel:
@@ -37,64 +38,82 @@ class Janus(UnifiedModel):
         return self.lm.model.language_model
 
     def embed(self, packed: Batch) -> Tensor:
-        """Text by the language model's embedding, features through the aligner, codes through the generation aligner: [T, D]."""
+        """What enters the first layer, [T, D]: text by the language model's embedding, features through the aligner,
+        codes through the generation aligner."""
         codes = packed.ids - self.layout.image_offset
-        drawn = self.lm.model.generation_aligner(self.lm.model.generation_embeddings(codes.clamp(min=0)))
-        h = torch.where((codes >= 0)[:, None], drawn, self.embedding(packed.ids.clamp(0, self.layout.image_offset - 1)))
-        return h if packed.features is None else h.masked_scatter((packed.ids == FEATURE)[:, None], self.lm.model.aligner(packed.features.to(h.dtype)))
+        image = self.lm.model.generation_aligner(self.lm.model.generation_embeddings(codes.clamp(min=0)))
+        text = self.embedding(packed.ids.clamp(0, self.layout.image_offset - 1))
+        h = torch.where((codes >= 0)[:, None], image, text)
+        if packed.features is None:
+            return h
+        return h.masked_scatter((packed.ids == FEATURE)[:, None], self.lm.model.aligner(packed.features.to(h.dtype)))
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """As the base's; a code is scored by the generation head, among codes."""
+        """As the base's; the logits of a code are the generation head's, over codes only."""
         code = target - self.layout.image_offset
-        text = F.cross_entropy(self.head(hidden).float(), target.clamp(max=self.layout.image_offset - 1), reduction="none")
-        return torch.where(code >= 0, F.cross_entropy(self.code_logits(hidden), code.clamp(min=0), reduction="none"), text)
+        text_target = target.clamp(max=self.layout.image_offset - 1)
+        text = F.cross_entropy(self.head(hidden).float(), text_target, reduction="none")
+        image = F.cross_entropy(self.code_logits(hidden), code.clamp(min=0), reduction="none")
+        return torch.where(code >= 0, image, text)
 
     def code_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the generation head: float32 [N, codebook]."""
+        """Logits of the generation head: float32 [N, codebook]. hidden: [N, D]."""
         return self.lm.model.generation_head(hidden).float()
 
 
-class JanusLayout(Layout):
-    """Writes [bos] text [boi] picture [eoi] ...; the picture is codes in t2i and features in mmu."""
+class JanusLayout(CausalLayout):
+    """Writes [bos] text [boi] image [eoi] ...; the image is codes in t2i and features in mmu."""
 
-    kind, causal_images, drop_caption = "janus", True, 0.1
-    lm = Emu3Layout.lm
+    kind = "janus"
 
     def t2i(self, caption: str, codes: Tensor, *, prompt: bool = False) -> TokenSequence:
-        """Text to image: [bos] <|User|>: text <|Assistant|>: [boi] codes; targets are the codes. `prompt`: as in `Emu3Layout.t2i`."""
-        front = [self.bos, *self.text.encode(f"<|User|>: {caption}")[: self.text_budget], *self._role(), self.boi]
-        ids = torch.cat([torch.tensor(front), self.code_ids[codes.flatten()]])
-        return self._sequence(Task.T2I, ids, prefix_hi(0, len(ids)), shifted(ids, torch.arange(len(ids)) >= len(front)),
-                              [(len(ids), "threshold" if prompt else "topk")])
+        """Text to image: [bos] <|User|>: text <|Assistant|>: [boi] codes; targets are the codes.
+
+        codes: int64 [N] or [h, w]; with `prompt` the [n] first ones, and the sequence ends where the next is predicted.
+        """
+        before = [self.bos, *self.cut(f"<|User|>: {caption}"), *self.role(), self.boi]
+        return self.image_sequence(before, codes, [], prompt)
 
     def mmu(self, features: Tensor, turns: Turns, open_ended: bool = False) -> TokenSequence:
-        """[bos] system prompt <|User|>: [boi] features [eoi] question <|Assistant|>: answer [eos] ...; features: float [F, D_v] of the vision model."""
-        ids, learned, parts = self._turns(turns, lambda i, question: f"<|User|>: {question}" if i else f"\n{question}", open_ended)
-        head = [self.bos, *self.text.encode(f"{SYSTEM}<|User|>: "), self.boi, *[FEATURE] * len(features), self.eoi]
-        full, target = torch.tensor(head + ids), shifted(torch.tensor(head + ids), torch.tensor([False] * len(head) + learned))
-        return self._sequence(Task.MMU, full, prefix_hi(0, len(full)), target, [(len(head), "topk"), *parts], features=features)
+        """Understanding: [bos] system prompt <|User|>: [boi] features [eoi] question <|Assistant|>: answer [eos] ...
 
-    def _role(self) -> list[int]:
+        features: float [F, D_v] of the vision model; targets are the answers and their eos.
+        """
+        system = self.text.encode(f"{SYSTEM}<|User|>: ")
+        head = [self.bos, *system, self.boi, *[FEATURE] * len(features), self.eoi]
+        return self.conversation(head, turns, open_ended, features)
+
+    def question_text(self, turn: int, question: str) -> str:
+        return f"<|User|>: {question}" if turn else f"\n{question}"
+
+    def role(self) -> list[int]:
         return self.text.encode("\n\n<|Assistant|>:")
 
 
 def _layout(config: dict, text: Text) -> JanusLayout:
-    whole, said = JanusConfig(**config), {**config["text_config"], **{k: v for k, v in config.items() if v is not None}}
-    size, codebook, side = whole.text_config.vocab_size, whole.vq_config.num_embeddings, math.isqrt(whole.vision_config.num_image_tokens)
-    layout = JanusLayout(text, special_ids(said, NAMES, text, RELEASED if size == 102400 else None), size + torch.arange(codebook),
-                         config.get("grid", (side, side)), config.get("text_budget", 1024), size + codebook)
-    layout.image_offset, layout.stop = size, layout.eos
+    whole, given = JanusConfig(**config), {k: v for k, v in config.items() if v is not None}
+    size, codebook = whole.text_config.vocab_size, whole.vq_config.num_embeddings
+    side = math.isqrt(whole.vision_config.num_image_tokens)
+    special = special_ids({**config["text_config"], **given}, NAMES, text, RELEASED if size == 102400 else None)
+    layout = JanusLayout(text, special, size + torch.arange(codebook), config.get("grid", (side, side)),
+                         config.get("text_budget", 1024), size + codebook)
+    layout.image_offset = size
     return layout
 
 
 def _build(config: dict, layout: JanusLayout, shapes: Shapes) -> UnifiedModel:
-    whole = JanusConfig(**{**config, "tie_word_embeddings": False})     # transformers' default; the released head is its own
-    whole.dtype = whole.text_config.dtype = whole.vision_config.dtype = whole.vq_config.dtype = None    # every part gets the dtype that is asked for
+    # transformers ties the head to the embedding by default; the released head is a matrix of its own
+    whole = JanusConfig(**{**config, "tie_word_embeddings": False})
+    for part in (whole, whole.text_config, whole.vision_config, whole.vq_config):
+        part.dtype = None                                   # every part gets the dtype that is asked for
     return Janus(JanusForConditionalGeneration(whole), layout)
 
 
+def _text(config: dict) -> tuple[int, int, str]:
+    language = config["text_config"]
+    return language["vocab_size"], language.get("eos_token_id", RELEASED["eos"]), NAMES["eos"]
+
+
 FAMILY = Family("janus", "Janus: config.json with model_type janus",
-                recognises=lambda config: config.get("model_type") == "janus", layout=_layout, build=_build, prefixes={"": "lm."},
-                text=lambda config: (config["text_config"]["vocab_size"], config["text_config"].get("eos_token_id", 100001), "<｜end▁of▁sentence｜>"),
-                describe=lambda model: {**model.lm.config.to_dict(), "grid": list(model.layout.grid), "text_budget": model.layout.text_budget,
-                                        **{f"{name}_token_id": i for name, i in model.layout.special.items()}})
+                recognises=lambda config: config.get("model_type") == "janus",
+                text=_text, layout=_layout, build=_build)

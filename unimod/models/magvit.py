@@ -1,28 +1,29 @@
-"""MAGVIT-v2 for pictures: a conv encoder and decoder around a lookup-free quantiser, the structure of Show-o's image tokenizer.
+"""MAGVIT-v2 for images: convolutional encoder, lookup-free quantiser and decoder, as Show-o's image tokenizer.
 
-    tokenizer = build_image_tokenizer("magvit")                  # small: 48x48 pictures -> 6x6 codes of 8 bits
-    with torch.device("meta"): MagVitV2(SHOWO)                   # the real one: 16x down, 13 bits, 95,387,004 parameters
+    tokenizer = build_image_tokenizer("magvit")              # small: 48x48 images -> 6x6 codes of 8 bits
+    with torch.device("meta"): MagVitV2(SHOWO)               # the real one: 16x down, 13 bits, 95,387,004 parameters
 
-A code is the signs of the latent's channels read as a binary number, channel 0 first (the most significant bit); zero counts as 0.
-Modules are named as in the checkpoint showlab/magvitv2, so its 382 entries load as they are. Quantiser: Yu et al., arXiv 2310.05737.
+A code is the signs of the latent's channels read as a binary number, channel 0 first (the most significant bit); zero
+counts as 0. Modules are named as in the checkpoint showlab/magvitv2, so its 382 entries load as they are. Quantiser: Yu
+et al., arXiv 2310.05737.
 
-Measured on scenes (default level, 4,000 training and 400 test pictures), the small one, 621,723 parameters, 1,000 steps (`python -m
-unimod.models.image_tokenizer magvit pictures.npz`), 90 to 111 s of one core: test pictures 28.2 dB, 206 codes, all 400 read fully right by
-unimod.evaluate after encode and decode.
+Measured on scenes (default level, 4,000 training and 400 test images), the small one, 621,723 parameters, 1,000 steps
+(`python -m unimod.models.image_tokenizer magvit pictures.npz`), 90 to 111 s of one core: test images 28.2 dB, 206
+codes, all 400 read fully right by unimod.evaluate after encode and decode.
 
 N latent vectors, D bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unimod.models.image_tokenizer import LearnedTokenizer, at_least_one
+from .image_tokenizer import LearnedTokenizer, at_least_one
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class MagVitConfig:
 
     def __post_init__(self):
         levels = (self.encoder_multipliers, self.decoder_multipliers, self.encoder_blocks, self.decoder_blocks)
-        at_least_one(ch=self.ch, bits=self.bits, groups=self.groups, **{f"level {i}": n for row in levels for i, n in enumerate(row)})
-        if not self.encoder_blocks or len({len(row) for row in levels}) > 1:
-            raise ValueError(f"multipliers and blocks have {[len(row) for row in levels]} levels: give all four the same number")
+        numbers = {f"level {i}": n for row in levels for i, n in enumerate(row)}
+        at_least_one(ch=self.ch, bits=self.bits, groups=self.groups, **numbers)
+        lengths = [len(row) for row in levels]
+        if not self.encoder_blocks or len(set(lengths)) > 1:
+            raise ValueError(f"multipliers and blocks have {lengths} levels: give all four the same number")
         if self.bits > 18:
             raise ValueError(f"bits is {self.bits}: give at most 18, the codebook is held as a table of 2^bits rows")
         if self.ch % self.groups:
@@ -87,6 +90,8 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
+    """Residual block, attention, residual block, at the coarsest resolution."""
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.block_1 = ResBlock(channels, channels, groups)
@@ -110,7 +115,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the way to the next one where there is one ("downsample", "upsample" or None)."""
+    """Residual blocks at one resolution, then the change to the next: "downsample", "upsample" or None."""
 
     def __init__(self, inside: int, outside: int, blocks: int, groups: int, then: str | None):
         super().__init__()
@@ -134,9 +139,8 @@ class Encoder(nn.Module):
         widths = [c.ch * m for m in (1, *c.encoder_multipliers)]
         last = len(c.encoder_blocks) - 1
         self.conv_in = nn.Conv2d(3, c.ch, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[i], widths[i + 1], n, c.groups, "downsample" if i < last else None) for i, n in enumerate(c.encoder_blocks)
-        )
+        self.down = nn.ModuleList(Level(widths[i], widths[i + 1], n, c.groups, "downsample" if i < last else None)
+                                  for i, n in enumerate(c.encoder_blocks))
         self.mid = Middle(widths[-1], c.groups)
         self.norm_out = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c.bits, 3, padding=1)
@@ -158,9 +162,8 @@ class Decoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
         self.conv_in = nn.Conv2d(c.bits, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], c.groups)
-        self.up = nn.ModuleList(
-            Level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None) for i, n in enumerate(c.decoder_blocks)
-        )
+        self.up = nn.ModuleList(Level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None)
+                                for i, n in enumerate(c.decoder_blocks))
         self.norm_out = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -172,7 +175,8 @@ class Decoder(nn.Module):
 
 
 class LookupFree(nn.Module):
-    """Codes are signs. Buffers: `power_vals` int64 [D] = 2^(D-1) .. 1; `embedding` [2^D, D], row c the -1 / +1 codeword of code c."""
+    """Codes are signs. Buffers: `power_vals` int64 [D] = 2^(D-1) .. 1; `embedding` [2^D, D], the codewords of -1 and
+    +1."""
 
     def __init__(self, bits: int):
         super().__init__()
@@ -183,10 +187,12 @@ class LookupFree(nn.Module):
 
 
 class MagVitV2(LearnedTokenizer):
+    """Encoder, lookup-free quantiser and decoder."""
+
     name = "magvit"
     Config = MagVitConfig
     learning_rate, batch_size = 3e-3, 8
-    commitment, entropy = 0.1, 0.1  # weights of the quantiser's losses; commitment 0.5 with entropy 0.02 leaves 4 codes in use
+    commitment, entropy = 0.1, 0.1  # weights of the quantiser's losses; 0.5 and 0.02 leave 4 codes in use
 
     def __init__(self, config: MagVitConfig):
         super().__init__()
@@ -196,7 +202,8 @@ class MagVitV2(LearnedTokenizer):
 
     @classmethod
     def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> MagVitConfig | None:
-        """Widths, levels and bits as the released layout shows them; its norms have 32 groups."""
+        """Widths, levels and bits from the shapes of a released file, whose norms have 32 groups; None for another
+        model."""
         if "quantize.power_vals" not in shapes or "encoder.conv_in.weight" not in shapes:
             return None
         ch = shapes["encoder.conv_in.weight"][0]
@@ -208,28 +215,37 @@ class MagVitV2(LearnedTokenizer):
         def multiplier(part: str, i: int) -> int:
             return shapes[f"{part}.{i}.block.0.conv2.weight"][0] // ch
 
-        return MagVitConfig(ch, *(tuple(of(part, i) for i in levels) for of in (multiplier, blocks) for part in ("encoder.down", "decoder.up")),
-                            bits=shapes["quantize.power_vals"][0], groups=32)
+        def both(of: Callable[[str, int], int]) -> list[tuple[int, ...]]:
+            return [tuple(of(part, i) for i in levels) for part in ("encoder.down", "decoder.up")]
+
+        return MagVitConfig(ch, *both(multiplier), *both(blocks), bits=shapes["quantize.power_vals"][0], groups=32)
 
     def latents(self, x: Tensor) -> Tensor:
+        """float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation."""
         return self.encoder(x)
 
     def nearest(self, z: Tensor) -> Tensor:
+        """[B, D, h, w] -> int64 [B, h, w]."""
         return ((z > 0) * self.quantize.power_vals[:, None, None]).sum(1)  # code = sum of bit_i 2^(D-1-i)
 
     def codewords(self, codes: Tensor) -> Tensor:
+        """int64 [B, h, w] -> [B, D, h, w] of -1 and +1."""
         return self.quantize.embedding[codes].permute(0, 3, 1, 2)
 
     def images_of(self, q: Tensor) -> Tensor:
+        """[B, D, h, w] -> float [B, 3, H, W] in about [-1, 1]."""
         return self.decoder(q)
 
     def quantiser_loss(self, z: Tensor, codes: Tensor) -> Tensor:
-        """Commitment |z - q|^2, and entropy: each latent sure of its code, all codes used.
+        """commitment * |z - q|^2 + entropy * (mean H(p) - H(mean p)), entropies in nats (Yu et al., arXiv 2310.05737).
 
-        p(code | z) = softmax(2 z . q), a product of sigmoid(4 z_i) over the bits; loss = mean H(p) - H(mean p), in nats.
+        p(code | z) = softmax(2 z . q), a product of sigmoid(4 z_i) over the bits. The entropy term makes each latent
+        sure of its code and uses all codes.
         """
-        log_p = (2 * z.permute(0, 2, 3, 1).reshape(-1, self.config.bits) @ self.quantize.embedding.T).log_softmax(-1)  # [N, 2^D]
+        rows = z.permute(0, 2, 3, 1).reshape(-1, self.config.bits)
+        log_p = (2 * rows @ self.quantize.embedding.T).log_softmax(-1)  # [N, 2^D]
         p = log_p.exp()
         mean_p = p.mean(0)
-        entropy = -(p * log_p).sum(-1).mean() + (mean_p * mean_p.clamp_min(1e-12).log()).sum()  # log of an underflown 0 would be a nan
+        # clamped, since the log of an underflown 0 would be a nan
+        entropy = -(p * log_p).sum(-1).mean() + (mean_p * mean_p.clamp_min(1e-12).log()).sum()
         return self.commitment * F.mse_loss(z, self.codewords(codes)) + self.entropy * entropy

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +42,10 @@ class Text(Protocol):
 
 
 class HubText:
-    """A tokenizer of transformers; `size` leaves out what a model puts behind the text vocabulary."""
+    """A tokenizer of transformers; `size` leaves out what a model adds after the text vocabulary.
+
+    Raises ValueError when it does not know `eot`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, eot: str = "<|endoftext|>") -> None:
         self.tokenizer, self.size = tokenizer, size
@@ -51,7 +55,7 @@ class HubText:
 
     @classmethod
     def load(cls, where: str | Path, size: int, eot: str = "<|endoftext|>") -> HubText:
-        """From a folder (or a hub name, where there is a network). OSError or ValueError when there is no tokenizer."""
+        """From a folder (or a hub name, where there is a network). Raises OSError or ValueError when there is none."""
         return cls(AutoTokenizer.from_pretrained(where), size, eot)
 
     def encode(self, text: str) -> list[int]:
@@ -60,13 +64,7 @@ class HubText:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids up to the first eot; ids outside the text vocabulary are left out."""
-        kept = []
-        for i in ids:
-            if i == self.eot:
-                break
-            if 0 <= i < self.size:
-                kept.append(i)
-        return self.tokenizer.decode(kept).strip()
+        return self.tokenizer.decode([i for i in _until(ids, self.eot) if 0 <= i < self.size]).strip()
 
     def token(self, i: int) -> str:
         """One token for a label in a figure."""
@@ -76,7 +74,7 @@ class HubText:
 class WordTokenizer:
     """Known words are one token each, everything else falls back to bytes; lossless up to the amount of white space.
 
-    Ids: 0..255 bytes, then the words, then <|endoftext|> (which is also Show-o's start of text, as in Phi's vocabulary).
+    Ids: 0 .. 255 bytes, then the words, then <|endoftext|> (also Show-o's start of text, as in Phi's vocabulary).
     `words` are the data's own; markers and punctuation are added.
     """
 
@@ -96,12 +94,10 @@ class WordTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids up to the first <|endoftext|>; ids outside the vocabulary are left out."""
         out = bytearray()
-        for i in ids:
-            if i == self.eot:
-                break
+        for i in _until(ids, self.eot):
             if 0 <= i < 256:
                 out.append(i)
-            elif i < self.eot:
+            elif 256 <= i < self.eot:
                 out += f" {self.words[i - 256]}".encode()
         return re.sub(r" ([?.,])", r"\1", out.decode(errors="replace")).strip()
 
@@ -110,3 +106,8 @@ class WordTokenizer:
         if i == self.eot:
             return "<|endoftext|>"
         return chr(i) if i < 256 else self.words[i - 256]
+
+
+def _until(ids: Iterable[int], end: int) -> Iterable[int]:
+    """The ids before the first `end`."""
+    return itertools.takewhile(lambda i: i != end, ids)

@@ -1,32 +1,36 @@
-"""The tensors of a checkpoint folder: known by name and shape without loading them, read one at a time.
+"""The tensors of a checkpoint folder, and what each model family says of its folders.
 
-    weights = Weights(folder)              # CheckpointError when there is nothing to read, a shard is missing, a file damaged
-    weights.shapes["lm_head.weight"]       # (58498, 2048)
-    fill(module, weights, ours)            # into the module's own device and dtype
+    weights = Weights(folder)           # CheckpointError for nothing to read, a missing shard, a damaged file
+    weights.shapes["lm_head.weight"]    # (58498, 2048)
+    fill(module, weights, ours)         # into the module's own device and dtype
 
-Understood are safetensors and torch's own files (read with `weights_only`, so that no code in a pickle ever runs), each whole or
-in shards with an index.
+Understood are safetensors and torch's own files (read with `weights_only`, so that no code in a pickle ever runs), each
+whole or in shards with an index. Files are memory-mapped: a tensor's values are read when it is copied.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import ParameterError
+from .layout import Layout
+from .text import Text
+from .unified import UnifiedModel
 
-NAMES = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "model.pt", "tokenizer.safetensors")
+NAMES = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin",
+         "model.pt", "tokenizer.safetensors")
 """File names that are looked for, in this order, whole or as NAME.index.json with shards."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-"""What safetensors calls them."""
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class CheckpointError(ParameterError):
@@ -34,35 +38,38 @@ class CheckpointError(ParameterError):
 
 
 class Weights:
-    """The tensors of one folder, or of one `file` in it. `shapes` and `dtypes` (torch's) by key; `files` are what they are read from."""
+    """The tensors of one folder, or of one `file` in it: `tensors`, `shapes` and `dtypes` by key, and the `files`."""
 
     def __init__(self, folder: str | Path, file: Path | None = None) -> None:
         self.folder = Path(folder)
         self.files = self._files() if file is None else [file]
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self._readers: dict[str, Callable[[], Tensor]] = {}
+        self.tensors: dict[str, Tensor] = {}
         for path in self.files:
-            for key, tensor in (_safetensors if path.suffix == ".safetensors" else _pickled)(path):
-                self.shapes[key], self.dtypes[key], self._readers[key] = tensor
+            self.tensors |= _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
 
-    def __getitem__(self, key: str) -> Tensor:
-        """One tensor, on the CPU, as stored."""
-        return self._readers[key]()
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Data type of every tensor, as stored."""
+        return {key: tensor.dtype for key, tensor in self.tensors.items()}
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return len(self.tensors)
 
     def under(self, prefix: str) -> Weights:
         """Those whose key begins with a prefix, which is taken off."""
         part = copy(self)
-        part.shapes, part.dtypes, part._readers = ({k[len(prefix):]: v for k, v in d.items() if k.startswith(prefix)}
-                                                   for d in (self.shapes, self.dtypes, self._readers))
+        part.tensors = {k[len(prefix):]: v for k, v in self.tensors.items() if k.startswith(prefix)}
         return part
 
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder. Give the folder that holds config.json and the weights.")
+            raise CheckpointError(f"{self.folder} is not a folder. "
+                                  "Give the folder that holds config.json and the weights.")
         for name in NAMES:
             whole, index = self.folder / name, self.folder / f"{name}.index.json"
             if whole.is_file():
@@ -71,36 +78,40 @@ class Weights:
                 shards = sorted({self.folder / shard for shard in read_json(index).get("weight_map", {}).values()})
                 missing = [s.name for s in shards if not s.is_file()]
                 if missing or not shards:
-                    raise CheckpointError(f"{index} names {len(shards)} shards, of which {len(missing)} are missing: {', '.join(missing[:3])}. "
-                                          "Download the missing files into the folder.")
+                    raise CheckpointError(f"{index} names {len(shards)} shards, of which {len(missing)} are missing: "
+                                          f"{', '.join(missing[:3])}. Download the missing files into the folder.")
                 return shards
-        found = ", ".join(sorted(p.name for p in self.folder.iterdir())[:12]) or "nothing"
-        raise CheckpointError(f"{self.folder} holds no weights. Expected one of {', '.join(NAMES[:4])} (or its index with shards); found {found}.")
+        raise CheckpointError(f"{self.folder} holds no weights. Expected one of {', '.join(NAMES[:4])} (or its index "
+                              f"with shards); found {listing(self.folder)}.")
 
 
-def _safetensors(path: Path) -> Iterable[tuple[str, tuple]]:
+def listing(folder: Path) -> str:
+    """Names of up to 12 entries of a folder, for messages."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        file = safe_open(path, "pt")
-        for key in file.keys():  # noqa: SIM118 - a safe_open handle does not iterate
-            part = file.get_slice(key)
-            yield key, (tuple(part.get_shape()), DTYPES[part.get_dtype()], lambda key=key: file.get_tensor(key))
+        return load_file(path)
     except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged or cut short. Copy or download it again.") from None
+        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged or cut short. "
+                              "Copy or download it again.") from None
 
 
-def _pickled(path: Path) -> Iterable[tuple[str, tuple]]:
+def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and was refused, since loading it could run code ({str(error).splitlines()[0]}). "
-                              "Ask its maker for a safetensors file.") from None
+        raise CheckpointError(f"{path} holds more than tensors and was refused, since loading it could run code "
+                              f"({str(error).splitlines()[0]}). Ask its maker for a safetensors file.") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged or not a file of torch.save. "
-                              "Copy or download it again.") from None
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged or not a file of "
+                              "torch.save. Copy or download it again.") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{path} is not a state dict of named tensors; save the model's state_dict() in it.")
-    for key, tensor in state.items():
-        yield key, (tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+    return state
 
 
 def read_json(path: Path) -> dict:
@@ -108,8 +119,7 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in path.parent.iterdir())[:12]) if path.parent.is_dir() else "no such folder"
-        raise CheckpointError(f"{path} is missing; the folder holds: {found or 'nothing'}.") from None
+        raise CheckpointError(f"{path} is missing; the folder holds: {listing(path.parent)}.") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); the file is damaged. Copy it again.") from None
     if not isinstance(found, dict):
@@ -117,37 +127,122 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def compare(expected: dict[str, Tensor], weights: Weights, ours: Callable[[str], str | None],
+def compare(expected: Mapping[str, Tensor], weights: Weights, ours: Callable[[str], str | None],
             theirs: Callable[[str], str] = str) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Which file key fills which entry of a state dict, and what does not fit.
 
-    ours: file key -> key of the state dict, or None for what belongs to another part; theirs: back again. Returns {state key: file
-    key} and the lists "missing", "unexpected" (file keys) and "shape" (sentences).
+    ours: file key -> key of the state dict, or None for what belongs to another part; theirs: back again. Returns
+    {state key: file key} and the lists "missing", "unexpected" (file keys) and "shape" (sentences).
     """
-    source = {entry: key for key in weights.shapes if (entry := ours(key)) is not None}
-    wrong = [f"{source[k]} has shape {list(weights.shapes[source[k]])}, config.json asks for {list(expected[k].shape)}"
-             for k in sorted(expected.keys() & source.keys()) if not _fits(tuple(expected[k].shape), weights.shapes[source[k]])]
-    missing = sorted(theirs(k) for k in expected.keys() - source.keys())
-    return source, {"missing": missing, "unexpected": sorted(source[k] for k in source.keys() - expected.keys()),
-                    "shape": wrong}
+    shapes = weights.shapes
+    source = {entry: key for key in shapes if (entry := ours(key)) is not None}
+    wrong = []
+    for entry in sorted(expected.keys() & source.keys()):
+        asked, found = tuple(expected[entry].shape), shapes[source[entry]]
+        linear = len(asked) == 2 and found == (*asked, 1, 1)            # a 1 x 1 convolution is a linear map
+        if found != asked and not linear:
+            wrong.append(f"{source[entry]} has shape {list(found)}, config.json asks for {list(asked)}")
+    missing = sorted(theirs(entry) for entry in expected.keys() - source.keys())
+    unexpected = sorted(source[entry] for entry in source.keys() - expected.keys())
+    return source, {"missing": missing, "unexpected": unexpected, "shape": wrong}
 
 
-def _fits(asked: tuple[int, ...], found: tuple[int, ...]) -> bool:
-    """A 1 x 1 convolution is a linear map."""
-    return asked == found or (len(asked) == 2 and found == (*asked, 1, 1))
-
-
-def fill(module: nn.Module, weights: Weights, ours: Callable[[str], str | None], theirs: Callable[[str], str] = str) -> None:
+def fill(module: nn.Module, weights: Weights, ours: Callable[[str], str | None],
+         theirs: Callable[[str], str] = str) -> None:
     """Copy the weights into a module tensor by tensor, to its own device and dtype. The names are as in `compare`.
 
     Raises `CheckpointError` when an entry is missing, unexpected or of another shape; the module is untouched then.
     """
     own = module.state_dict(keep_vars=True)
     source, problems = compare(own, weights, ours, theirs)
-    said = [f"{len(entries)} {label} ({'; '.join(entries[:3])}{'; ...' if len(entries) > 3 else ''})" for label, entries in
-            (("missing", problems["missing"]), ("unexpected", problems["unexpected"]), ("of another shape", problems["shape"])) if entries]
-    if said:
-        raise CheckpointError(f"The weights in {weights.folder} do not fit its config.json: {', '.join(said)}. Use the config.json they were saved with.")
+    labels = {"missing": "missing", "unexpected": "unexpected", "shape": "of another shape"}
+    wrong = [f"{len(entries)} {labels[name]} ({'; '.join(entries[:3])}{'; ...' if len(entries) > 3 else ''})"
+             for name, entries in problems.items() if entries]
+    if wrong:
+        raise CheckpointError(f"The weights in {weights.folder} do not fit its config.json: {', '.join(wrong)}. "
+                              "Use the config.json they were saved with.")
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(weights[source[key]].view(tensor.shape))
+            tensor.copy_(weights.tensors[source[key]].view(tensor.shape))
+
+
+def described(model: UnifiedModel, names: Iterable[str] | None = None) -> dict:
+    """config.json of a stock model: its own, the ids of special tokens (`names`, default: all), grid and
+    text_budget."""
+    layout = model.layout
+    ids = {f"{name}_token_id": layout.special[name] for name in (layout.special if names is None else names)}
+    return {**model.lm.config.to_dict(), **ids, "grid": list(layout.grid), "text_budget": layout.text_budget}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model and its folders: how it is recognised, built and how its file names its weights.
+
+    recognises(config) says whether a config.json is of this kind, text(config) gives (size, eot id, eot's name) of its
+    text vocabulary, layout(config, text) makes the layout, build(config, layout, shapes) the model with fresh weights
+    (shapes: those in the file, by key, or none), and describe(model) is the config.json that a saved model gets.
+    prefixes: beginnings of the file's keys -> of the state dict's, the first that fits counts; None marks what belongs
+    to another part. Saving takes the last that fits.
+    """
+
+    name: str
+    folder: str
+    """What such a folder looks like, in words, for messages."""
+    recognises: Callable[[dict], bool]
+    text: Callable[[dict], tuple[int, int, str]]
+    layout: Callable[[dict, Text], Layout]
+    build: Callable[[dict, Layout, Shapes], UnifiedModel]
+    describe: Callable[[UnifiedModel], dict] = described
+    prefixes: Mapping[str, str | None] = field(default_factory=lambda: {"": "lm."})
+
+    def ours(self, key: str) -> str | None:
+        """The entry of `UnifiedModel.state_dict()` that a key of the file fills."""
+        for theirs, ours in self.prefixes.items():
+            if key.startswith(theirs):
+                return None if ours is None else ours + key[len(theirs):]
+        return key
+
+    def theirs(self, key: str) -> str:
+        """The file's key for an entry of the state dict."""
+        for theirs, ours in reversed(self.prefixes.items()):
+            if ours and key.startswith(ours):
+                return theirs + key[len(ours):]
+        raise KeyError(f"{self.name} has no place in its file for {key}.")
+
+
+def setting(config: dict, name: str) -> object:
+    """A setting that config.json must have. Raises `CheckpointError`."""
+    if config.get(name) is None:
+        raise CheckpointError(f"config.json has no {name!r}; it has {', '.join(sorted(config)[:12])}. "
+                              "Use the config.json that belongs to the weights.")
+    return config[name]
+
+
+def settings(config: dict, names: Mapping[str, str]) -> dict:
+    """Those settings that config.json has, under our own names: {its name: ours}."""
+    return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+
+
+def special_ids(config: dict, names: Mapping[str, str], text: Text | None = None,
+                released: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Ids of special tokens, {our name: how the tokenizer spells it}.
+
+    Looked up in config.json (NAME_token_id, or its vocabulary_map), then in the text tokenizer; where that does not
+    name all of them, those of the released model hold, if given. Raises `CheckpointError`.
+    """
+    vocabulary = config.get("vocabulary_map") or (text.tokenizer.get_vocab() if hasattr(text, "tokenizer") else {})
+    found = {name: config.get(f"{name}_token_id", vocabulary.get(spelling)) for name, spelling in names.items()}
+    lacking = [name for name, i in found.items() if i is None]
+    if lacking and released is None:
+        raise CheckpointError(f"Nothing says which ids the special tokens {', '.join(lacking)} have. Add "
+                              f"{lacking[0]}_token_id to config.json, or give text=, a tokenizer that knows "
+                              f"{names[lacking[0]]!r}.")
+    return dict(released) if lacking else found
+
+
+def agree(config: dict, **found: int) -> None:
+    """Raises `CheckpointError` when config.json gives other sizes than follow from the rest of it."""
+    for name, value in found.items():
+        if config.get(name, value) != value:
+            raise CheckpointError(f"config.json contradicts itself: {name} is {config[name]}, its other settings make "
+                                  f"it {value}.")
