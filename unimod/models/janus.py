@@ -37,16 +37,16 @@ class Janus(UnifiedModel):
         """The language model."""
         return self.lm.model.language_model
 
-    def embed(self, packed: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
         """What enters the first layer, [T, D]: text by the language model's embedding, features through the aligner,
         codes through the generation aligner."""
-        codes = packed.ids - self.layout.image_offset
+        codes = batch.ids - self.layout.image_offset
         image = self.lm.model.generation_aligner(self.lm.model.generation_embeddings(codes.clamp(min=0)))
-        text = self.embedding(packed.ids.clamp(0, self.layout.image_offset - 1))
+        text = self.embedding(batch.ids.clamp(0, self.layout.image_offset - 1))
         h = torch.where((codes >= 0)[:, None], image, text)
-        if packed.features is None:
+        if batch.features is None:
             return h
-        return h.masked_scatter((packed.ids == FEATURE)[:, None], self.lm.model.aligner(packed.features.to(h.dtype)))
+        return h.masked_scatter((batch.ids == FEATURE)[:, None], self.lm.model.aligner(batch.features.to(h.dtype)))
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """As the base's; the logits of a code are the generation head's, over codes only."""
