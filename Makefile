@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install run test lab lint update clean
+.PHONY: help install run test lab lint results update clean
 help:            ## what there is
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
 
@@ -22,6 +22,9 @@ lab: $(INSTALLED)   ## open JupyterLab on the notebooks
 
 lint: $(INSTALLED)  ## check style
 	$(BIN)/ruff check .
+
+results: $(INSTALLED)  ## write notebooks/records/RESULTS.md and the README's table from the records
+	$(BIN)/python -m unimod.workbook.results
 
 update:             ## resolve anew within pyproject's bounds, run the tests, and rewrite requirements.lock only if they pass
 	$(PYTHON) .ci/lock.py update $(ARGS)
