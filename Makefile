@@ -1,4 +1,4 @@
-# Everything from a fresh clone: `make run`, `make test`, `make lab`. The first call installs into .venv (minutes, about 1.6 GB).
+# Everything from a fresh clone: `make run`, `make test`, `make lab`. The first call installs into .venv (about 1.6 GB).
 #   make run ARGS="-p data=digits"      make test ARGS="tests/workbook -x"      make run PYTHON=python3.12
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ lint: $(INSTALLED)  ## check style
 results: $(INSTALLED)  ## write notebooks/records/RESULTS.md and the README's table from the records
 	$(BIN)/python -m unimod.workbook.results
 
-update:             ## resolve anew within pyproject's bounds, run the tests, and rewrite requirements.lock only if they pass
+update:             ## resolve anew within pyproject's bounds; rewrite requirements.lock if the tests pass
 	$(PYTHON) .ci/lock.py update $(ARGS)
 
 clean:              ## remove the virtual environment and caches; runs/ stays
@@ -35,7 +35,8 @@ clean:              ## remove the virtual environment and caches; runs/ stays
 
 $(INSTALLED): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
-	  echo "unimod needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12"; exit 3; }
+	  echo "unimod needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one:" \
+	    "make PYTHON=python3.12"; exit 3; }
 	@echo "Installing into .venv; this takes some minutes, once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.lock -e ".[notebooks,test]"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""requirements.lock: made by a universal resolver (uv) from pyproject.toml, for every supported Python and platform at once.
+"""requirements.lock: made by a universal resolver (uv) from pyproject.toml, for all supported Pythons and platforms.
 
-    python3 .ci/lock.py update [PYTEST ARGS]   # make update: resolve, test, rewrite the lock only if the tests pass, print what moved
+    python3 .ci/lock.py update [PYTEST ARGS]   # make update: resolve, test, rewrite the lock only if the tests pass
     python3 .ci/lock.py resolve FILE           # the newest versions within pyproject's bounds, into FILE
-    python3 .ci/lock.py moved OLD NEW          # direct requirements that differ between two locks, one a line; none: exit code 1
+    python3 .ci/lock.py moved OLD NEW          # direct requirements that differ, one a line; none: exit code 1
 
-The CUDA libraries behind torch are left out, for torch names each with its own exact version, and a CPU build of torch has none of them; so is
-torch's local part (+cpu): one lock serves both builds.
+The CUDA libraries behind torch are left out, for torch names each with its own exact version, and a CPU build of torch
+has none of them; so is torch's local part (+cpu): one lock serves both builds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-HEADER = """# Every version that CI ran, for Python 3.11 to 3.13; written by `make update`, read by `make install`, environment.yml and CI.
+HEADER = """# Every version that CI ran, for Python 3.11 to 3.13; written by `make update`, read by `make install`, \
+environment.yml and CI.
 # Without torch's own CUDA libraries and its local part: a CPU build and the CUDA build of the index both fit.
 """
 
@@ -40,7 +41,8 @@ def resolve(file: Path) -> None:
         python, raw = environment(Path(work) / "uv"), Path(work) / "raw"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
         known = {"UV_FIND_LINKS": links} if (links := os.environ.get("PIP_FIND_LINKS")) else {}
-        subprocess.run([python, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "notebooks", "--extra", "test", "--universal",
+        subprocess.run([python, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "notebooks", "--extra",
+                        "test", "--universal",
                         "--python-version", "3.11", "--no-header", "--no-annotate", "--quiet", "--output-file", raw],
                        check=True, cwd=ROOT, env=os.environ | known)
         lines = [re.sub(r"^(torch==[\d.]+)\+\w+", r"\1", line) for line in raw.read_text(encoding="utf-8").splitlines()
@@ -66,7 +68,8 @@ def moved(old: Path, new: Path) -> list[str]:
 
 def direct() -> set[str]:
     """The names that pyproject.toml itself asks for."""
-    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["notebooks"], *PROJECT["optional-dependencies"]["test"]]
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["notebooks"],
+             *PROJECT["optional-dependencies"]["test"]]
     return {re.match(r"[\w.-]+", line)[0] for line in lines}
 
 
@@ -81,7 +84,8 @@ def update(arguments: list[str]) -> int:
             return 0
         print("Moved:", *changes, "Installing and testing these ...", sep="\n  ", flush=True)
         python = environment(Path(work) / "venv")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", new, "-e", ".[notebooks,test]"], check=True, cwd=ROOT)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", new, "-e", ".[notebooks,test]"], check=True,
+                       cwd=ROOT)
         code = subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT).returncode
         if code:
             print("The tests fail with these versions; requirements.lock stays as it was.")

@@ -28,14 +28,16 @@ def test_pip_installs_the_lock_and_this_package_with_known_extras():
     lock, line = PIP
     extras = re.fullmatch(r"-e \.\[([\w,]+)\]", line)[1].split(",")
     assert set(extras) <= set(PROJECT["optional-dependencies"]) and {"notebooks", "test"} <= set(extras)
-    assert f'{lock} -e "{line.removeprefix("-e ")}"' in (ROOT / "Makefile").read_text()  # both doors open on the same room
+    assert f'{lock} -e "{line.removeprefix("-e ")}"' in (ROOT / "Makefile").read_text()  # as make install
 
 
-@pytest.mark.skipif(find_spec("setuptools") is None or find_spec("pip") is None, reason="pip or setuptools is not in this environment")
+@pytest.mark.skipif(find_spec("setuptools") is None or find_spec("pip") is None,
+                    reason="pip or setuptools is not in this environment")
 def test_pip_accepts_the_lines():
     """conda hands pip these lines in a file beside environment.yml."""
     words = [word for line in PIP for word in line.split()]
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", *words],
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation",
+                           *words],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Would install" in done.stdout and "unimod" in done.stdout
@@ -43,7 +45,9 @@ def test_pip_accepts_the_lines():
 
 def test_every_door_says_the_same_pythons():
     """pyproject's range, the Makefile's check, the lock's header and the README."""
-    allowed = [f"3.{minor}" for minor in range(9, 20) if SpecifierSet(PROJECT["requires-python"]).contains(f"3.{minor}.0")]
+    allowed = [f"3.{minor}" for minor in range(9, 20)
+               if SpecifierSet(PROJECT["requires-python"]).contains(f"3.{minor}.0")]
     assert allowed == ["3.11", "3.12", "3.13"]
     assert "(3, 11) <= sys.version_info < (3, 14)" in (ROOT / "Makefile").read_text()
-    assert "Python 3.11 to 3.13" in (ROOT / "requirements.lock").read_text() and "Python 3.11, 3.12 or 3.13" in (ROOT / "README.md").read_text()
+    assert "Python 3.11 to 3.13" in (ROOT / "requirements.lock").read_text()
+    assert "Python 3.11, 3.12 or 3.13" in (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The house: a file imports from its own floor or from floors below, never in a circle, and heavy libraries stay in their rooms."""
+"""A file imports from its own floor or from floors below, never in a circle, and heavy libraries have their own rooms."""
 
 import ast
 import subprocess
@@ -20,7 +20,8 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LOWEST = {"torch": 0, "transformers": 2, "accelerate": 4, "sklearn": 3, "scipy": 4}
-ONLY_IN = {"triton": {"ops"}, "plotly": {"views", "workbook"}, "pandas": {"views", "workbook"}, "papermill": {"workbook"},
+ONLY_IN = {"triton": {"ops"}, "plotly": {"views", "workbook"}, "pandas": {"views", "workbook"},
+           "papermill": {"workbook"},
            "nbclient": {"workbook"}, "ipywidgets": {"views", "workbook"}}
 
 
@@ -61,7 +62,8 @@ def test_a_file_imports_from_its_floor_or_below(name):
         top = imported.split(".")[0]
         if top == "unimod" and inside(imported):
             other = inside(imported).split(".")[0]
-            assert FLOOR[other] <= FLOOR[room], f"{name} (floor {FLOOR[room]}) imports {imported} (floor {FLOOR[other]})"
+            floors = FLOOR[other], FLOOR[room]
+            assert floors[0] <= floors[1], f"{name} (floor {floors[1]}) imports {imported} (floor {floors[0]})"
         if top in LOWEST:
             assert FLOOR[room] >= LOWEST[top], f"{name} imports {top}"
         if top in ONLY_IN:
@@ -73,7 +75,8 @@ def test_every_room_with_a_floor_exists():
     assert not gone, f"{', '.join(gone)}: not in the package any more; take it out of FLOORS"
 
 
-INSIDE = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "q_proj", "k_proj", "v_proj", "o_proj", "final_layernorm", "layer_idx",
+INSIDE = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "q_proj", "k_proj", "v_proj", "o_proj",
+          "final_layernorm", "layer_idx",
           "rotary_emb", "embed_tokens", "variance_epsilon",
           "gradient_checkpointing", "_gradient_checkpointing_func", "_attn_implementation"}
 """Attributes of transformers' decoder layers and stacks."""
@@ -81,22 +84,25 @@ INSIDE = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "q_
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_file_knows_the_inside_of_transformers(name):
-    """No other one names an attribute of a stock layer or imports from below transformers' public names; a routed layer is asked to recompute by the
-    attribute that stock layers have, and has it itself."""
+    """No other one names an attribute of a stock layer or imports from below transformers' public names.
+
+    A routed layer is told to recompute by the attribute that stock layers have, and has it itself.
+    """
     if name == "seam":
         return
     for node in ast.walk(ast.parse(ALL[name].read_text())):
         if isinstance(node, ast.Attribute) and node.attr in INSIDE and getattr(node.value, "id", "") != "seam":
             own = name == "layers" and node.attr == "gradient_checkpointing" and getattr(node.value, "id", "") == "self"
             assert own, f"{name}:{node.lineno} names .{node.attr}: give it a function in seam.py"
-        if isinstance(node, ast.Constant) and node.value in INSIDE - {"mlp"}:     # a branch that may be gated, in the field's word
+        if isinstance(node, ast.Constant) and node.value in INSIDE - {"mlp"}:     # the field's word for a gated branch
             raise AssertionError(f"{name}:{node.lineno} spells {node.value!r}: give it a function in seam.py")
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
             raise AssertionError(f"{name}:{node.lineno} imports from {node.module}: go through seam.py")
 
 
 def test_no_circles():
-    graph = {name: {inside(i) for i in imports(name, path) if i.startswith("unimod.")} - {None, name} for name, path in ALL.items()}
+    graph = {name: {inside(i) for i in imports(name, path) if i.startswith("unimod.")} - {None, name} for name,
+             path in ALL.items()}
     done, path = set(), []
 
     def visit(name):
@@ -114,15 +120,18 @@ def test_no_circles():
 
 
 def test_the_package_hands_out_few_names_and_costs_nothing_to_import():
-    code = "import sys, unimod; assert len(unimod.__all__) <= 15; assert 'torch' not in sys.modules; [getattr(unimod, n) for n in unimod.__all__]"
+    code = ("import sys, unimod; assert len(unimod.__all__) <= 15; assert 'torch' not in sys.modules; "
+            "[getattr(unimod, n) for n in unimod.__all__]")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_core_runs_without_notebook_packages():
     """On a GPU machine there is no plotly, papermill, pandas or jupyter; on a laptop no triton."""
-    core = [n for n in ALL if FLOOR[n.split(".")[0]] <= 5 and not n.startswith("views") and not n.endswith(("__main__", ".triton", "_triton"))]
+    core = [n for n in ALL if FLOOR[n.split(".")[0]] <= 5 and not n.startswith("views")
+            and not n.endswith(("__main__", ".triton", "_triton"))]
     code = ("import sys, importlib\n"
-            "for name in ('triton', 'plotly', 'papermill', 'pandas', 'ipywidgets', 'nbformat', 'nbclient', 'nbconvert', 'jupyterlab', 'IPython'):\n"
+            "for name in ('triton', 'plotly', 'papermill', 'pandas', 'ipywidgets', 'nbformat', 'nbclient', "
+            "'nbconvert', 'jupyterlab', 'IPython'):\n"
             "    sys.modules[name] = None\n"
             f"for name in {core!r}:\n    importlib.import_module('unimod.' + name)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Every file in params/ holds fields of `Params` with values that it accepts, and the default file holds the defaults."""
+"""Every file in params/ holds fields of `Params` with values that it accepts; the default file holds the defaults."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,8 @@ from unimod.params import Params
 from unimod.plan import MAKERS
 from unimod.workbook.run_folder import RUN_PARAMS
 
-FILES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).resolve().parents[1] / "params").glob("*.yaml"))}
+FILES = {path.stem: yaml.safe_load(path.read_text())
+         for path in sorted((Path(__file__).resolve().parents[1] / "params").glob("*.yaml"))}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -21,11 +22,11 @@ def test_every_key_is_a_parameter_with_a_value_of_its_type(name, tmp_path):
     assert values and not set(values) & set(RUN_PARAMS)
     needs = {"folder": str(tmp_path)} if values.get("data") == "folder" else {}
     params = dataclasses.asdict(Params.of(**values, **needs))
-    assert {key: params[key] for key in values} == values  # YAML gave the type itself: 1e-4 without a dot would be a text
+    assert {key: params[key] for key in values} == values    # YAML's own types: 1e-4 would be a text
 
 
 def test_default_file_says_what_the_code_does():
-    """But for the arms: where 03's measured plan goes to `unimod`, an arm with the plan of the code's default is its control."""
+    """But for the arms: `unimod` gets 03's measured plan, and an arm with the code's default plan is its control."""
     defaults = dataclasses.asdict(Params())
     differing = {key for key, value in FILES["default"].items() if value != defaults[key]}
     assert differing <= {"arms"} and set(defaults["arms"]) <= set(FILES["default"]["arms"])
@@ -80,7 +81,8 @@ def test_the_grids_names_are_those_of_the_package():
 
 def test_the_grids_are_whole():
     """Every combination of the two questions, and the control beside what it controls."""
-    assert set(FILES["grid"]["arms"]) == {"dense"} | {f"{r}.{p}" for r in ("shared", "separate") for p in ("last_half", "last_half_per_task")}
+    assert set(FILES["grid"]["arms"]) == {"dense"} | {f"{r}.{p}" for r in ("shared", "separate")
+                                                      for p in ("last_half", "last_half_per_task")}
     layers = ("last_half", "interleaved", "random", "lowest_arank", "highest_arank", "learned")
     assert {f"separate.{p}" for p in layers} | {"dense"} == set(FILES["layers"]["arms"])
     assert all(len(FILES[name]["seeds"]) == 3 for name in ("grid", "layers", "competitive"))

@@ -1,7 +1,8 @@
 """JupyterLab and Chromium for the tests that look and click as a reader does: `pytest -m browser`.
 
-Everything stays on this machine: the server works on a copy of the notebooks, asks no one for news, and every request of a page
-that would leave 127.0.0.1 is refused and fails the test. With UNIMOD_SCREENSHOTS=<folder> the pictures that the tests take are kept there.
+Everything stays on this machine: the server works on a copy of the notebooks, asks no one for news, and every request
+of a page that would leave 127.0.0.1 is refused and fails the test. With UNIMOD_SCREENSHOTS=<folder> the pictures that
+the tests take are kept there.
 """
 
 import contextlib
@@ -27,13 +28,16 @@ MISSING = [what for what, there in {
     "no playwright (pip install -e .[test])": importlib.util.find_spec("playwright"),
     "no jupyterlab (pip install -e .[notebooks])": importlib.util.find_spec("jupyterlab"),
 }.items() if not there]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update",
          "--disable-sync", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 ELSEWHERE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 SIZE = {"width": 1500, "height": 1100}
 QUIET = """{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}"""
-SERVER = ["--no-browser", "--allow-root", "--expose-app-in-browser", "--LabApp.extension_manager=readonly", "--LabApp.news_url=None",
-          "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0"]
+SERVER = ["--no-browser", "--allow-root", "--expose-app-in-browser", "--LabApp.extension_manager=readonly",
+          "--LabApp.news_url=None",
+          "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--ServerApp.ip=127.0.0.1",
+          "--ServerApp.port_retries=0"]
 
 
 def pytest_collection_modifyitems(items):
@@ -47,7 +51,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="package")
 def chromium():
-    """The browser, closed when this folder's tests are over: Playwright keeps an event loop that papermill's would trip over."""
+    """The browser, closed when this folder's tests are over: its event loop would break papermill's."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -57,7 +61,10 @@ def chromium():
 
 
 class Watch:
-    """What pages say and ask for: `said` (console lines as (type, text), uncaught errors as type "uncaught"), `asked` (addresses elsewhere)."""
+    """What pages print and ask for.
+
+    `said`: console lines as (type, text), uncaught errors as type "uncaught"; `asked`: addresses elsewhere.
+    """
 
     def __init__(self, context):
         self.said, self.asked = [], []
@@ -77,7 +84,10 @@ class Watch:
 
 @pytest.fixture(scope="package")
 def pages(chromium):
-    """with pages() as browse: browse(**options) gives a page in a context of its own, with its `page.watch`; all must have been quiet at the end."""
+    """with pages() as browse: browse(**options) gives a page in a context of its own, with its `page.watch`.
+
+    At the end all must have been quiet.
+    """
 
     @contextlib.contextmanager
     def watched():
@@ -115,7 +125,7 @@ def shoot(tmp_path):
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory):
-    """JupyterLab on copies of notebooks/ and params/, importing this checkout; yields its address (with token) and its folder."""
+    """JupyterLab on copies of notebooks/ and params/, importing this checkout; yields address, token and folder."""
     root = tmp_path_factory.mktemp("lab")
     for name in ("notebooks", "params"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
@@ -126,14 +136,18 @@ def server(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
-    own = {"JUPYTER_CONFIG_DIR": config.parent, "JUPYTER_DATA_DIR": root / "jupyter" / "data", "JUPYTER_RUNTIME_DIR": root / "jupyter" / "runtime",
-           "JUPYTERLAB_SETTINGS_DIR": root / "jupyter" / "settings", "JUPYTERLAB_WORKSPACES_DIR": root / "jupyter" / "workspaces",
+    own = {"JUPYTER_CONFIG_DIR": config.parent, "JUPYTER_DATA_DIR": root / "jupyter" / "data",
+           "JUPYTER_RUNTIME_DIR": root / "jupyter" / "runtime",
+           "JUPYTERLAB_SETTINGS_DIR": root / "jupyter" / "settings",
+           "JUPYTERLAB_WORKSPACES_DIR": root / "jupyter" / "workspaces",
            "IPYTHONDIR": root / "ipython", "JUPYTER_TOKEN": token,
            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     log = root / "server.log"
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *SERVER, f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}"],
-                                   cwd=root, env=os.environ | {name: str(value) for name, value in own.items()}, stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", *SERVER, f"--ServerApp.port={port}",
+                                    f"--ServerApp.root_dir={root}"],
+                                   cwd=root, env=os.environ | {name: str(value) for name, value in own.items()},
+                                   stdout=out, stderr=out)
     address = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 60

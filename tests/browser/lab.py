@@ -21,12 +21,13 @@ class Lab:
         self.page, self.address, self.token, self.root = page, address, token, root
 
     def open(self, name, **parameters):
-        """Open a fresh copy of notebooks/<name>.ipynb with these values in its parameters cell, and wait for its kernel."""
+        """Open a fresh copy of notebooks/<name>.ipynb with these values as parameters, and wait for its kernel."""
         path = self.root / "notebooks" / f"{name}.ipynb"
         book = json.loads(path.read_text(encoding="utf-8"))
         cell = next(cell for cell in book["cells"] if "parameters" in cell["metadata"].get("tags", []))
         for key, value in parameters.items():
-            source, found = re.subn(rf"^({key}: .*?) = .*?(  #.*)?$", lambda m, v=value: f"{m[1]} = {v!r}{m[2] or ''}", "".join(cell["source"]), flags=re.M)
+            source, found = re.subn(rf"^({key}: .*?) = .*?(  #.*)?$", lambda m, v=value: f"{m[1]} = {v!r}{m[2] or ''}",
+                                    "".join(cell["source"]), flags=re.M)
             assert found == 1, f"{name} has no parameter {key}"
             cell["source"] = source.splitlines(keepends=True)
         path.write_text(json.dumps(book), encoding="utf-8")
@@ -35,16 +36,18 @@ class Lab:
         self.page.locator("#jupyterlab-splash").wait_for(state="detached")
 
     def run_all(self, seconds=300):
-        """Run > Run All Cells, and wait until every cell has run. Raises AssertionError with the traceback of a cell that fails."""
+        """Run > Run All Cells, and wait for the last. Raises AssertionError with the traceback of a cell that fails."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         wait_until(self.page, self._finished, "all cells have run and the kernel is idle", seconds, every=200)
 
     def _finished(self):
         cells = self.page.evaluate(CELLS)
-        failed = [(cell["source"], "\n".join(out["traceback"])) for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+        failed = [(cell["source"], "\n".join(out["traceback"])) for cell in cells for out in cell["outputs"]
+                  if out["output_type"] == "error"]
         assert not failed, "\n".join(failed[0])
-        return all(cell["count"] and cell["state"] != "running" for cell in cells) and self.page.evaluate(STATUS) == "idle"
+        return all(cell["count"] and cell["state"] != "running"
+                   for cell in cells) and self.page.evaluate(STATUS) == "idle"
 
     def outputs(self, kind):
         """All outputs of one MIME type, or of one kind such as "stream", in order."""
@@ -62,7 +65,8 @@ class Lab:
 
     def theme(self, dark):
         """Settings > Theme."""
-        self.page.evaluate("name => jupyterapp.commands.execute('apputils:change-theme', { theme: name })", f"JupyterLab {'Dark' if dark else 'Light'}")
+        self.page.evaluate("name => jupyterapp.commands.execute('apputils:change-theme', { theme: name })",
+                           f"JupyterLab {'Dark' if dark else 'Light'}")
         self.page.locator(f"body[data-jp-theme-light={'false' if dark else 'true'}]").wait_for(state="attached")
 
     def whole(self, shoot, name):
@@ -81,4 +85,5 @@ class Lab:
             self._ask("DELETE", f"kernels/{kernel['id']}").close()
 
     def _ask(self, method, path):
-        return urllib.request.urlopen(urllib.request.Request(f"{self.address}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"}))
+        return urllib.request.urlopen(urllib.request.Request(f"{self.address}/api/{path}", method=method,
+                                                             headers={"Authorization": f"token {self.token}"}))

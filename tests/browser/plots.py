@@ -1,9 +1,13 @@
-"""Plotly figures in a page: what they draw, and real mouse clicks on their cells and sliders. A plot is a locator of one `.js-plotly-plot`."""
+"""Plotly figures in a page: what they draw, and real mouse clicks on their cells and sliders.
+
+A plot is a locator of one `.js-plotly-plot`.
+"""
 
 import time
 
 VALUES = """(plot, [trace, key]) => {
-  const plain = value => ArrayBuffer.isView(value) || Array.isArray(value) ? Array.from(value, plain) : Number.isNaN(value) ? null : value;
+  const plain = value => ArrayBuffer.isView(value) || Array.isArray(value) ? Array.from(value, plain)
+    : Number.isNaN(value) ? null : value;
   return plot._fullData ? plain(plot._fullData[trace][key]) : null;   // null while it is being made
 }"""
 PLACE = """(plot, [trace, row, column]) => {   // pixels from the plot's corner to the middle of a cell
@@ -12,7 +16,8 @@ PLACE = """(plot, [trace, row, column]) => {   // pixels from the plot's corner 
   const axis = (id) => layout[id[0] + "axis" + id.slice(1)];
   return [at(axis(t.xaxis), t.x, t.x0, t.dx, column), at(axis(t.yaxis), t.y, t.y0, t.dy, row)];
 }"""
-DRAWN = "plot => !!plot._fullData && plot._fullData.length > 0 && !!plot.querySelector('.main-svg') && plot.clientWidth > 50"
+DRAWN = ("plot => !!plot._fullData && plot._fullData.length > 0 && !!plot.querySelector('.main-svg') "
+         "&& plot.clientWidth > 50")
 
 
 def drawn(plot):
@@ -27,7 +32,8 @@ def values(plot, trace=0, key="z"):
 
 def traces(plot, kind):
     """Numbers of the visible traces of a kind, such as "heatmap"."""
-    return plot.evaluate("(plot, kind) => (plot._fullData || []).flatMap((t, i) => t.type === kind && t.visible === true ? [i] : [])", kind)
+    code = "(plot, kind) => (plot._fullData || []).flatMap((t, i) => t.type === kind && t.visible === true ? [i] : [])"
+    return plot.evaluate(code, kind)
 
 
 def layout(plot, path):
@@ -62,7 +68,10 @@ def drag_slider(plot, step):
 
 
 def wait_until(page, condition, what, seconds=60.0, every=20):
-    """Ask every so many ms until condition() holds, and give its value; raises AssertionError with `what`, or what it gives, after `seconds`."""
+    """Ask every so many ms until condition() holds, and give its value.
+
+    Raises AssertionError with `what`, or what it gives, after `seconds`.
+    """
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"{what() if callable(what) else what}: not within {seconds} s"

@@ -1,4 +1,4 @@
-"""A reader opens a notebook in JupyterLab and runs it: everything is drawn, nothing complains, nobody is asked, in light and in dark."""
+"""A reader opens a notebook in JupyterLab and runs it: all is drawn, nothing complains, in light and in dark."""
 
 
 PLOTLY = "application/vnd.plotly.v1+json"

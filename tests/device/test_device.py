@@ -4,7 +4,6 @@ In a process of its own, because the device is registered with torch.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,15 +12,14 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.timeout(600)
-def test_on_a_device():
+def on_pretend(work):
     path = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "on_pretend.py")],
-        cwd=HERE.parents[1],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout
-    assert "skipped" not in done.stdout, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "on_pretend.py")]
+    return ["env", f"PYTHONPATH={path}", *command]
+
+
+@pytest.mark.background.with_args(on_pretend)
+@pytest.mark.timeout(900)
+def test_on_a_device(background):
+    out = background(on_pretend).out
+    assert " passed" in out and "skipped" not in out, out[-8000:]

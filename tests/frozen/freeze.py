@@ -1,10 +1,12 @@
-"""What a change of the house must not change: outputs, trainings, keys, answers, drawings, FLOPs, a notebook's results, the command line's JSON.
+"""What a refactoring must not change: outputs, trainings, keys, answers, images, FLOPs, a notebook's results, the
+command line's JSON.
 
     python tests/frozen/freeze.py take OUT.pt           # all of it, from the package that is imported
     python tests/frozen/freeze.py same A.pt B.pt        # equal to the last bit, or what is not
-    python tests/frozen/freeze.py against COMMIT        # take both on this machine, that commit's by its own copy of this file, and hold them together
+    python tests/frozen/freeze.py against COMMIT    # take both here, that commit's by its own copy, and compare
 
-Bits are compared on one machine only; `test_frozen.py` holds a digest of the numbers, with a tolerance, against frozen.json.
+Bits are compared on one machine only; `test_frozen.py` compares a digest of the numbers, with a tolerance, with
+frozen.json.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ STEPS = 20
 
 
 def take(notebook: bool = True) -> dict[str, object]:
-    """Name -> tensor or plain JSON value. One thread and one seed for each, so that the order of what is taken does not matter."""
+    """Name -> tensor or plain JSON value; one thread and one seed for each, so that their order does not matter."""
     torch.set_num_threads(1)
     found: dict[str, object] = {}
     for name in MODELS:
@@ -69,7 +71,8 @@ def _model(name: str) -> dict[str, object]:
         loss = losses(model, packed)
         loss.total.backward()
         found[f"{what}: losses"] = torch.cat([loss.total.detach()[None], loss.per_task])
-        found[f"{what}: gradient"] = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None])
+        found[f"{what}: gradient"] = torch.stack([p.grad.double().norm() for p in model.parameters()
+                                                  if p.grad is not None])
         model.zero_grad(set_to_none=True)
         model.eval()
         cost = count(model, packed)
@@ -118,10 +121,12 @@ def _without_paths(value: object) -> object:
 def _notebook() -> dict[str, object]:
     """The results of 03 but for times, executed at the smallest values."""
     with tempfile.TemporaryDirectory() as runs:
-        subprocess.run([sys.executable, "-m", "unimod", "run", "03", "-f", "params/smoke.yaml", "--runs", runs], check=True, cwd=ROOT, capture_output=True,
+        subprocess.run([sys.executable, "-m", "unimod", "run", "03", "-f", "params/smoke.yaml", "--runs", runs],
+                       check=True, cwd=ROOT, capture_output=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
         (results,) = Path(runs).glob("03_*/*/results.json")
-        return {f"03: {row['name']}": row["value"] for row in json.loads(results.read_text(encoding="utf-8")) if "time" not in row["name"]}
+        return {f"03: {row['name']}": row["value"] for row in json.loads(results.read_text(encoding="utf-8"))
+                if "time" not in row["name"]}
 
 
 def digest(value: object) -> object:
@@ -136,7 +141,8 @@ def different(a: dict[str, object], b: dict[str, object]) -> list[str]:
     """The names of what is not equal to the last bit."""
     def equal(x: object, y: object) -> bool:
         if isinstance(x, torch.Tensor):
-            return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x.nan_to_num(nan=-1.0), y.nan_to_num(nan=-1.0))
+            return isinstance(y, torch.Tensor) and x.dtype == y.dtype and torch.equal(x.nan_to_num(nan=-1.0),
+                                                                                      y.nan_to_num(nan=-1.0))
         return x == y
     return sorted(name for name in a.keys() | b.keys() if name not in a or name not in b or not equal(a[name], b[name]))
 
@@ -148,7 +154,8 @@ def against(commit: str) -> int:
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", other, commit], check=True, cwd=ROOT)
         try:
             for root, file in zip((other, ROOT), files):
-                subprocess.run([sys.executable, root / "tests" / "frozen" / "freeze.py", "take", file], check=True, cwd=root,
+                subprocess.run([sys.executable, root / "tests" / "frozen" / "freeze.py", "take", file], check=True,
+                               cwd=root,
                                env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], check=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The numbers of the shipped models and the command line are what they were when frozen.json was taken (freeze.py digest)."""
+"""The numbers of the shipped models and the command line are those of frozen.json (made by freeze.py digest)."""
 
 import json
 from pathlib import Path

@@ -1,40 +1,68 @@
-"""Every notebook, executed as a user would, on the smallest parameters; what is checked are its results, not its cells."""
+"""Every notebook, executed as a user would, on the smallest parameters; checked are its results, not its cells."""
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from background import unimod
 from PIL import Image
 
 from unimod.plan import CapacityPlan
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("0*.ipynb"))
+SMOKE = ("-f", "params/smoke.yaml")
+TWO_ARMS = ("-p", "models=showo-tiny", "-p", "arms=dense,shared.last_half")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
-def unimod(*words):
-    """Run the command line from the repository's root."""
-    return subprocess.run([sys.executable, "-m", "unimod", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+def everything(work):
+    """All notebooks in one run."""
+    return unimod("run", "all", *SMOKE, "--runs", work)
+
+
+def two_seeds(work):
+    return unimod("run", "04", *SMOKE, "-p", "models=showo-tiny", "-p", "seeds=0,3", "-p", "steps=3", "--runs", work)
+
+
+def on_digits(work):
+    return unimod("run", "07", *SMOKE, "-p", "data=digits", *TWO_ARMS, "--runs", work)
+
+
+def on_a_folder(work):
+    """A training on pictures of the user, one of them broken."""
+    pictures, entries = work / "pictures", []
+    pictures.mkdir()
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 255, (60 + i, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((80, 60)).save(pictures / f"{i}.png")
+        entries.append({"image": f"{i}.png", "caption": f"noise number {i}",
+                        "questions": [{"question": "is it noise?", "answer": "yes"}]})
+    (pictures / "broken.png").write_bytes(b"not a picture")
+    entries.append({**entries[0], "image": "broken.png", "caption": "broken"})
+    (pictures / "data.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return unimod("run", "07", *SMOKE, "-p", "data=folder", "-p", f"folder={pictures}", *TWO_ARMS, "--runs", work)
+
+
+executes_all = pytest.mark.background.with_args(everything)
+
+
+@pytest.fixture
+def smoke(background):
+    """The run folder of every notebook by name, the report's, and what the runner printed."""
+    outcome = background(everything)
+    folders = {name: next((outcome.work / name).glob("*/done.json")).parent for name in NAMES}
+    return folders | {"report": outcome.work / "report", "log": outcome.out}
 
 
 def results(folder):
     return {row["name"]: row["value"] for row in json.loads((folder / "results.json").read_text())}
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """All notebooks, one run; the run folder of each by name."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = unimod("run", "all", "-f", "params/smoke.yaml", "--runs", runs)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return {name: next((runs / name).glob("*/done.json")).parent for name in NAMES} | {"report": runs / "report", "log": done.stdout}
-
-
+@executes_all
 def test_all_notebooks_finish_and_the_report_holds_every_figure(smoke):
     page = (smoke["report"] / "index.html").read_text()
     figures = [path for name in NAMES for path in (smoke[name] / "figures").glob("*.json")]
@@ -44,32 +72,37 @@ def test_all_notebooks_finish_and_the_report_holds_every_figure(smoke):
     assert "about" in smoke["log"] and str(smoke["report"]) in smoke["log"].splitlines()[-1]
 
 
+@executes_all
 def test_plans_and_runs_are_handed_on(smoke):
     asked = (smoke["07_training"] / "params.yaml").read_text()
     assert str(smoke["03_token_redundancy"] / "plan.yaml") in asked
     assert str(smoke["07_training"]) in (smoke["08_compare_runs"] / "params.yaml").read_text()
 
 
+@executes_all
 def test_the_plan_and_its_control_save_alike_on_other_layers(smoke):
-    plan, control = (CapacityPlan.load(smoke["03_token_redundancy"] / f"{name}.yaml") for name in ("plan", "plan-highest"))
+    folder = smoke["03_token_redundancy"]
+    plan, control = CapacityPlan.load(folder / "plan.yaml"), CapacityPlan.load(folder / "plan-highest.yaml")
     for task in plan.capacity:
         assert plan.saving(task) == pytest.approx(0.3, abs=1e-4) == control.saving(task), task
         routed = [{i for i, c in enumerate(p.capacity[task]) if c < 1} for p in (plan, control)]
         assert len(routed[0]) == len(routed[1]) == 4 and not routed[0] & routed[1], task
 
 
-def test_one_router_for_both_runs_once_per_seed(tmp_path):
-    done = unimod("run", "04", "-f", "params/smoke.yaml", "-p", "models=showo-tiny", "-p", "seeds=0,3", "-p", "steps=3", "--runs", tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folder = next((tmp_path / "04_task_interactions").glob("*/done.json")).parent
-    kept = [row["seed"] for row in json.loads((folder / "results.json").read_text()) if row["name"] == "kept under one router, t2i, showo-tiny"]
+@pytest.mark.background.with_args(two_seeds)
+def test_one_router_for_both_runs_once_per_seed(background):
+    folder = next(background(two_seeds).work.glob("04_task_interactions/*/done.json")).parent
+    rows = json.loads((folder / "results.json").read_text())
+    kept = [row["seed"] for row in rows if row["name"] == "kept under one router, t2i, showo-tiny"]
     steps = pd.read_parquet(folder / "tables" / "kept_over_steps.parquet")
     assert kept == [0, 3] and steps.groupby("seed")["step"].max().to_dict() == {0: 3, 3: 3}
 
 
+@executes_all
 def test_router_design_measures_what_it_teaches(smoke):
     found = results(smoke["05_router_design"])
-    ways = [found[f"distance from the dense layer: {w}"] for w in ("h + (1 + 0.2 tanh score) x update", "h + score x update", "score x (h + update)")]
+    ways = [found[f"distance from the dense layer: {way}"]
+            for way in ("h + (1 + 0.2 tanh score) x update", "h + score x update", "score x (h + update)")]
     assert ways == sorted(ways) and ways[0] < 0.15
     assert found["error of renumbered positions"] > 0.1
     assert found["change of the first answer by a later turn"] < 1e-3
@@ -77,6 +110,7 @@ def test_router_design_measures_what_it_teaches(smoke):
     assert found["loss at the start, t2i, tanh"] >= found["loss at the start, t2i, dense"]
 
 
+@executes_all
 def test_fast_layers_are_right_and_use_less_memory(smoke):
     found = results(smoke["06_fast_layers"])
     for model in ("showo-tiny", "emu3-tiny"):
@@ -85,37 +119,33 @@ def test_fast_layers_are_right_and_use_less_memory(smoke):
         assert 0.6 < found[f"{model}, unimod: FLOPs of a step"] < 0.9
 
 
+@executes_all
 def test_training_compares_arms_at_equal_flops(smoke):
     arms = [json.loads(p.read_text()) for p in (smoke["07_training"] / "arms").rglob("arm.json")]
     assert len(arms) == 6
     for model in ("showo-tiny", "emu3-tiny"):
         cost = {a["arm"]: a["flops_per_step"] / a["dense_flops_per_step"] for a in arms if a["model"] == model}
         assert cost["dense"] == 1 and abs(cost["mod"] - cost["unimod"]) < 0.01 and 0.6 < cost["unimod"] < 0.9
-        shown = {f"{figure}_{model}.json" for figure in ("kept_by_modality", "kept_positions", "overlaps", "scores")} | {"kept_over_training.json"}
+        figures = ("kept_by_modality", "kept_positions", "overlaps", "scores")
+        shown = {f"{figure}_{model}.json" for figure in figures} | {"kept_over_training.json"}
         assert shown <= {p.name for p in (smoke["07_training"] / "figures").iterdir()}
-    assert all(bool(a["arm"] == "dense") != ("routing/score" in a["evaluations"][-1]) and isinstance(a["collapsed"], list) for a in arms)
+    for arm in arms:
+        assert (arm["arm"] != "dense") == ("routing/score" in arm["evaluations"][-1]) and isinstance(
+            arm["collapsed"], list
+        )
     assert {"summary.md", "record.json"} <= {p.name for p in smoke["08_compare_runs"].iterdir()}
     assert (smoke["08_compare_runs"] / "summary.md").read_text().count("unimod") == 2
 
 
-@pytest.mark.parametrize("data", ["digits", "folder"])
-def test_training_runs_on_real_data(data, tmp_path):
-    words = ["-p", f"data={data}", "-p", "models=showo-tiny", "-p", "arms=dense,shared.last_half"]
-    if data == "folder":
-        entries = []
-        for i in range(12):
-            pixels = np.random.default_rng(i).integers(0, 255, (60 + i, 80, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((80, 60)).save(tmp_path / f"{i}.png")
-            entries.append({"image": f"{i}.png", "caption": f"noise number {i}", "questions": [{"question": "is it noise?", "answer": "yes"}]})
-        (tmp_path / "broken.png").write_bytes(b"not a picture")
-        entries.append({"image": "broken.png", "caption": "broken", "questions": [{"question": "is it noise?", "answer": "no"}]})
-        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, entries)))
-        words += ["-p", f"folder={tmp_path}"]
-    done = unimod("run", "07", "-f", "params/smoke.yaml", *words, "--runs", tmp_path / "runs")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    folder = next((tmp_path / "runs" / "07_training").glob("*/done.json")).parent
+@pytest.mark.parametrize(("data", "command"), [
+    pytest.param("digits", on_digits, marks=pytest.mark.background.with_args(on_digits)),
+    pytest.param("folder", on_a_folder, marks=pytest.mark.background.with_args(on_a_folder)),
+])
+def test_training_runs_on_real_data(background, data, command):
+    folder = next(background(command).work.glob("07_training/*/done.json")).parent
     arms = [json.loads(p.read_text()) for p in (folder / "arms").rglob("arm.json")]
-    assert len(arms) == 2 and all(a["data"] == data and 0 <= a["evaluations"][-1]["questions/all"] <= 1 for a in arms)
+    assert len(arms) == 2
+    assert all(a["data"] == data and 0 <= a["evaluations"][-1]["questions/all"] <= 1 for a in arms)
 
 
 @pytest.mark.parametrize(("words", "code", "message"), [
@@ -135,8 +165,10 @@ def test_bad_input_is_one_paragraph_and_leaves_nothing_finished(tmp_path, words,
     (tmp_path / "broken" / "image_tokenizer").mkdir(parents=True)
     (tmp_path / "broken" / "config.json").write_bytes((shipped / "config.json").read_bytes())
     (tmp_path / "broken" / "model.safetensors").write_bytes((shipped / "model.safetensors").read_bytes()[:5000])
-    words = [w if "=" not in w or not (tmp_path / w.split("=")[1]).exists() else f"{w.split('=')[0]}={tmp_path / w.split('=')[1]}" for w in words]
-    done = unimod("run", "07", "-f", "params/smoke.yaml", *words, "--runs", tmp_path / "runs")
+    for made in ("bad.yaml", "zero.yaml", "ninth.yaml", "broken"):
+        words = [word.replace(f"={made}", f"={tmp_path / made}") for word in words]
+    done = subprocess.run(unimod("run", "07", *SMOKE, *words, "--runs", tmp_path / "runs"), cwd=ROOT, text=True,
+                          capture_output=True)
     assert done.returncode == code, done.stderr
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -1,4 +1,7 @@
-"""Notebooks 00 to 05 are lessons: goals, a question per figure, exercises that hint and have real solutions, a questionnaire. No kernel needed."""
+"""Notebooks 00 to 05 are lessons: goals, a question per figure, exercises with hints and solutions, a questionnaire.
+
+No kernel needed.
+"""
 
 import ast
 import json
@@ -28,7 +31,8 @@ class Exercise:
 
     @property
     def stages(self) -> int:
-        return sum(isinstance(node, ast.Call) and ast.unparse(node.func) == "Stage" for node in ast.walk(ast.parse(self.check)))
+        return sum(isinstance(node, ast.Call) and ast.unparse(node.func) == "Stage"
+                   for node in ast.walk(ast.parse(self.check)))
 
 
 @cache
@@ -49,9 +53,11 @@ def exercises(lesson):
             code = [parts[i + 1][1], parts[i + 2][1]]
             ends = next(j for j in range(i + 1, len(parts)) if parts[j][0] == "markdown")
             solution = re.search(DETAILS.format("Solution"), parts[ends][1], re.S)
-            assert solution and re.fullmatch(r"```python\n.*\n```", solution[1], re.S), f"{lesson.stem}, {parts[ends][2]}: no solution in code"
+            assert solution and re.fullmatch(r"```python\n.*\n```", solution[1],
+                                             re.S), f"{lesson.stem}, {parts[ends][2]}: no solution in code"
             name = ast.parse(code[0]).body[-1].name
-            found.append(Exercise(name, text[text.index("## Exercise"):], *code, solution[1].removeprefix("```python\n").removesuffix("\n```")))
+            found.append(Exercise(name, text[text.index("## Exercise"):], *code,
+                                  solution[1].removeprefix("```python\n").removesuffix("\n```")))
     return found
 
 
@@ -84,7 +90,8 @@ def test_every_figure_is_followed_by_a_question_that_it_answers(lesson):
         if kind == "code" and (figures := calls(text, "run.figure")):
             assert len(figures) == 1, f"{name}: one figure in a cell, one question"
             question, where = next((text, where) for kind, text, where in parts[i + 1:] if kind == "markdown")
-            assert re.search(r"\*\*Question\.\*\* .+\?", question) and re.search(DETAILS.format("Answer"), question, re.S), f"{where} behind {name}"
+            assert re.search(r"\*\*Question\.\*\* .+\?", question) and re.search(DETAILS.format("Answer"), question,
+                                                                                 re.S), f"{where} behind {name}"
             asked.append(where)
     assert asked and len(set(asked)) == len(asked)
 
@@ -93,7 +100,8 @@ def test_what_is_folded_renders(lesson):
     for kind, text, name in cells(lesson):
         if kind == "markdown":
             folded = re.findall(DETAILS.format("[A-Z][a-z]+"), text, re.S)
-            assert text.count("<details>") == text.count("</details>") == len(folded), f"{name}: a blank line belongs behind <summary> and before </details>"
+            whole = text.count("<details>") == text.count("</details>") == len(folded)
+            assert whole, f"{name}: a blank line belongs behind <summary> and before </details>"
 
 
 def test_code_that_knows_the_answers_is_folded_and_no_other(lesson):
@@ -130,7 +138,8 @@ def test_every_solution_passes_its_check(lesson, capsys):
         assert namespace[e.name] is mine
 
 
-WRONG = {"nothing": "None", "shape": "torch.zeros(7, 1, 7)", "raises": "1 / 0", "constant": "12345.0", "leaves": "sys.exit()", "list": "['?']",
+WRONG = {"nothing": "None", "shape": "torch.zeros(7, 1, 7)", "raises": "1 / 0", "constant": "12345.0",
+         "leaves": "sys.exit()", "list": "['?']",
          "nan": "float('nan')"}
 
 
@@ -154,7 +163,8 @@ MISTAKES = [
     ("01", "to_image", "lambda A, image: A[image].sum(1).mean()", 1),
     ("01", "to_image", "lambda A, image: A[:, image].mean()", 2),
     ("02", "without", "lambda layers, h, skip: reduce(lambda h, f: f(h), layers[:skip], h)", 2),
-    ("02", "without", "lambda layers, h, skip: reduce(lambda h, f: f(h), [f for i, f in enumerate(layers) if not skip or i != skip], h)", 3),
+    ("02", "without", "lambda layers, h, skip: reduce(lambda h, f: f(h), [f for i, f in enumerate(layers) "
+     "if not skip or i != skip], h)", 3),
     ("02", "stays", "lambda x, y: (x * y).sum() / (x.norm() * y.norm())", 2),
     ("02", "stays", "lambda x, y: (x * y).sum(-1).mean()", 1),
     ("03", "rank", "lambda s, tolerance: (s > tolerance).sum()", 2),
@@ -162,8 +172,10 @@ MISTAKES = [
     ("03", "effective_rank", "lambda s: 1 / ((s / s.sum()) ** 2).sum()", 2),
     ("03", "effective_rank", "lambda s: torch.exp(-(s / s.sum() * (s / s.sum()).log()).sum())", 3),
     ("03", "proportional", "lambda a, saving: torch.where(a < a.median() + 1e-6, 1 - 2 * saving, 1.0)", 2),
-    ("03", "proportional", "lambda a, saving: torch.cat([torch.ones(len(a) // 2), (b := a.sort()[0][:len(a) // 2]) * (0.5 - saving) * len(a) / b.sum()])", 3),
-    ("04", "angle", "lambda a, b: sum(torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in zip(a, b)) / len(a)", 2),
+    ("03", "proportional", "lambda a, saving: torch.cat([torch.ones(len(a) // 2), (b := a.sort()[0][:len(a) // 2]) "
+     "* (0.5 - saving) * len(a) / b.sum()])", 3),
+    ("04", "angle", "lambda a, b: sum(torch.cosine_similarity(x.flatten(), y.flatten(), dim=0) "
+     "for x, y in zip(a, b)) / len(a)", 2),
     ("04", "angle", "lambda a, b: torch.cosine_similarity(flat(a), flat(b), dim=0).abs()", 3),
     ("04", "choose", "lambda s, k: hard(s, k).detach()", 2),
     ("04", "choose", "lambda s, k: hard(s, k) * (1 + soft(s) - soft(s).detach())", 3),
@@ -179,12 +191,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("number", "name", "mistake", "stage"), MISTAKES, ids=[f"{number}-{name}-{stage}" for number, name, _, stage in MISTAKES])
+@pytest.mark.parametrize(("number", "name", "mistake", "stage"), MISTAKES,
+                         ids=[f"{number}-{name}-{stage}" for number, name, _, stage in MISTAKES])
 def test_a_common_mistake_stops_at_the_stage_that_explains_it(number, name, mistake, stage, capsys):
     lesson = next(lesson for lesson in LESSONS if lesson.stem.startswith(number))
     namespace = {}
     for e in exercises(lesson):
-        run(f"import math\nfrom functools import reduce\nimport torch\n{e.solution if e.name != name else f'{name} = {mistake}'}", namespace, capsys)
+        answer = e.solution if e.name != name else f"{name} = {mistake}"
+        run(f"import math\nfrom functools import reduce\nimport torch\n{answer}", namespace, capsys)
         said = run(e.check, namespace, capsys)
         if e.name == name:
             assert said.startswith(f"Stage {stage} of {e.stages}, with "), said
@@ -194,13 +208,15 @@ def test_a_common_mistake_stops_at_the_stage_that_explains_it(number, name, mist
 
 def test_the_last_stage_of_every_exercise_has_a_mistake_to_catch(lesson):
     for e in exercises(lesson):
-        assert any(name == e.name and stage == e.stages for _, name, _, stage in MISTAKES), f"no mistake reaches the last stage of {e.name}"
+        assert any(name == e.name and stage == e.stages for _, name, _,
+                   stage in MISTAKES), f"no mistake reaches the last stage of {e.name}"
 
 
 def test_a_questionnaire_ends_it(lesson, capsys):
     found = [(i, text) for i, (kind, text, _) in enumerate(cells(lesson)) if kind == "code" and calls(text, "quiz")]
     assert len(found) == 1 and "## Questionnaire" in cells(lesson)[found[0][0] - 1][1]
-    assert not any(calls(text, "run.figure") or "## Exercise" in text for kind, text, _ in cells(lesson)[found[0][0]:] if kind == "code")
+    assert not any(calls(text, "run.figure") or "## Exercise" in text for kind, text, _ in cells(lesson)[found[0][0]:]
+                   if kind == "code")
     said = run(found[0][1], {"params": Params(interactive=False), "torch": torch}, capsys)
     asked, _, answers = said.partition("Answers\n")
     assert 3 <= len(re.findall(r"^\d\. ", asked, re.M)) <= 5

@@ -87,7 +87,8 @@ def test_short_cells_without_classes(book):
         for node in ast.walk(tree(cell)):
             assert not isinstance(node, ast.ClassDef), cell["id"]
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno + 1 <= 3 + bool(ast.get_docstring(node)), f"{cell['id']}: {node.name}"
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 3 + bool(ast.get_docstring(node)), f"{cell['id']}: {node.name}"
 
 
 def test_every_figure_has_a_caption_and_alt_text(book):

@@ -1,4 +1,4 @@
-"""An exercise never stops a notebook: whatever a reader's function does, it gets the stage's hint and the package's own function goes on."""
+"""An exercise never stops a notebook: whatever a reader's function does, it gets the hint and the package's goes on."""
 
 import sys
 
@@ -93,7 +93,8 @@ def test_several_results(capsys):
     both = lambda x: (x, 2 * x)  # noqa: E731
     fine = lambda x: [x.clone(), x + x]  # noqa: E731
     assert check(fine, both, Stage("Both.", (X,))) is fine
-    for wrong, said in ((lambda x: x, "expected 2 results"), (lambda x: (x, x, x), "it gives 3 results, expected 2"), (lambda x: (x, x), "11 of 12")):
+    for wrong, said in ((lambda x: x, "expected 2 results"), (lambda x: (x, x, x), "it gives 3 results, expected 2"),
+                        (lambda x: (x, x), "11 of 12")):
         assert check(wrong, both, Stage("Both.", (X,))) is both
         assert said in capsys.readouterr().out
 
@@ -132,8 +133,10 @@ def test_an_interrupt_still_interrupts():
 
 
 def test_what_is_shown_stays_short():
-    assert shown(torch.tensor([0.123456, 2.0])) == "[0.1235, 2]" and shown(torch.zeros(3, 5, dtype=torch.int64)) == "int64 tensor of shape [3, 5]"
-    assert shown([torch.sin, 3]) == "[the function sin, 3]" and shown("x" * 100) == "a str" and shown(list(range(20))).endswith("7, ...]")
+    assert shown(torch.tensor([0.123456, 2.0])) == "[0.1235, 2]"
+    assert shown(torch.zeros(3, 5, dtype=torch.int64)) == "int64 tensor of shape [3, 5]"
+    assert shown([torch.sin, 3]) == "[the function sin, 3]" and shown("x" * 100) == "a str"
+    assert shown(list(range(20))).endswith("7, ...]")
 
 
 def test_what_the_packages_own_function_prints_is_not_said_to_be_the_readers(capsys):

@@ -1,4 +1,4 @@
-"""Questionnaires: every question, choice, answer and reason is there with and without widgets, and a click is answered at once."""
+"""Questionnaires: each question, choice, answer and reason is there with and without widgets; a click is answered."""
 
 import subprocess
 import sys
@@ -29,7 +29,8 @@ def test_without_a_front_end_or_without_widgets_it_prints(capsys, monkeypatch):
 
 
 def test_the_module_needs_no_widgets():
-    code = "import sys; sys.modules['ipywidgets'] = None; from unimod.workbook.teach import Question, quiz; quiz(True, Question('?', 'a', ['x', 'y'], 'so'))"
+    code = ("import sys; sys.modules['ipywidgets'] = None; from unimod.workbook.teach import Question, quiz; "
+            "quiz(True, Question('?', 'a', ['x', 'y'], 'so'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0 and "1. a: so" in done.stdout, done.stderr
 
@@ -39,7 +40,8 @@ def test_a_click_is_answered_with_the_reason(capsys, monkeypatch):
     box = quiz(True, *ASKED)
     first, second, score = box.children
     title, no, yes, _, said = first.children
-    assert title.value == "<b>1.</b> Is 2 &lt; 3 for <code>a &amp; b</code>?" and yes.children[1].value == "&lt;b&gt;yes&lt;/b&gt;" and said.value == ""
+    assert title.value == "<b>1.</b> Is 2 &lt; 3 for <code>a &amp; b</code>?" and said.value == ""
+    assert yes.children[1].value == "&lt;b&gt;yes&lt;/b&gt;"
     no.children[0].click()
     assert "Not a." in said.value and "3 - 2" not in said.value and no.children[0].button_style == "danger"
     yes.children[0].click()

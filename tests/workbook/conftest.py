@@ -28,7 +28,8 @@ class Bench:
     def __init__(self, root, capsys):
         self.root, self.capsys = root, capsys
 
-    def notebook(self, name, *cells, parameters="seed = 0  # seed\nsteps = 60", setup=True, finish=True, title="What is it?"):
+    def notebook(self, name, *cells, parameters="seed = 0  # seed\nsteps = 60", setup=True, finish=True,
+                 title="What is it?"):
         """Write notebooks/<name>.ipynb: title, parameters, setup, the given cells, run.finish()."""
         runner = "\ninteractive = True\nrun_dir = ''"
         code = [SETUP.format(name=name)] * setup + list(cells) + ["run.finish()"] * finish

@@ -16,7 +16,8 @@ EVIL = "</script><script>alert(1)</script><b>&"
 FIGURES = {
     "bars": go.Figure(go.Bar(y=[1, 2])),
     "lines": go.Figure(go.Scatter(y=[1, 3, 2], name=EVIL), layout={"title": {"text": EVIL}}),
-    "slider": go.Figure(go.Heatmap(z=[[1, 2], [3, 4]]), frames=[go.Frame(name="1", data=[go.Heatmap(z=[[4, 3], [2, 1]])])],
+    "slider": go.Figure(go.Heatmap(z=[[1, 2], [3, 4]]),
+                        frames=[go.Frame(name="1", data=[go.Heatmap(z=[[4, 3], [2, 1]])])],
                         layout={"sliders": [{"steps": [{"label": "1", "method": "animate", "args": [["1"]]}]}]}),
 }
 

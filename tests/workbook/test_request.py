@@ -7,10 +7,13 @@ import pytest
 
 from unimod.workbook.request import Request
 
+FIRST = "seed = 0\nlr = 8.0e-4\nresume = True\nseeds = [0]\ndata = 'scenes'\nfolder = ''"
+HEAVY = {"torch", "transformers", "papermill", "nbclient", "plotly", "pandas"}
+
 
 @pytest.fixture
 def books(bench):
-    bench.notebook("00_first", parameters="seed = 0\nlr = 8.0e-4\nresume = True\nseeds = [0]\ndata = 'scenes'\nfolder = ''")
+    bench.notebook("00_first", parameters=FIRST)
     bench.notebook("07_training", parameters="steps = 60\nplan = 'last_half'\nsaving = 0.3")
     return bench
 
@@ -31,7 +34,8 @@ def test_own_values_then_files_then_command_line(books):
 
 
 def test_notebook_by_number_name_and_path(books):
-    assert [Request.of(which).books[0].name for which in ("7", "07", "07_training", "notebooks/07_training.ipynb")] == ["07_training"] * 4
+    for which in ("7", "07", "07_training", "notebooks/07_training.ipynb"):
+        assert [book.name for book in Request.of(which).books] == ["07_training"]
     assert [book.name for book in Request.of("all").books] == ["00_first", "07_training"]
 
 
@@ -41,7 +45,7 @@ def test_key_follows_what_matters(books):
 
     before = key()
     assert key("seed=0") == before != key("seed=1")
-    books.notebook("00_first", "1 + 1", parameters="seed = 0\nlr = 8.0e-4\nresume = True\nseeds = [0]\ndata = 'scenes'\nfolder = ''")
+    books.notebook("00_first", "1 + 1", parameters=FIRST)
     assert key() != before
     pictures = books.root / "pictures"
     pictures.mkdir()
@@ -131,6 +135,6 @@ def test_cuda_where_there_is_none(bench):
 
 def test_check_imports_nothing_heavy(books):
     code = ("import sys; from unimod.__main__ import main; code = main(['check', 'all']); "
-            "sys.exit(code or ', '.join({'torch', 'transformers', 'papermill', 'nbclient', 'plotly', 'pandas'} & set(sys.modules)) or 0)")
+            f"sys.exit(code or ', '.join({HEAVY!r} & set(sys.modules)) or 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

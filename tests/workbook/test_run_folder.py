@@ -34,8 +34,10 @@ def test_everything_it_writes(run):
     assert {key: done[key] for key in ("results", "figures", "tables", "files")} == {
         "results": 3, "figures": ["bars"], "tables": ["small"], "files": ["plans/plan.yaml"]}
     saved = json.loads((run.dir / "figures" / "bars.json").read_text())
-    assert saved["caption"] == "Two bars." and saved["alt"] == "A low and a high bar." and saved["figure"]["data"][0]["type"] == "bar"
-    assert json.loads((run.dir / "results.json").read_text())[0] == {"name": "rank", "value": 2.5, "unit": "directions", "n": 4, "seed": 0}
+    assert saved["caption"] == "Two bars." and saved["alt"] == "A low and a high bar."
+    assert saved["figure"]["data"][0]["type"] == "bar"
+    first = {"name": "rank", "value": 2.5, "unit": "directions", "n": 4, "seed": 0}
+    assert json.loads((run.dir / "results.json").read_text())[0] == first
     assert pandas.read_parquet(run.dir / "tables" / "small.parquet").equals(frame)
     assert not list(run.dir.rglob("*.part"))
 
@@ -56,7 +58,8 @@ def test_opening_again_takes_the_mark_away(run):
     (lambda run: run.figure(BAR, "bars", " ", "a"), ["no caption"]),
     (lambda run: run.figure(BAR, "bars", "c", ""), ["no alt"]),
     (lambda run: [run.figure(BAR, "bars", "c", "a") for _ in range(2)], ["figure 'bars' is written twice"]),
-    (lambda run: run.figure(go.Figure(go.Heatmap(z=np.ones((300, 300)))), "map", "c", "a"), ["'map' is", " KB; ", "300 KB", "32 bins"]),
+    (lambda run: run.figure(go.Figure(go.Heatmap(z=np.ones((300, 300)))), "map", "c", "a"),
+     ["'map' is", " KB; ", "300 KB", "32 bins"]),
     (lambda run: run.figure(go.Figure(), "bars", "c", "a"), ["would be blank"]),
     (lambda run: run.path("results.json"), ["cannot be a file of a run"]),
     (lambda run: run.path("../outside"), ["cannot be a file of a run"]),

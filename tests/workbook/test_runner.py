@@ -18,14 +18,16 @@ def test_done_is_skipped_and_force_runs_again(bench):
     bench.notebook("00_first", "print('step 1 of 2')", WRITE)
     assert bench.call("run", "00", "-p", "seed=1") == 0, bench.err
     folder = bench.folder("00_first")
-    assert json.loads((folder / "results.json").read_text()) == [{"name": "answer", "value": 42, "unit": "points", "n": 3, "seed": 1}]
+    answer = {"name": "answer", "value": 42, "unit": "points", "n": 3, "seed": 1}
+    assert json.loads((folder / "results.json").read_text()) == [answer]
     assert yaml.safe_load((folder / "params.yaml").read_text()) == {"seed": 1, "steps": 60}
     record = bench.record("00_first")
     assert record["status"] == "ok" and record["exit"] == 0 and record["seed"] == 1 and record["versions"]["torch"]
     assert "step 1 of 2" in (folder / "log.txt").read_text() and "    step 1 of 2" in bench.out
     assert "about 0.1 min" in bench.out and bench.out.rstrip().endswith(f"report: {folder / 'report.html'}")
     cells = nbformat.read(folder / "00_first.ipynb", 4).cells
-    assert "".join(cells[3].source).startswith("from unimod") and all(c.execution_count for c in cells if c.cell_type == "code")
+    assert "".join(cells[3].source).startswith("from unimod")
+    assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
 
     first = (folder / "done.json").read_text()
     (folder / "left.txt").touch()
@@ -41,7 +43,8 @@ def test_a_half_written_folder_is_done_again_and_keeps_its_checkpoints(bench):
     bench.call("check", "00")
     folder = bench.root / "runs" / "00_first" / bench.out.split()[3].rsplit("/", 1)[-1]
     folder.mkdir(parents=True)
-    for name, text in (("checkpoint", ""), ("done.json", "{}"), ("run.json", '{"status": "running"}'), ("results.json", "[1]")):
+    for name, text in (("checkpoint", ""), ("done.json", "{}"), ("run.json", '{"status": "running"}'),
+                       ("results.json", "[1]")):
         (folder / name).write_text(text)
     assert bench.call("run", "00") == 0, bench.err
     assert len(json.loads((folder / "results.json").read_text())) == 1 and bench.record("00_first")["status"] == "ok"
@@ -54,7 +57,8 @@ def test_a_half_written_folder_is_done_again_and_keeps_its_checkpoints(bench):
     ([], {}, 4, ["has written nothing"]),
     (["params.of(steps=0)"], {}, 2, ["steps=0 must be at least 1"]),
     (["import plotlyy", "import numpy"], {}, 3, ["plotlyy", "pip install -e '.[notebooks]'"]),
-    (["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], {}, 138, ["died in cell 4 (import os, signal;", "memory"]),
+    (["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], {}, 138,
+     ["died in cell 4 (import os, signal;", "memory"]),
 ])
 def test_failures(bench, cells, options, code, words):
     bench.notebook("00_first", *cells, **options)
@@ -76,7 +80,7 @@ def test_timeout_and_heartbeat(bench, monkeypatch):
     start = time.monotonic()
     assert bench.call("run", "00", "--timeout", "4") == 124
     assert time.monotonic() - start < 40
-    assert "--timeout 4 s, in cell " in bench.err and " s, in cell " in bench.out  # which cell: the third, where the machine is quick
+    assert "--timeout 4 s, in cell " in bench.err and " s, in cell " in bench.out   # the third, on a quick machine
     assert bench.record("00_first")["status"] == "timeout" and not (bench.folder("00_first") / "done.json").exists()
 
 
@@ -84,7 +88,8 @@ def test_kernel_is_this_python_whatever_is_installed(bench, monkeypatch):
     for name in ("python3", "mine"):
         spec = bench.root / "jupyter" / "kernels" / name
         spec.mkdir(parents=True)
-        (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "no", "language": "python"}))
+        kernel = {"argv": ["/bin/false"], "display_name": "no", "language": "python"}
+        (spec / "kernel.json").write_text(json.dumps(kernel))
     monkeypatch.setenv("JUPYTER_PATH", str(bench.root / "jupyter"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(bench.root / "jupyter"))
     path = bench.notebook("00_first", "import sys; run.result('python', sys.executable)")
@@ -126,7 +131,8 @@ def test_bare_papermill_runs_the_same_notebook(bench):
     import papermill
 
     path = bench.notebook("00_first", WRITE)
-    papermill.execute_notebook(str(path), "out.ipynb", parameters={"seed": 1}, kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(str(path), "out.ipynb", parameters={"seed": 1}, kernel_name="python3",
+                               progress_bar=False)
     folder = bench.folder("00_first")
     assert folder.name == "interactive" and latest("runs", "00_first") == folder
     assert yaml.safe_load((folder / "params.yaml").read_text())["seed"] == 1
