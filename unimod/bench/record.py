@@ -121,7 +121,7 @@ def record(command: str, device: str, rows: list[dict]) -> dict:
 
 
 def table(found: dict) -> str:
-    """The record as Markdown, one table per kind of row: what the command prints and the README quotes."""
+    """The record as Markdown, one table per kind of row: what the command prints and RESULTS.md holds."""
     # rows of earlier records are of kind "looking", the former name of capture
     every = [row | {"bench": "capture"} if row["bench"] == "looking" else row for row in found["rows"]]
     every += [{**row, **row["shares"], "bench": "shares"} for row in every if row.get("shares")]
