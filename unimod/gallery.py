@@ -35,6 +35,8 @@ LONGEST = 1000
 KEPT = 32
 """Sides held at a time."""
 TASKS = (Task.T2I, Task.MMU)
+OWN = "own"
+"""Query: the tokens that a task predicts, image tokens for T2I and text tokens for the others."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,26 @@ class Side:
     def has(self, layer: int, head: int | None) -> bool:
         """Whether there are this layer and head (None: mean over heads)."""
         return layer in self.overview.layers and (head or 0) < self.overview.heads
+
+    @property
+    def text_places(self) -> list[int]:
+        """The indices of the tokens that are not image tokens."""
+        return (self.overview.modality != Modality.IMAGE).nonzero()[:, 0].tolist()
+
+    def query_from(self, first: Side, query: str | Modality | int) -> Modality | int | None:
+        """The query on this side for one on side `first`: the same kind of tokens, or the token that corresponds.
+
+        That is the one of the same image patch, or the same word at the same index; None where there is none.
+        """
+        if query == OWN:
+            return Modality.IMAGE if self.overview.task == Task.T2I else Modality.TEXT
+        if isinstance(query, Modality) or self is first:
+            return query
+        mine, theirs = (side.overview.modality == Modality.IMAGE for side in (self, first))
+        if theirs[query] and self.overview.grid == first.overview.grid:
+            return int(mine.nonzero()[int(theirs[:query].sum())])
+        tokens, other = self.overview.tokens, first.overview.tokens
+        return query if query < len(mine) and tokens[query] == other[query] and not theirs[query] else None
 
     def attention(self, layer: int, head: int | None, query: Modality | int) -> Tensor:
         """Attention from the tokens of a kind (mean), or from one token, to every token of the sequence: float32 [n],
@@ -82,12 +104,13 @@ class Gallery:
         for name, model in (also or {}).items():
             found = [sessions[n] for n in sorted(sessions, key=len, reverse=True) if name.startswith(n)]
             if not found:
-                raise ParameterError(f"model {name!r} belongs to no session; begin its name with one of {', '.join(sessions)}.")
+                raise ParameterError(f"model {name!r} belongs to no session; begin its name with one of "
+                                     f"{', '.join(sessions)}.")
             mine, theirs = found[0].model.layout, model.layout
             if (mine.kind, mine.vocab_size, mine.grid) != (theirs.kind, theirs.vocab_size, theirs.grid):
-                raise ParameterError(f"model {name!r} is a {theirs.kind} model of {theirs.vocab_size} tokens and pictures of {theirs.grid}; "
-                                     f"the data of {found[0].name} is for {mine.kind}, {mine.vocab_size} and {mine.grid}. "
-                                     "Give one that was trained from it.")
+                raise ParameterError(f"model {name!r} is a {theirs.kind} model of {theirs.vocab_size} tokens and "
+                                     f"pictures of {theirs.grid}; the data of {found[0].name} is for {mine.kind}, "
+                                     f"{mine.vocab_size} and {mine.grid}. Give one that was trained from it.")
             self.models[name] = found[0], model
         self.own: list[tuple[bytes, str]] = []
         self.saved: dict[str, Side] = {}
@@ -125,7 +148,8 @@ class Gallery:
         try:
             read_picture(io.BytesIO(data), 8)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ParameterError("This file is not a picture that can be read. Choose a PNG, JPEG or WebP file.") from error
+            raise ParameterError("This file is not a picture that can be read. "
+                                 "Choose a PNG, JPEG or WebP file.") from error
         self.own.append((data, prompt.strip()))
         return self.samples + len(self.own) - 1
 
@@ -134,10 +158,11 @@ class Gallery:
 
         Raises `CaptureError` for a folder that holds neither, and for a record of a model that is not here.
         """
-        path = Path(os.path.expanduser(folder)).resolve()       # unlike Path.expanduser, this raises nothing for an unknown user
+        path = Path(os.path.expanduser(folder)).resolve()       # Path.expanduser raises for an unknown user
         if not folder.strip() or not path.is_dir():
-            raise CaptureError(f"{folder!r} is not a folder; give one that Overview.save or AttentionRecord.save wrote.")
-        name = f"saved: {'/'.join(path.parts[-2:])}"            # the last part alone is often the same in two run folders
+            raise CaptureError(f"{folder!r} is not a folder; give one that Overview.save or AttentionRecord.save "
+                               "wrote.")
+        name = f"saved: {'/'.join(path.parts[-2:])}"    # the last part is the same in many run folders
         if any((path / f"attention.{suffix}").exists() for suffix in ("safetensors", "npz")):
             record = AttentionRecord.load(path)
             layout = self._layout_for(record, path)
@@ -157,14 +182,15 @@ class Gallery:
         kind = record.about.get("model")
         layouts = {s.model.layout.kind: s.model.layout for s in self.sessions.values()}
         if kind not in layouts:
-            raise CaptureError(f"{path} is a record of a {kind} model, and its tokens cannot be named by {', '.join(self.sessions)}. "
-                               "Open it beside its own model, or save an Overview, which names its tokens itself.")
+            raise CaptureError(f"{path} is a record of a {kind} model, and its tokens cannot be named by "
+                               f"{', '.join(self.sessions)}. Open it beside its own model, or save an Overview, which "
+                               "names its tokens itself.")
         layout, whole = layouts[kind], record.whole
         top, images = int(whole.ids.max()), int((whole.modality[whole.rows()[0]] == Modality.IMAGE).sum())
         if top >= layout.vocab_size or images % layout.image_tokens:
-            raise CaptureError(f"{path} is a record of another {kind} model: it has token {top} and its own picture size; this one has "
-                               f"{layout.vocab_size} tokens and pictures of {layout.image_tokens}. Save an Overview instead, which names its "
-                               "tokens itself.")
+            raise CaptureError(f"{path} is a record of another {kind} model: it has token {top} and its own picture "
+                               f"size; this one has {layout.vocab_size} tokens and pictures of {layout.image_tokens}. "
+                               "Save an Overview instead, which names its tokens itself.")
         return layout
 
     def _sample(self, session: Session, sample: int) -> tuple[np.ndarray, str]:

@@ -12,7 +12,11 @@ from views.test_panels import made
 
 PLOTLY = "application/vnd.plotly.v1+json"
 FIGURES = ("picture", "text", "heads", "row", "blocks")
-SCALE = """(plot, trace) => { const axis = plot._fullLayout[plot._fullData[trace].coloraxis]; return [axis.cmin, axis.cmax]; }"""
+SCALE = """(plot, trace) => {
+  const axis = plot._fullLayout[plot._fullData[trace].coloraxis];
+  return [axis.cmin, axis.cmax];
+}"""
+PANELS = "plot => (plot._fullData || []).flatMap((t, i) => t.type === 'heatmap' && t.coloraxis ? [i] : [])"
 
 
 class Explorer:
@@ -43,7 +47,7 @@ class Explorer:
 
     def panels(self):
         """Numbers of the heat maps over the picture: A, or A, B and A - B (not the veils on dropped patches)."""
-        return self.plot("picture").evaluate("plot => (plot._fullData || []).flatMap((t, i) => t.type === 'heatmap' && t.coloraxis ? [i] : [])")
+        return self.plot("picture").evaluate(PANELS)
 
     def overlay(self):
         """What all panels over the picture draw."""
@@ -185,7 +189,7 @@ def test_an_own_picture_and_prompt_are_shown(explorer, tmp_path):
     explorer.says("is there a red square")
 
 
-WATCH = """() => {                                   // milliseconds from a key to every figure drawn, as the browser sees it
+WATCH = """() => {                         // milliseconds from a key to every figure drawn, as the browser sees it
   document.addEventListener('keydown', () => { window.pressed = performance.now(); }, true);
   for (const plot of document.querySelectorAll('.jp-Notebook .unimod-explorer .js-plotly-plot'))
     plot.on('plotly_afterplot', () => window.took.push(performance.now() - window.pressed));
@@ -217,8 +221,8 @@ def test_how_long_a_moved_slider_takes(explorer, capsys, tmp_path):
             took.append(explorer.page.evaluate("() => [window.took[0], window.took[window.took.length - 1]]"))
         with capsys.disabled():
             (first, slowest), (last, longest) = ((statistics.median(times), max(times)) for times in zip(*took))
-            print(f"\n{what}: from a key on the layer slider to the picture {first:.0f} ms (longest {slowest:.0f}), to the last figure {last:.0f} ms "
-                  f"(longest {longest:.0f})")
+            print(f"\n{what}: from a key on the layer slider to the picture {first:.0f} ms (longest {slowest:.0f}), "
+                  f"to the last figure {last:.0f} ms (longest {longest:.0f})")
     explorer.choose("compare", explorer.choices("compare")[0])
 
 

@@ -76,8 +76,8 @@ def test_layer_head_query_and_value_move_the_figures(explorer):
                                                                 Modality.IMAGE))
             assert np.allclose(shown(explorer)[0], want, atol=1e-5) and f"layer {layer}" in explorer.message.value
     choose(explorer.query, "special tokens")
-    assert np.allclose(shown(explorer)[0], side.overview.on_picture(side.overview.attention_from(7, 2, Modality.SPECIAL)),
-                       atol=1e-5)
+    assert np.allclose(shown(explorer)[0],
+                       side.overview.on_picture(side.overview.attention_from(7, 2, Modality.SPECIAL)), atol=1e-5)
     choose(explorer.value, attention.HEAD_VALUES["entropy"])
     assert np.allclose(shown(explorer, "heads")[0], side.overview.patterns.entropy[:, 0], atol=1e-4)
     assert "entropy" in explorer.figures["heads"].layout.title.text
@@ -180,14 +180,16 @@ def test_saved_ones_open_and_foreign_ones_are_refused(explorer, sessions, tmp_pa
     for name in ("overview", "record"):
         explorer.folder.value = str(tmp_path / name)
         explorer.open.click()
-        assert explorer.sides[1].model == f"saved: {tmp_path.name}/{name}" and (explorer.sides[1].overview.picture is None) == (name == "record")
+        assert explorer.sides[1].model == f"saved: {tmp_path.name}/{name}"
+        assert (explorer.sides[1].overview.picture is None) == (name == "record")
         explorer.open.click()
     shutil.copytree(tmp_path / "record", tmp_path / "another" / "record")
     explorer.folder.value = str(tmp_path / "another" / "record")
     explorer.open.click()
     assert len(explorer.gallery.saved) == 3, "opened twice is one; another of the same name is another"
     explorer.layer.value = 6
-    assert "nothing to show at layer 6" in explorer.message.value and np.isnan(shown(explorer)[1]).all(), "the record holds layers 2 and 3"
+    assert "nothing to show at layer 6" in explorer.message.value
+    assert np.isnan(shown(explorer)[1]).all(), "the record holds layers 2 and 3"
     foreign = build_model("showo-tiny", sessions["showo-tiny"].data.words(), codebook_size=500, grid=(8, 8),
                           text_budget=120)
     capture_batch(foreign, _row(foreign)).save(tmp_path / "foreign")

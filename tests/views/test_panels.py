@@ -9,9 +9,10 @@ import torch
 
 from unimod.analysis.attention import Overview, Patterns
 from unimod.batch import Modality, Task
-from unimod.gallery import Side
+from unimod.gallery import OWN, Side
 from unimod.views import panels, style
-from unimod.views.panels import OWN, VIEWS, Selection, notes, query_on
+from unimod.views.explore import notes
+from unimod.views.panels import VIEWS, Selection
 from unimod.workbook.run_folder import drawable
 
 
@@ -48,7 +49,8 @@ def test_figures_draw_and_stay_light(view, count):
     assert fig.layout.updatemenus[0].buttons[0].label == "▶"
     assert fig.layout.font.color == style.INK and view.caption and view.alt
     big = view.frames(BIG[:count], Selection(3, 1)) if count == 2 else fig
-    assert len(big.to_json()) < 300_000 and len(big.frames) >= 8 and big.layout.sliders[0].steps[big.layout.sliders[0].active].label == "3"
+    shown = big.layout.sliders[0]
+    assert len(big.to_json()) < 300_000 and len(big.frames) >= 8 and shown.steps[shown.active].label == "3"
 
 
 def test_the_picture_shows_the_numbers_and_their_difference():
@@ -60,16 +62,16 @@ def test_the_picture_shows_the_numbers_and_their_difference():
     assert np.allclose(data[6]["z"], mine.float() - theirs.float(), atol=1e-4, equal_nan=True)
     assert data[4]["z"].sum() == 18 and data[1]["z"].sum() == 0, "the veil lies on what the layer skips"
     top = max(float(mine.max()), float(theirs.nan_to_num().max()))
-    assert layout["coloraxis"] == {"cmin": 0.0,
-                                   "cmax": pytest.approx(top)} and layout["coloraxis2"]["cmin"] == -layout["coloraxis2"]["cmax"]
+    assert layout["coloraxis"] == {"cmin": 0.0, "cmax": pytest.approx(top)}
+    assert layout["coloraxis2"]["cmin"] == -layout["coloraxis2"]["cmax"]
 
 
 def test_one_token_is_marked_and_found_on_the_other_side():
     a, b = made(Task.T2I), made(words=30)
-    assert query_on(b, a, 9) == 9 and query_on(b, a, 40) == 40, "the same cell; the same word at the same place"
+    assert b.query_from(a, 9) == 9 and b.query_from(a, 40) == 40, "the same cell; the same word at the same place"
     data, _ = panels.picture.fill([a, b], Selection(0, None, 9))
     assert data[2]["x"] == [2] and data[2]["y"] == [1] and (data[5]["x"], data[5]["y"]) == ([2], [1])
-    assert query_on(made(grid=(3, 3), words=60), a, 40) is None and query_on(made(grid=(3, 3)), a, 9) is None
+    assert made(grid=(3, 3), words=60).query_from(a, 40) is None and made(grid=(3, 3)).query_from(a, 9) is None
     text, _ = panels.text.fill([a, b], Selection(0, None, 40))
     assert (text[1]["x"], text[1]["y"]) == ([4], [0]), "the mark and words 0 to 2 lie before it"
 
@@ -82,10 +84,8 @@ def test_every_blank_panel_has_its_reason():
     assert np.isnan(panels.picture.fill([a, small],
                                         Selection(1))[0][6]["z"]).all(), "pictures of two sizes have no difference"
     skipping = made(skip=(2,))
-    assert "the router skips this token here" in notes([skipping],
-                                                       Selection(2, 0,
-                                                                 4))[0] and "28 of 57 tokens go through" in notes([skipping],
-                                                                                                                  Selection(2))[0]
+    assert "the router skips this token here" in notes([skipping], Selection(2, 0, 4))[0]
+    assert "28 of 57 tokens go through" in notes([skipping], Selection(2))[0]
     for view in VIEWS:
         assert len(view.figure([a, small], Selection(6)).data) == len(view.fill([a, small], Selection(6))[0])
 
@@ -98,7 +98,7 @@ def test_a_row_without_a_picture_has_blank_panels_and_some_layers_are_named():
     for view in VIEWS:
         for sides in ([a, b], [b, a], [b]):
             assert drawable(json.loads(view.frames(sides, Selection(3, 1)).to_json()))
-    assert query_on(b, a, 9) is None
+    assert b.query_from(a, 9) is None
 
 
 def test_names_of_tokens_are_no_markup():

@@ -2,6 +2,7 @@
 what lacks."""
 
 import json
+import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from unimod import views
 from unimod.analysis.attention import Patterns
 from unimod.analysis.layers import Importance
 from unimod.analysis.redundancy import Finding, Spectra, drift
@@ -31,10 +33,6 @@ def rand(*shape):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def per_model(make):
-    return {name: [make(task) for task in BOTH] for name in MODELS}
-
-
 def made_patterns(task):
     one, shares = rand(L, N, H), rand(L, N, H, 3).softmax(-1)
     return Patterns(task, tuple(range(L)), rand(L, N, H, 3, 3).softmax(-1), shares, shares[:, :, 0], one, one, one, one)
@@ -42,6 +40,11 @@ def made_patterns(task):
 
 def made_spectra(task):
     return Spectra(task, tuple(range(L)), rand(L, N, H, 40).sort(descending=True).values, torch.full((L, N), 40.0))
+
+
+def made_angles():
+    found = GradientCosine(rand(L, 3) - 0.5, rand(L, 3), rand(L, 3))
+    return pd.DataFrame(found.table("t2i and mmu")).assign(model="one")
 
 
 def made_drift():
@@ -125,35 +128,45 @@ def made_joint():
     return JointOrSingle(rand(2, 2), rand(2, 2), rand(2, 2))
 
 
-VIEWS = {"modality_mass": lambda: attention.modality_mass(style.frame(per_model(made_patterns), "flows")),
-         "modality_flows": lambda: attention.modality_flows(style.frame({"one": per_model(made_patterns)["showo-tiny"]},
-                                                                        "flows")),
-         "heads": lambda: attention.heads(style.frame({"one": per_model(made_patterns)["showo-tiny"]}), "sink"),
-         "spread_and_sink": lambda: attention.spread_and_sink(style.frame(per_model(made_patterns))),
+def made(make, table="table", models=MODELS, **arguments):
+    """The frame of one result per task and model."""
+    return style.frame({name: [make(task) for task in BOTH] for name in models}, table, **arguments)
+
+
+def of_models(results, table="table"):
+    return style.frame(dict.fromkeys(MODELS, results), table)
+
+
+def made_ranks():
+    return made(lambda task: made_spectra(task).arank())
+
+
+def made_plans():
+    return pd.concat([routing.plan_frame(last_half(24)), routing.plan_frame(last_half(24, 0.4), "other")])
+
+
+VIEWS = {"modality_mass": lambda: attention.modality_mass(made(made_patterns, "flows")),
+         "modality_flows": lambda: attention.modality_flows(made(made_patterns, "flows", ["one"])),
+         "heads": lambda: attention.heads(made(made_patterns, models=["one"]), "sink"),
+         "spread_and_sink": lambda: attention.spread_and_sink(made(made_patterns)),
          "head_maps": lambda: attention.head_maps(made_record(), 0, 1, str, active=5),
-         "skip_one_layer": lambda: redundancy.skip_one_layer(style.frame(per_model(made_importance))),
-         "right_without": lambda: redundancy.right_without(style.frame(per_model(made_importance))),
-         "proxy": lambda: redundancy.proxy(style.frame(per_model(made_importance))),
-         "arank_by_layer": lambda: redundancy.arank_by_layer(style.frame(per_model(lambda task: made_spectra(task).arank()))),
-         "spectra_by_layer": lambda: redundancy.spectra_by_layer(style.frame({"one": [made_spectra(t) for t in BOTH]})),
-         "sensitivity": lambda: redundancy.sensitivity(style.frame(per_model(made_spectra), "sensitivity",
-                                                                   samples=(2, 4))),
-         "by_reading": lambda: redundancy.by_reading(pd.concat([style.frame(per_model(lambda task: made_spectra(task).arank())).assign(varied=v)
+         "skip_one_layer": lambda: redundancy.skip_one_layer(made(made_importance)),
+         "right_without": lambda: redundancy.right_without(made(made_importance)),
+         "proxy": lambda: redundancy.proxy(made(made_importance)),
+         "arank_by_layer": lambda: redundancy.arank_by_layer(made_ranks()),
+         "spectra_by_layer": lambda: redundancy.spectra_by_layer(made(made_spectra, models=["one"])),
+         "sensitivity": lambda: redundancy.sensitivity(made(made_spectra, "sensitivity", samples=(2, 4))),
+         "by_reading": lambda: redundancy.by_reading(pd.concat([made_ranks().assign(varied=v)
                                                                 for v in ("as used", "causal")])),
          "drift_by_layer": lambda: redundancy.drift_by_layer(of_arms(made_drift())),
-         "layer_order": lambda: redundancy.layer_order(style.frame({"one": [made_spectra(t) for t in BOTH]},
-                                                                   "sensitivity")),
-         "gradient_angles": lambda: routing.gradient_angles(pd.DataFrame(GradientCosine(rand(L, 3) - 0.5, rand(L, 3),
-                                                                                        rand(L,
-                                                                                             3)).table("t2i and mmu")).assign(model="one")),
-         "kept_shares": lambda: routing.kept_shares(style.frame({m: [made_competition()] for m in MODELS})),
-         "kept_by_layer": lambda: routing.kept_by_layer(style.frame({m: [made_competition()] for m in MODELS})),
-         "findings": lambda: routing.findings(style.frame({m: [made_finding(n) for n in range(3)] for m in MODELS})),
-         "kept_over_steps": lambda: routing.kept_over_steps(style.frame({m: [made_competition()] for m in MODELS},
-                                                                        "steps")),
-         "joint_against_single": lambda: routing.joint_against_single(style.frame({m: [made_joint()] for m in MODELS})),
-         "capacities": lambda: routing.capacities(pd.concat([routing.plan_frame(last_half(24)),
-                                                             routing.plan_frame(last_half(24, 0.4), "other")])),
+         "layer_order": lambda: redundancy.layer_order(made(made_spectra, "sensitivity", ["one"])),
+         "gradient_angles": lambda: routing.gradient_angles(made_angles()),
+         "kept_shares": lambda: routing.kept_shares(of_models([made_competition()])),
+         "kept_by_layer": lambda: routing.kept_by_layer(of_models([made_competition()])),
+         "findings": lambda: routing.findings(of_models([made_finding(n) for n in range(3)])),
+         "kept_over_steps": lambda: routing.kept_over_steps(of_models([made_competition()], "steps")),
+         "joint_against_single": lambda: routing.joint_against_single(of_models([made_joint()])),
+         "capacities": lambda: routing.capacities(made_plans()),
          "kept_tokens": lambda: routing.kept_tokens(pd.concat([made_kept("t2i"), made_kept("mmu")]), PICTURE),
          "kept_by_modality": lambda: routing.kept_by_modality(made_shares()[0]),
          "kept_positions": lambda: routing.kept_positions(made_shares()[1]),
@@ -175,6 +188,17 @@ def test_every_view_draws(name):
         assert drawable({"data": json.loads(f.to_json())["data"]})
 
 
+def test_the_recipe_for_a_further_figure_works_as_written():
+    recipe = textwrap.dedent("\n".join(line for line in views.__doc__.splitlines() if line.startswith("    ")))
+    assert recipe.count("\n") < 20
+    names = {}
+    exec(recipe, names)
+    fig = names["entropy_by_layer"](made(made_patterns))
+    assert drawable(json.loads(fig.to_json())) and fig.layout.font.color == style.INK and len(fig.data) == 4
+    with pytest.raises(style.ViewError, match="no column entropy"):
+        names["entropy_by_layer"](made_ranks().drop(columns="effective"))
+
+
 def test_a_slider_shows_the_frame_it_stands_on():
     fig = VIEWS["head_maps"]()
     assert fig.layout.sliders[0].active == 5 and len(fig.frames) == 24
@@ -184,7 +208,8 @@ def test_a_slider_shows_the_frame_it_stands_on():
 
 def test_both_tasks_share_one_range_and_differences_sit_around_zero():
     fig = VIEWS["heads"]()
-    assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis" and fig.layout.coloraxis2.cmin == -fig.layout.coloraxis2.cmax
+    assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis"
+    assert fig.layout.coloraxis2.cmin == -fig.layout.coloraxis2.cmax
 
 
 def test_training_curves_add_cost_up_and_thin_long_runs():
@@ -218,9 +243,8 @@ def test_axes_of_histograms_follow_the_slider():
     data.loc[data["layer"] == 14, ["low", "high"]] *= 10
     fig = routing.score_histograms(data)
     ranges = {f.name: f.layout.xaxis2.range for f in fig.frames}
-    assert fig.layout.sliders[0].active == 1 and fig.layout.xaxis2.range == ranges["13"] == (0,
-                                                                                             1) and ranges["14"] == (0,
-                                                                                                                     10), "starts where all arms choose"
+    assert fig.layout.sliders[0].active == 1, "starts where all arms choose"
+    assert fig.layout.xaxis2.range == ranges["13"] == (0, 1) and ranges["14"] == (0, 10)
 
 
 def test_what_rules_keep_is_outlined_around_what_the_router_keeps():
@@ -238,6 +262,14 @@ def test_routers_over_training_are_means_over_seeds_and_leave_dense_out():
     assert fig.data[0].y[2] == pytest.approx(0.505) and sum(t.showlegend for t in fig.data) == 2
     with pytest.raises(style.ViewError, match="no column routing/kept_t2i_image"):
         routing.kept_over_training(made_evaluations()[["model", "arm", "step"]])
+
+
+def test_colours_and_dashes_mean_the_same_in_every_figure():
+    dashes = {t.name.partition(", ")[2]: t.line.dash for t in VIEWS["modality_mass"]().data}
+    assert dashes == {"measured": "solid", "if spread evenly": "dash"}
+    assert VIEWS["gradient_angles"]().data[0].line.color == style.OKABE_ITO[0], "the palette starts at its first colour"
+    assert [t.line.color for t in VIEWS["layer_order"]().data if t.showlegend] == style.shades(24)
+    assert {t.line.color for t in VIEWS["skip_one_layer"]().data} == {style.TASK["t2i"], style.TASK["mmu"]}
 
 
 def test_chance_is_dashed():

@@ -59,8 +59,8 @@ def modality_mass(data: pd.DataFrame) -> go.Figure:
     shown = with_reference(data, "mass", "even", "if spread evenly", "mass_sd")
     fig = facets(px.line, shown, "layer", "mass", panel="panel", across=2, each=300, color="to", line_dash="line",
                  sd="mass_sd", markers=True,
-                 color_discrete_map={f"to {key}": colour for key, colour in MODALITY.items()}, range_y=[0, 1],
-                 line_dash_map={"if spread evenly": "dash"}, title="Where attention goes",
+                 colours={f"to {key}": colour for key, colour in MODALITY.items()}, range_y=[0, 1],
+                 line_dash_map={"measured": "solid", "if spread evenly": "dash"}, title="Where attention goes",
                  labels={"mass": "share of attention"})
     return dashed(fig)
 

@@ -10,8 +10,9 @@ controls gives the reason.
 from __future__ import annotations
 
 import html
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import ipywidgets as w
@@ -20,13 +21,14 @@ import plotly.graph_objects as go
 from ..batch import Modality, Task
 from ..capture import CaptureError
 from ..config import ParameterError
-from ..gallery import TASKS, Gallery, Side
+from ..gallery import OWN, TASKS, Gallery, Side
 from . import panels
 from .attention import HEAD_VALUES
-from .panels import COLUMNS, OWN, VIEWS, Filled, Selection, notes, query_on, same, title
+from .panels import COLUMNS, VIEWS, Filled, Selection, same, title
 from .style import words
 
 ONE = "one"
+KINDS = {Modality.IMAGE: "image tokens", Modality.TEXT: "text tokens", Modality.SPECIAL: "special tokens"}
 QUERIES = (("what the task predicts", OWN), ("image tokens", Modality.IMAGE), ("text tokens", Modality.TEXT),
            ("special tokens", Modality.SPECIAL), ("one token: click it", ONE))
 HINT = "Click a patch of the picture or a word to select it as the query, and a square of layers and heads to go there."
@@ -64,6 +66,37 @@ def headless(gallery: Gallery, layer: int = 0, head: int | None = None) -> dict[
             caption = f"{' and '.join(map(title, sides))}: {view.caption}"
             figures[f"{pair}_{view.name}"] = view.frames(sides, selection), caption, view.alt
     return figures
+
+
+def notes(sides: Sequence[Side], selection: Selection) -> list[str]:
+    """What is shown, in words, and for every panel without data the reason."""
+    layer, head = selection.layer, "mean over heads" if selection.head is None else f"head {selection.head}"
+    lines = []
+    for side in sides:
+        query, found, name = side.query_from(sides[0], selection.query), side.overview, title(side)
+        if not side.has(layer, selection.head):
+            first, last = found.layers[0], found.layers[-1]
+            gaps = len(found.layers) < last - first + 1
+            layers = ", ".join(map(str, found.layers)) if gaps else f"{first} to {last}"
+            lines.append(f"{name} has layers {layers} and {found.heads} heads: nothing to show at layer {layer}, "
+                         f"{head}.")
+            continue
+        if query is None:
+            wanted = sides[0].overview.tokens[selection.query]
+            lines.append(f'{name} has no token that corresponds to "{wanted}" at place {selection.query}.')
+            continue
+        values, kept = side.attention(layer, selection.head, query), found.kept[found.layers.index(layer)]
+        one = None if isinstance(query, Modality) else query
+        tokens = KINDS[query] if one is None else f"{found.tokens[one]!r} (token {one})"
+        line = f"{name}: {tokens}, layer {layer}, {head}"
+        if values.isnan().all():
+            line += ": no such token in this layer" if one is None else ": the router skips this token here"
+        elif not math.prod(found.grid):
+            line += ": a sequence without a picture"
+        elif not (values[found.modality == Modality.IMAGE] > 0).any():
+            line += ": no attention to the picture (the mask hides it)"
+        lines.append(line + (f"; {int(kept.sum())} of {len(kept)} tokens go through" if not kept.all() else ""))
+    return lines
 
 
 class Explorer:
@@ -145,7 +178,7 @@ class Explorer:
             pairs, before = ((self.model.value, self.task.value), self.compare.value), self.sides
             self.sides = [self.gallery.side(*pair, self.sample.value) for pair in pairs if pair]
             found = self.sides[0].overview
-            token = query_on(self.sides[0], before[0], self.token) if before and self.query.value == ONE else None
+            token = self.sides[0].query_from(before[0], self.token) if before and self.query.value == ONE else None
             with self._silent():
                 self.token = 0 if token is None else token
                 if self.query.value == ONE and token is None:
@@ -195,16 +228,17 @@ class Explorer:
         self._select(n, int((found.modality == Modality.IMAGE).nonzero()[row * found.grid[1] + column]))
 
     def _click_word(self, n: int, line: int, column: int) -> None:
-        places, at = panels.text_places(self.sides[n]), line * COLUMNS + column
+        places, at = self.sides[n].text_places, line * COLUMNS + column
         if at < len(places):
             self._select(n, places[at])
 
     def _select(self, n: int, token: int) -> None:
         """Query with a token of side n, or with the one of side A that corresponds to it."""
-        mine = token if n == 0 else query_on(self.sides[0], self.sides[n], token)
+        mine = token if n == 0 else self.sides[0].query_from(self.sides[n], token)
         if mine is None:
-            self._say(f'{title(self.sides[0])} has no token that corresponds to "{self.sides[n].overview.tokens[token]}": '
-                      "choose one on its own side.", wrong=True)
+            name = self.sides[n].overview.tokens[token]
+            self._say(f'{title(self.sides[0])} has no token that corresponds to "{name}": choose one on its own side.',
+                      wrong=True)
             return
         self.token = mine
         with self._silent():
@@ -224,7 +258,8 @@ class Explorer:
         picture = self.upload.value[0]["name"] if self.upload.value else "no picture yet"
         prompt, folder = (text if len(text) <= 200 else f"{text[:200]} ..."
                           for text in (self.prompt.value.strip(), self.folder.value.strip()))
-        lines = [f"""Your own: {picture}, {f'"{prompt}"' if prompt else 'no prompt yet'}. Press "{self.show.description}" when both are here."""]
+        prompt = f'"{prompt}"' if prompt else "no prompt yet"
+        lines = [f'Your own: {picture}, {prompt}. Press "{self.show.description}" when both are here.']
         if folder:
             lines.append(f'Saved: {folder}. Press "{self.open.description}".')
         self._say("<br>".join(map(html.escape, lines)))
@@ -268,10 +303,11 @@ class Explorer:
                     self._say("<br>".join(map(html.escape, [self.gallery.about(self.sample.value), *lines, HINT])))
             except (CaptureError, ParameterError, ValueError, OSError) as error:
                 self._say(str(error), wrong=True)
-            except Exception as error:                          # JupyterLab shows a traceback of a callback in its log alone
-                self._say(f"This could not be shown: an error of the explorer itself ({type(error).__name__}: {error}); JupyterLab's log has "
-                          "the traceback.", wrong=True)
+            except Exception as error:          # JupyterLab shows a traceback of a callback in its log alone
+                self._say(f"This could not be shown: an error of the explorer itself ({type(error).__name__}: "
+                          f"{error}); JupyterLab's log has the traceback.", wrong=True)
                 raise
 
     def _say(self, text: str, wrong: bool = False) -> None:
-        self.message.value = f'<div role="status"><b>{html.escape(text)}</b></div>' if wrong else f'<div role="status">{text}</div>'
+        text = f"<b>{html.escape(text)}</b>" if wrong else text
+        self.message.value = f'<div role="status">{text}</div>'

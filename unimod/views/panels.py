@@ -4,15 +4,14 @@
     selection = Selection(layer=3, head=None, query=OWN)
     picture.figure([a, b], selection)           # the figure at this layer and head
     picture.frames([a, b], selection)           # with a slider over layers that needs no kernel
-    picture.fill([a, b], selection)             # its traces and layout as dictionaries: the explorer sends what has changed to its widget
+    picture.fill([a, b], selection)             # its traces and layout as dictionaries: the widget is sent what changes
 
 There are panels A, B and A - B for two sides, else one. A and B share one colour range; A - B is centred at 0. A panel
-without data is blank, and `notes` gives the reason.
+without data is blank, and `explore.notes` gives the reason.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,14 +20,11 @@ import plotly.graph_objects as go
 import torch
 
 from ..analysis.attention import NAMES
-from ..batch import Modality, Task
-from ..gallery import Side
+from ..batch import Modality
+from ..gallery import OWN, Side
 from .attention import HEAD_VALUES
 from .style import AMOUNT, DIFFERENCE, FIGURE_BYTES, MODALITY, OVERLAY, VEIL, paper, plain, put_picture, slider, words
 
-OWN = "own"
-"""Query: the tokens that a task predicts, image tokens for T2I and text tokens for the others."""
-KINDS = {Modality.IMAGE: "image tokens", Modality.TEXT: "text tokens", Modality.SPECIAL: "special tokens"}
 COLUMNS = 12
 """Text tokens in a line of tiles."""
 NOWHERE = {"x": [None], "y": [None]}
@@ -98,48 +94,6 @@ def title(side: Side) -> str:
     return f"{side.model}, {words(side.overview.task.name.lower())}"
 
 
-def query_on(side: Side, first: Side, query: str | Modality | int) -> Modality | int | None:
-    """The query on this side: a kind of tokens, or the token that corresponds to side A's, which is the one of the same
-    image patch, or the same word at the same index; None where there is none."""
-    if query == OWN:
-        return Modality.IMAGE if side.overview.task == Task.T2I else Modality.TEXT
-    if isinstance(query, Modality) or side is first:
-        return query
-    mine, theirs = (x.overview.modality == Modality.IMAGE for x in (side, first))
-    if theirs[query] and side.overview.grid == first.overview.grid:
-        return int(mine.nonzero()[int(theirs[:query].sum())])
-    same = query < len(mine) and side.overview.tokens[query] == first.overview.tokens[query] and not theirs[query]
-    return query if same else None
-
-
-def notes(sides: Sequence[Side], selection: Selection) -> list[str]:
-    """What is shown, in words, and for every panel without data the reason."""
-    layer, head = selection.layer, "mean over heads" if selection.head is None else f"head {selection.head}"
-    lines = []
-    for side in sides:
-        query, found, name = query_on(side, sides[0], selection.query), side.overview, title(side)
-        if not side.has(layer, selection.head):
-            first, last = found.layers[0], found.layers[-1]
-            layers = f"{first} to {last}" if len(found.layers) == last - first + 1 else ", ".join(map(str,
-                                                                                                      found.layers))
-            lines.append(f"{name} has layers {layers} and {found.heads} heads: nothing to show at layer {layer}, {head}.")
-            continue
-        if query is None:
-            lines.append(f'{name} has no token that corresponds to "{sides[0].overview.tokens[selection.query]}" at place {selection.query}.')
-            continue
-        values, kept, one = side.attention(layer, selection.head,
-                                           query), found.kept[found.layers.index(layer)], _token(query)
-        line = f"{name}: {KINDS[query] if one is None else f'{found.tokens[one]!r} (token {one})'}, layer {layer}, {head}"
-        if values.isnan().all():
-            line += ": no such token in this layer" if one is None else ": the router skips this token here"
-        elif not math.prod(found.grid):
-            line += ": a sequence without a picture"
-        elif not (values[found.modality == Modality.IMAGE] > 0).any():
-            line += ": no attention to the picture (the mask hides it)"
-        lines.append(line + (f"; {int(kept.sum())} of {len(kept)} tokens go through" if not kept.all() else ""))
-    return lines
-
-
 def same(a: object, b: object) -> bool:
     """Whether two properties of a trace are equal; nan equals nan."""
     return np.array_equal(a, b, equal_nan=True) if isinstance(a, np.ndarray) else a == b
@@ -160,11 +114,6 @@ def as_bytes(data: list[dict], layout: dict) -> Filled:
     bars = {axis: {"tickvals": [0, 127.5, 255], "ticktext": [f"{low + f * (high - low):.2g}" for f in (0, 0.5, 1)]}
             for axis, (low, high) in ends.items()}
     return coarse, layout | {axis: {"cmin": 0, "cmax": 255, "colorbar": bar} for axis, bar in bars.items()}
-
-
-def text_places(side: Side) -> list[int]:
-    """The indices of the tokens that are not image tokens."""
-    return (side.overview.modality != Modality.IMAGE).nonzero()[:, 0].tolist()
 
 
 def _size(fig: go.Figure) -> int:
@@ -200,7 +149,7 @@ def _paper(heading: str, sides: Sequence[Side], x: str = "", y: str = "", panels
 def _values(sides: Sequence[Side], selection: Selection) -> Iterator[np.ndarray | None]:
     """Attention to every token of each side, float32 [n]; None where it has no such layer, head or query."""
     for side in sides:
-        query = query_on(side, sides[0], selection.query)
+        query = side.query_from(sides[0], selection.query)
         known = query is not None and side.has(selection.layer, selection.head)
         yield side.attention(selection.layer, selection.head, query).numpy() if known else None
 
@@ -234,10 +183,10 @@ def _axes(n: int) -> dict:
 
 def _heat(n: int, values: np.ndarray | None, shape: tuple[int, int], hover: str, **options: object) -> dict:
     """The heat map of panel n; blank where there are no values."""
-    z = np.full(shape, np.nan, np.float32) if values is None else values.astype(np.float32).round(5)     # 5 digits: half the JSON
+    z = np.full(shape, np.nan, np.float32) if values is None else values.astype(np.float32)
     axis = "coloraxis" if n < 2 else "coloraxis2"
-    return {"type": "heatmap", "z": z, "coloraxis": axis, "hovertemplate": f"{hover}<extra></extra>", **_axes(n),
-            **options}
+    return {"type": "heatmap", "z": z.round(5), "coloraxis": axis, "hovertemplate": f"{hover}<extra></extra>",
+            **_axes(n), **options}
 
 
 def _mark(n: int, x: int | None, y: int | None) -> dict:
@@ -268,7 +217,7 @@ def _picture_fill(sides: Sequence[Side], selection: Selection) -> Filled:
         veil, x, y = np.zeros((h, w), np.uint8), None, None
         if n < len(sides) and values is not None:
             veil = (~found.on_picture(found.kept[found.layers.index(selection.layer)])).numpy().astype(np.uint8)
-        one = _token(query_on(side, sides[0], selection.query)) if n < len(sides) else None
+        one = _token(side.query_from(sides[0], selection.query)) if n < len(sides) else None
         if one is not None and found.modality[one] == Modality.IMAGE:
             y, x = divmod(int((found.modality[:one] == Modality.IMAGE).sum()), w)
         data += [_heat(n, values, (h, w), hover, opacity=1 if n < 2 else 0.75),
@@ -281,7 +230,7 @@ def _picture_fill(sides: Sequence[Side], selection: Selection) -> Filled:
 
 def _tiles(side: Side) -> list[list[int | None]]:
     """The indices of the text tokens in lines of COLUMNS, the last one filled up with None."""
-    places = text_places(side)
+    places = side.text_places
     places += [None] * (-len(places) % COLUMNS)
     return [places[i: i + COLUMNS] for i in range(0, len(places), COLUMNS)]
 
@@ -306,11 +255,11 @@ def _text_axes(sides: Sequence[Side], selection: Selection) -> go.Figure:
 def _text_fill(sides: Sequence[Side], selection: Selection) -> Filled:
     data, grids = [], []
     for n, (side, values) in enumerate(zip(sides, _values(sides, selection))):
-        tiles, one = _tiles(side), _token(query_on(side, sides[0], selection.query))
+        tiles, one = _tiles(side), _token(side.query_from(sides[0], selection.query))
         grid = np.array([[np.nan if i is None or values is None else values[i] for i in line] for line in tiles])
         names = [["" if i is None else _short(side.overview.tokens[i]) for i in line] for line in tiles]
         places = [[-1 if i is None else i for i in line] for line in tiles]
-        y, x = divmod(text_places(side).index(one), COLUMNS) if one in text_places(side) else (None, None)
+        y, x = divmod(side.text_places.index(one), COLUMNS) if one in side.text_places else (None, None)
         data += [_heat(n, grid, grid.shape, "%{text} (token %{customdata}): %{z:.4f}", text=names, customdata=places,
                        texttemplate="%{text}", textfont={"size": 11}, xgap=2, ygap=2), _mark(n, x, y)]
         grids.append(grid)
@@ -364,25 +313,30 @@ def _blocks_axes(sides: Sequence[Side], selection: Selection) -> go.Figure:
 
 def _blocks_fill(sides: Sequence[Side], selection: Selection) -> Filled:
     layer, head = selection.layer, selection.head
-    maps = _with_difference([s.overview.modality_mass(layer, head).numpy() if s.has(layer, head) else None for s in sides])
+    maps = _with_difference([s.overview.modality_mass(layer, head).numpy() if s.has(layer, head) else None
+                             for s in sides])
     data = [_heat(n, values, (3, 3), "from %{y} to %{x}: %{z:.3f}", x=NAMES, y=NAMES, texttemplate="%{z:.2f}") for n,
             values in enumerate(maps)]
     return data, {**_ranges(maps), "coloraxis": {"cmin": 0.0, "cmax": 1.0}}
 
 
-picture = View("picture", _picture_axes, _picture_fill,
-               "bright patches get most attention, on one scale for both; a veiled patch skips the layer. Play it through the layers.",
-               "The picture under a heat map of attention, for both sides and their difference, with a slider over layers.")
-text = View("text", _text_axes, _text_fill,
-            "the words and marks of each sequence, coloured by the attention to them; blank ones skip the layer.",
-            "The tokens of both sequences as coloured tiles, with a slider over layers.")
-heads = View("heads", _heads_axes, _heads_fill,
-             "how much of each head's attention goes to image tokens; the third panel is the difference, around 0.",
-             "Layers against heads, coloured by the share of attention to image tokens, for both sides and their difference.")
+picture = View(
+    "picture", _picture_axes, _picture_fill, "bright patches get most attention, on one scale for both; a veiled patch "
+    "skips the layer. Play it through the layers.",
+    "The picture under a heat map of attention, for both sides and their difference, with a slider over layers.")
+text = View(
+    "text", _text_axes, _text_fill,
+    "the words and marks of each sequence, coloured by the attention to them; blank ones skip the layer.",
+    "The tokens of both sequences as coloured tiles, with a slider over layers.")
+heads = View(
+    "heads", _heads_axes, _heads_fill,
+    "how much of each head's attention goes to image tokens; the third panel is the difference, around 0.",
+    "Layers against heads, coloured by the share of attention to image tokens, for both sides and their difference.")
 row = View("row", _row_axes, _row_fill,
-           "every bar is a token of the sequence; its height is the share of attention that it gets. Colours are kinds of tokens.",
-           "Bars over the places of both sequences, coloured by text, image and special tokens, with a slider over layers.")
+           "every bar is a token of the sequence; its height is the share of attention that it gets. "
+           "Colours are kinds of tokens.",
+           "Bars over the places of both sequences, coloured by kind of token, with a slider over layers.")
 blocks = View("blocks", _blocks_axes, _blocks_fill,
               "each line sums to 1. An empty one has no such query; a zero may be the mask.",
-              "Three by three maps of attention between text, image and special tokens, for both sides and their difference.")
+              "Maps of attention between text, image and special tokens, for both sides and their difference.")
 VIEWS = (picture, text, heads, row, blocks)

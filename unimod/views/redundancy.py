@@ -2,7 +2,7 @@
 of it.
 
     skip_one_layer(frame({"showo-tiny": [t2i, mmu]}))                   # analysis.layers.Importance
-    right_without(frame({"showo-tiny": [questions, pictures]}))         # the same with a share of right answers as the metric
+    right_without(frame({"showo-tiny": [questions, pictures]}))         # the same, metric: a share of right answers
     arank_by_layer(frame({"showo-tiny": [t2i, mmu]}))                   # analysis.redundancy.ARank
     spectra_by_layer(frame({"showo-tiny": [spectra_t2i, spectra_mmu]}))
     sensitivity(frame({"showo-tiny": [...]}, "sensitivity", samples=(2, 4, 8)))
@@ -17,7 +17,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from .runs import bars
-from .style import COLOUR, DASH, INK, OKABE_ITO, POWERS, SYMBOL, dashed, facets, require, shades, with_reference, words
+from .style import COLOUR, DASH, INK, POWERS, SYMBOL, dashed, facets, require, shades, with_reference, words
 
 FLOOR = 1e-4
 """Smallest rise of a loss (nats) that a log axis shows."""
@@ -51,8 +51,8 @@ def right_without(data: pd.DataFrame) -> go.Figure:
     colours = {metric: COLOUR[task] for task, metric in zip(data["task"], data["metric"])}
     shown = with_reference(data, "value", "base", "all layers", "value_sd")
     fig = facets(px.line, shown, "layer", "value", panel="model", color="metric", line_dash="line", sd="value_sd",
-                 markers=True, range_y=[-0.03, 1.08], line_dash_map={"all layers": "dash"},
-                 title="What is still right without a layer?", color_discrete_map=colours,
+                 markers=True, range_y=[-0.03, 1.08], line_dash_map={"measured": "solid", "all layers": "dash"},
+                 title="What is still right without a layer?", colours=colours,
                  labels={"layer": "layer left out", "value": "share right"})
     return dashed(fig, legend=False).update_xaxes(dtick=1)
 
@@ -104,7 +104,7 @@ def spectra_by_layer(data: pd.DataFrame) -> go.Figure:
     data = data.assign(place=data["place"].round(3), value=data["value"].clip(lower=1e-7),
                        layer=data["layer"].map("layer {}".format), task=data["task"].map(words))
     fig = facets(px.line, data, "place", "value", panel="task", color="layer",
-                 color_discrete_sequence=shades(data["layer"].nunique()), title="Spectra of the attention maps",
+                 palette=shades(data["layer"].nunique()), title="Spectra of the attention maps",
                  labels={"place": "place in the spectrum (0 = largest, 1 = last)", "value": "singular value / largest"},
                  hover_data={"value": ":.1e"})
     return fig.update_yaxes(**POWERS)
@@ -120,7 +120,7 @@ def sensitivity(data: pd.DataFrame) -> go.Figure:
     by_tolerance = data["varied"] == "tolerance"
     data = data.assign(at=data["tolerance"].where(by_tolerance, data["samples"]), task=data["task"].map(words),
                        panel=data["varied"].map({"tolerance": "tolerance", "samples": "samples per task"}))
-    data.loc[by_tolerance, ["low", "high"]] = float("nan")              # the interval is over samples: only there it is the point
+    data.loc[by_tolerance, ["low", "high"]] = float("nan")      # the interval is over samples: no bars on the left
     found = data.groupby(["panel", "model", "task", "at"], sort=False)[["share", "low", "high"]].mean().reset_index()
     fig = facets(px.line, found, "at", "share", panel="panel", color="task", line_dash="model", line_dash_map=DASH,
                  low="low", high="high", markers=True, category_orders={"panel": ["tolerance", "samples per task"]},
@@ -149,7 +149,7 @@ def drift_by_layer(data: pd.DataFrame) -> go.Figure:
     data = data.assign(panel=data["model"] + ": " + data["task"].map(words))
     fig = facets(px.line, data, "layer", "change", panel="panel", across=data["task"].nunique(), each=250, color="arm",
                  low="low", high="high", markers=True,
-                 color_discrete_map=dict(zip(data["arm"].unique(), OKABE_ITO * 9)),
+                 colours={},
                  title="Did training change how much is new?", labels={"change": "change of ARank / tokens"})
     return fig.add_hline(y=0, line={"color": INK, "width": 1}).update_xaxes(dtick=1)
 
@@ -164,6 +164,6 @@ def layer_order(data: pd.DataFrame) -> go.Figure:
     data = data.assign(place=data.groupby(["task", "tolerance"])["share"].rank(), task=data["task"].map(words),
                        layer=data["layer"].map("layer {}".format)).sort_values("tolerance", kind="stable")
     fig = facets(px.line, data, "tolerance", "place", panel="task", color="layer",
-                 color_discrete_sequence=shades(data["layer"].nunique()), markers=True,
+                 palette=shades(data["layer"].nunique()), markers=True,
                  title="Would another tolerance choose other layers?", labels={"place": "place by ARank (1 = lowest)"})
     return fig.update_xaxes(**POWERS).update_yaxes(dtick=1)

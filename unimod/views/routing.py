@@ -3,12 +3,12 @@
     capacities(plan_frame(plan))                                        # layers x tasks
     kept_tokens(kept_frame(log, batch, row=0, grid=(6, 6)), picture)    # log: from layers.record_routing
     kept_by_modality(pd.DataFrame(kept(log, batch)))                    # analysis.routing
-    tables = diagnose(model, batches)                                   # of several arms: rows concatenated, with a column arm
+    tables = diagnose(model, batches)                                   # of several arms: with a column arm
     kept_positions(pd.DataFrame(tables["positions"]))
     overlaps(pd.DataFrame(tables["overlaps"]))
     score_histograms(pd.DataFrame(tables["histograms"]))
     kept_over_training(evaluation_frame(results))                       # views.runs
-    kept_shares(frame({"showo-tiny": [competition]}))                   # analysis.tasks.Competition; as `kept_by_layer`
+    kept_shares(frame({"showo-tiny": [competition]}))                   # analysis.tasks.Competition
     kept_over_steps(frame({"showo-tiny": [competition]}, "steps"))
     gradient_angles(pd.DataFrame(found.table("t2i and mmu")))           # GradientCosine, with a column model
     joint_against_single(frame({"showo-tiny": [result]}))               # JointOrSingle
@@ -147,13 +147,13 @@ def kept_positions(data: pd.DataFrame) -> go.Figure:
     rows, shape = len(panels) // across, (data["row"].max() + 1, data["column"].max() + 1)
     maps, filled = {}, []
     for layer, part in data.groupby("layer"):
-        percent = {panel: 100 * rows.pivot(index="row", columns="column", values="kept").to_numpy(np.float32) for panel,
-                   rows in part.groupby("panel")}
-        maps[layer] = [{"z": _percent(percent[p]) if p in percent else np.full(shape, np.nan, np.float32)}
-                       for p in panels]
-        filled.append(len(percent))
+        found = {panel: cells.pivot(index="row", columns="column", values="kept") for panel,
+                 cells in part.groupby("panel")}
+        maps[layer] = [{"z": _percent(found.get(panel), shape)} for panel in panels]
+        filled.append(len(found))
     fig = heat_maps("Which places of the picture are kept", maps, panels, x="picture column", y="picture row",
                     rows=rows, height=max(400, 140 + 230 * rows), active=filled.index(max(filled)), xgap=1, ygap=1,
+                    subplots={"shared_yaxes": False, "vertical_spacing": 0.35 / max(2, rows)},
                     hover="picture row %{y}, column %{x}: kept in %{z} % of the sequences",
                     coloraxis={"colorscale": SHARE, "cmin": 0, "cmax": 100,
                                "colorbar": {"title": {"text": "share of sequences"}, "ticksuffix": " %"}})
@@ -174,10 +174,9 @@ def overlaps(data: pd.DataFrame) -> go.Figure:
              for task in data["task"].unique()}
     colours = {name: "#CC79A7" if task == BETWEEN else COLOUR[task] for task, name in names.items()}
     shown = with_reference(data.assign(what=data["task"].map(names)), "overlap", "chance", "by chance")
-    fig = facets(px.line, shown, "layer", "overlap", panel="arm" if "arm" in data else None, color="what",
-                 line_dash="line", markers=True, color_discrete_map=colours, line_dash_map={"by chance": "dash"},
-                 range_y=[0, 1.02], title="Are the same tokens kept?",
-                 labels={"overlap": "share of the smaller choice"})
+    fig = facets(px.line, shown, "layer", "overlap", panel="arm", color="what", line_dash="line", markers=True,
+                 colours=colours, line_dash_map={"measured": "solid", "by chance": "dash"}, range_y=[0, 1.02],
+                 title="Are the same tokens kept?", labels={"overlap": "share of the smaller choice"})
     return legend_below(dashed(fig, legend=False).update_xaxes(dtick=1))
 
 
@@ -227,8 +226,9 @@ def kept_over_training(data: pd.DataFrame) -> go.Figure:
                          modality=parts.str[1])
     fig = facets(px.line, shown, "step", "kept", panel="panel", across=shown["arm"].nunique(), each=180,
                  color="modality", line_dash="task", markers=True,
-                 line_dash_map={words("mmu"): "dot", words("lm"): "dash"}, category_orders={"panel": order},
-                 range_y=[0, 1.02], title="Tokens kept while the model trains", labels={"kept": "share kept"})
+                 line_dash_map={words("t2i"): "solid", words("mmu"): "dot", words("lm"): "dash"},
+                 category_orders={"panel": order}, range_y=[0, 1.02], title="Tokens kept while the model trains",
+                 labels={"kept": "share kept"})
     return legend_below(fig)
 
 
@@ -252,7 +252,7 @@ def kept_shares(data: pd.DataFrame) -> go.Figure:
     found = found.assign(task=found["task"].map(words),
                          modality=found["modality"].replace("all", "all tokens of the task"))
     fig = facets(px.bar, found, "task", "mean", panel="model", color="modality", low="min", high="max", barmode="group",
-                 range_y=[0, 1], color_discrete_map={"all tokens of the task": "#009E73", **MODALITY},
+                 range_y=[0, 1], colours={"all tokens of the task": "#009E73", **MODALITY},
                  title="Which tokens does one router keep?", labels={"mean": "share of tokens kept", "task": ""})
     return fig.add_hline(y=float(data["capacity"].iloc[0]), **FAIR)
 
@@ -289,7 +289,7 @@ def joint_against_single(data: pd.DataFrame) -> go.Figure:
     names = {"before": "before", "joint": "both tasks", "single": "this task alone"}
     data = data.assign(way=data["way"].map(names), task=data["task"].map(words))
     data = data.assign(panel=data["model"] + ": " + data["task"])
-    options = {"panel": "panel", "color": "task", "free": True, "title": "Together or alone?",
+    options = {"panel": "panel", "across": 2, "each": 250, "color": "task", "free": True, "title": "Together or alone?",
                "labels": {"way": "", "loss": "held-out loss (nats)"}}
     means = data.groupby(["panel", "task", "way"], sort=False)["loss"].mean().reset_index()
     fig = facets(px.bar, means, "way", "loss", **options).update_traces(marker={"opacity": 0.45, "line": {"width": 0}})
@@ -310,7 +310,7 @@ def findings(data: pd.DataFrame) -> go.Figure:
     models, names = list(data["model"].unique()), list(data["finding"].unique())
     fig = facets(px.scatter, data, "model", "finding", color="outcome", symbol="outcome", text="outcome",
                  labels={"model": "", "finding": ""},
-                 color_discrete_map={name: colour for name, (colour, _) in OUTCOME.items()},
+                 colours={name: colour for name, (colour, _) in OUTCOME.items()},
                  title="Do the paper's findings hold here?",
                  symbol_map={name: symbol for name, (_, symbol) in OUTCOME.items()},
                  hover_data=["sentence", "low", "high", "n", "over"])
@@ -331,9 +331,9 @@ def _panels(data: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str], i
     return data.assign(panel=data["arm"] + ": " + label if arms else label), names, label.nunique()
 
 
-def _percent(share: np.ndarray) -> np.ndarray:
+def _percent(share: pd.DataFrame | None, shape: tuple[int, int]) -> np.ndarray:
     """Whole per cent, a byte a cell where all cells are known."""
-    whole = share.round()
+    whole = np.full(shape, np.nan, np.float32) if share is None else (100 * share.to_numpy(np.float32)).round()
     return whole if np.isnan(whole).any() else whole.astype(np.uint8)
 
 

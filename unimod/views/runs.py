@@ -4,7 +4,7 @@
     training_curves(evaluation_frame(results), "loss_t2i", x="flops")   # one row per model, arm, seed and step
     final = final_frame(results)                                        # one row per model, arm and seed
     quality_against_flops(final, "questions/all")
-    summary(final)                                                      # one row per model and arm: mean and range over seeds
+    summary(final)                                                      # one row per model and arm
     bars(data, "gate", "loss", group="task", title="Loss right after the routers are put in", unit="nats per target")
 """
 
@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from .style import ARM, COLOUR, INK, OKABE_ITO, facets, over_seeds, require, words
+from .style import ARM, INK, OKABE_ITO, facets, over_seeds, require, words
 
 AXES = {"step": "step", "flops": "training FLOPs so far", "seconds": "seconds so far", "tokens": "tokens so far"}
 POINTS = 400
@@ -26,18 +26,14 @@ ARM_KEYS = ["model", "arm", "seed"]
 
 def bars(data: pd.DataFrame, label: str, value: str, *, group: str, title: str, unit: str, low: str = "",
          high: str = "") -> go.Figure:
-    """A panel per model (if `data` has that column), a bar per label and group. `low` and `high` name columns of a
-    range's ends."""
+    """A panel per model (if `data` has that column), a bar per label and group.
+
+    low, high: columns with the ends of a range.
+    """
     data = require(data, label, value, group, *filter(None, (low, high)))
-    groups = list(data[group].unique())
-    shown = data.assign(shown=data[value], group=data[group].map(words))
-    if low:
-        shown = shown.assign(low=data[low], high=data[high])
-    colours = {words(name): COLOUR.get(name) or OKABE_ITO[n % len(OKABE_ITO)] for n, name in enumerate(groups)}
-    return facets(px.bar, shown, label, "shown", panel="model" if "model" in data else None, color="group",
-                  color_discrete_map=colours, barmode="group", title=title,
-                  labels={"shown": f"{value.replace('_', ' ')} ({unit})", "group": group.replace("_", " ")},
-                  **({"low": "low", "high": "high"} if low else {}))
+    labels = {"shown": f"{value.replace('_', ' ')} ({unit})", "group": group.replace("_", " ")}
+    return facets(px.bar, data.assign(shown=data[value], group=data[group].map(words)), label, "shown", panel="model",
+                  color="group", low=low, high=high, barmode="group", title=title, labels=labels)
 
 
 def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int = 1) -> go.Figure:
@@ -55,9 +51,8 @@ def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int
     data["shown"] = data.groupby(keys, sort=False)["shown"].transform(lambda y: y.rolling(smooth, min_periods=1).mean())
     place = data.groupby(keys[:-1], sort=False)["step"].rank("dense") - 1
     every = place.groupby([data[key] for key in keys[:-1]]).transform("max") // POINTS + 1
-    return over_seeds(px.line, data[place % every == 0], "at", "shown", "step", keys[:-1], panel="model"
-                      if "model" in data else None, color="arm", color_discrete_map=_colours(data),
-                      title=f"Training: {value.replace('_', ' ')}",
+    return over_seeds(px.line, data[place % every == 0], "at", "shown", "step", keys[:-1], panel="model", color="arm",
+                      colours=_colours(data), title=f"Training: {value.replace('_', ' ')}",
                       labels={"at": AXES.get(x, x), "shown": value.replace("_", " ")})
 
 
@@ -69,16 +64,17 @@ def quality_against_flops(data: pd.DataFrame, value: str, cost: str = "flops", d
     """
     data = require(data, "arm", "seed", value, cost)
     keys = [key for key in ARM_KEYS[:2] if key in data]
-    options = {"panel": "model" if "model" in data else None, "color": "arm", "color_discrete_map": _colours(data),
+    options = {"panel": "model", "color": "arm", "colours": _colours(data),
                "title": f"Quality against cost: {value.replace('/', ', ').replace('_', ' ')}"}
     shown = data.groupby(keys, sort=False).agg(cost=(cost, "mean"), mean=(value, "mean"), sd=(value, "std"),
                                                seeds=("seed", "nunique")).reset_index()
     fig = facets(px.scatter, shown, "cost", "mean", sd="sd", hover_data={"seeds": True, "mean": ":.3f"},
                  labels={"cost": cost.replace("_", " "), "mean": value.replace("/", ", ")}, **options)
     fig.update_traces(marker_size=14)
-    seeds = facets(px.scatter, data, cost, value, hover_data={"seed": True, value: ":.3f"}, labels={}, **options)
+    seeds = facets(px.scatter, data, cost, value, hover_data={"seed": True, value: ":.3f"}, **options)
     fig.add_traces(seeds.update_traces(marker={"size": 6, "opacity": 0.5}, showlegend=False).data)
-    for n, part in enumerate(dict(list(data.groupby("model", sort=False))).values() if "model" in data else [data], 1):
+    panels = [part for _, part in data.groupby("model", sort=False)] if "model" in data else [data]
+    for n, part in enumerate(panels, 1):
         level = part[part["arm"] == dense][value]
         if len(level):
             fig.add_hline(y=level.mean(), line={"color": INK, "dash": "dash"}, annotation_text=dense, row=1, col=n)

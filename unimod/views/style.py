@@ -56,7 +56,8 @@ def require(data: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The frame itself. Raises `ViewError` when it is empty or lacks a column."""
     missing, needed = [name for name in columns if name not in data], ", ".join(columns)
     if missing:
-        raise ViewError(f"This frame has no column {', '.join(missing)}; it needs {needed} and has {', '.join(map(str, data.columns))}.")
+        raise ViewError(f"This frame has no column {', '.join(missing)}; it needs {needed} and has "
+                        f"{', '.join(map(str, data.columns))}.")
     if data.empty:
         raise ViewError(f"This frame has no rows, so there is nothing to draw; it needs rows with {needed}.")
     return data
@@ -97,29 +98,33 @@ def paper(title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), r
     return on_paper(fig, title, height).update_xaxes(title_text=x, row=rows).update_yaxes(title_text=y, col=1)
 
 
-def facets(plot: Callable, data: pd.DataFrame, x: str, y: str, *, title: str, labels: Mapping[str, str], panel: str
-           | None = None, across: int = 0, each: int = 0, low: str = "", high: str = "", sd: str = "",
-           free: bool = False, **options: object) -> go.Figure:
-    """A figure by plotly.express: a panel per value of the column `panel`, `across` of them in a line (0: all), each
-    `each` pixels high.
+def facets(plot: Callable, data: pd.DataFrame, x: str, y: str, *, title: str, color: str,
+           labels: Mapping[str, str] = {}, panel: str | None = None, across: int = 0, each: int = 0, low: str = "",
+           high: str = "", sd: str = "", free: bool = False, palette: Sequence[str] = OKABE_ITO,
+           colours: Mapping[str, str] = COLOUR, **options: object) -> go.Figure:
+    """A figure by plotly.express: a panel per value of the column `panel` (if there is one), a colour per value of
+    `color`.
 
-    plot: px.line, px.bar or px.scatter; options: its own. labels: words of axes and hover by column. low and high:
-    columns with the ends of an interval around y, or sd: its standard deviation, drawn as error bars. free: every panel
-    has its own range of y.
+    plot: px.line, px.bar or px.scatter; options: its own. labels: words for axes and hover by column. across: panels in
+    a line (0: all), each `each` pixels high; free: each with its own range of y. low and high: columns with the ends of
+    an interval around y, or sd: its standard deviation, drawn as error bars. Values that `colours` lacks take the
+    palette's.
     """
-    panels = data[panel].nunique() if panel else 1
-    rows = -(-panels // across) if across else 1
+    panel = panel if panel in data else None
+    rows = -(-data[panel].nunique() // across) if panel and across else 1
     if low:
         options |= {"error_y": data[high] - data[y], "error_y_minus": data[y] - data[low]}
     elif sd:
         options |= {"error_y": sd}
-    labels = {name: name.replace("_", " ") for name in data.columns} | {"panel": ""} | dict(labels)
     if plot is not px.bar:
-        options["render_mode"] = "svg"                  # a page has few WebGL contexts, and a report many figures
-    given = {"color_discrete_map": COLOUR, "color_discrete_sequence": OKABE_ITO, "hover_data": {y: ":.4g"}} | options
-    spacing = {"facet_row_spacing": 0.35 / max(2, rows)} if panel and across else {}
-    fig = plot(data, x=x, y=y, labels=labels, facet_col=panel, facet_col_wrap=across, template="none", **spacing,
-               **given)
+        options |= {"render_mode": "svg"}               # a page has few WebGL contexts, and a report many figures
+    if panel:
+        options |= {"facet_col": panel, "facet_col_wrap": across, "facet_col_spacing": 0.08 if free else 0.04,
+                    "facet_row_spacing": 0.35 / max(2, rows)}
+    chosen = {name: colours.get(name, palette[n % len(palette)]) for n, name in enumerate(data[color].unique())}
+    labels = {name: name.replace("_", " ") for name in data.columns} | dict(labels)
+    options = {"hover_data": {y: ":.4g"}} | options
+    fig = plot(data, x=x, y=y, color=color, color_discrete_map=chosen, labels=labels, template="none", **options)
     fig.for_each_annotation(lambda note: note.update(text=plain(note.text.partition("=")[2])))
     fig.update_traces(error_y={"thickness": 1, "width": 3}, selector=lambda trace: "error_y" in trace)
     fig.update_xaxes(matches=None, showticklabels=True)
@@ -173,14 +178,14 @@ def legend_below(fig: go.Figure) -> go.Figure:
 
 def heat_maps(title: str, frames: Mapping[object, Sequence[dict]], panels: Sequence[str], *, x: str = "", y: str = "",
               hover: str, rows: int = 1, height: int = 400, active: int = 0, play: bool = False, coloraxis: Mapping,
-              **options: object) -> go.Figure:
+              subplots: Mapping = {}, **options: object) -> go.Figure:
     """A heat map per panel on one colour axis, with a slider over `frames` where there are several.
 
     frames: for every layer (the name of a slider's step) the properties of a plotly heat map per panel, z above all;
-    options: those that all share. hover: template of the hover text, to which the panel's title is added.
+    options: those that all share. subplots: options of `make_subplots`. hover: template of the hover text, to which the
+    panel's title is added.
     """
-    fig = paper(title, x, y, panels, rows, height, shared_yaxes=True,
-                **({"vertical_spacing": 0.35 / rows} if rows > 1 else {}))
+    fig = paper(title, x, y, panels, rows, height, **{"shared_yaxes": True, **subplots})
     across = -(-len(panels) // rows)
     traces = [[go.Heatmap(**{"coloraxis": "coloraxis", "hovertemplate": f"{hover}<extra>{panel}</extra>", **options,
                              **cell}) for panel, cell in zip(panels, cells)] for cells in frames.values()]
