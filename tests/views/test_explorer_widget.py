@@ -150,8 +150,8 @@ def test_what_has_arrived_is_said_before_a_button_is_pressed(explorer):
     explorer.prompt.value = " ".join(["long"] * 300)
     assert len(explorer.message.value) < 400
     explorer.folder.value = "runs/first"
-    assert "Saved: runs/first. Press &quot;Open&quot;" in explorer.message.value and np.array_equal(shown_before,
-                                                                                                    shown(explorer)[0])
+    assert "Saved: runs/first. Press &quot;Open&quot;" in explorer.message.value
+    assert np.array_equal(shown_before, shown(explorer)[0])
 
 
 def test_news_of_two_threads_are_heard_one_after_the_other(explorer):

@@ -272,6 +272,14 @@ def test_colours_and_dashes_mean_the_same_in_every_figure():
     assert {t.line.color for t in VIEWS["skip_one_layer"]().data} == {style.TASK["t2i"], style.TASK["mmu"]}
 
 
+def test_a_model_with_one_seed_keeps_its_panel_and_shows_no_thin_line():
+    data = curves().query("model == 'emu3-tiny' or seed == 0")
+    fig = runs.training_curves(data, "loss_t2i")
+    thin = [t for t in fig.data if t.line.width == 1 and not np.isnan(t.y).all()]
+    assert [a.text for a in fig.layout.annotations] == list(MODELS)
+    assert len(thin) == 3 * 3 and {t.xaxis for t in thin} == {"x2"}
+
+
 def test_chance_is_dashed():
     fig = VIEWS["overlaps"]()
     assert len(fig.data) == 3 * 3 * 2 and {t.line.dash for t in fig.data if t.name.endswith("by chance")} == {"dash"}

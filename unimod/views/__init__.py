@@ -1,7 +1,7 @@
 """Figures: every function takes data (a frame, a record, tensors) and returns one plotly figure.
 
-How to add a figure: write a function into the file of its subject, with `facets` for lines, bars and marks or `heat_maps`
-for maps; both give it the shared colours, axes and panels. `require` names the columns that a frame lacks.
+How to add a figure: write a function into the file of its subject, with `facets` for lines, bars and marks or
+`heat_maps` for maps; both give it the shared colours, axes and panels. `require` names the columns that a frame lacks.
 
     import plotly.express as px
     from unimod.views.style import facets, frame, require, words

@@ -133,8 +133,8 @@ def head_maps(record: AttentionRecord, row: int, head: int, name: Callable[[int]
         labels[layer] = [plain(f"{a} [{kinds[a]}] {' '.join(tokens[a:b])}") for a, b in bins]
         maps[layer] = record.tile(row, layer, head=head)[0].cpu().numpy()
     top = max(float(grid.max()) for grid in maps.values())
-    frames = {layer: [{"z": bytes_of(grid, top), "x": labels[layer], "y": labels[layer]}] for layer,
-              grid in maps.items()}
+    frames = {layer: [{"z": bytes_of(grid, top), "x": labels[layer], "y": labels[layer]}]
+              for layer, grid in maps.items()}
     fig = heat_maps(f"Attention of head {head}", frames, [""], x="key", y="query", height=560,
                     active=min(active, len(frames) - 1), hover="query: %{y}<br>key: %{x}",
                     coloraxis={"colorscale": AMOUNT, "cmin": 0, "cmax": 255,

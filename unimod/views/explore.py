@@ -200,11 +200,10 @@ class Explorer:
         """Another place in the same sequences: of the figures' data only what changes is sent."""
         with self._reported():
             for view in VIEWS:
-                fig, (data, layout), (had,
-                                      shown) = self.figures[view.name], view.fill(self.sides,
-                                                                                  self.selection), self.sent[view.name]
-                new = [{key: value for key, value in part.items() if not same(value, old[key])} for part,
-                       old in zip(data, had)]
+                fig, (had, shown) = self.figures[view.name], self.sent[view.name]
+                data, layout = view.fill(self.sides, self.selection)
+                new = [{key: value for key, value in part.items() if not same(value, old[key])}
+                       for part, old in zip(data, had)]
                 if any(new) or layout != shown:
                     with fig.batch_update():
                         for trace, part in zip(fig.data, new, strict=True):

@@ -102,8 +102,8 @@ def same(a: object, b: object) -> bool:
 def as_bytes(data: list[dict], layout: dict) -> Filled:
     """Heat maps on a colour axis as uint8 from its lower to its upper end; an unknown value becomes no attention, or no
     difference."""
-    coarse, ends = [], {axis: (layout[axis]["cmin"], layout[axis]["cmax"]) for axis in ("coloraxis", "coloraxis2")
-                        if axis in layout}
+    axes = [axis for axis in ("coloraxis", "coloraxis2") if axis in layout]
+    coarse, ends = [], {axis: (layout[axis]["cmin"], layout[axis]["cmax"]) for axis in axes}
     for part in data:
         if part.get("coloraxis") in ends:
             low, high = ends[part["coloraxis"]]
@@ -128,8 +128,8 @@ def _panels(sides: Sequence[Side]) -> list[str]:
     return [plain(title(sides[0]))] if len(sides) == 1 else ["A", "B", "A - B"]
 
 
-def _paper(heading: str, sides: Sequence[Side], x: str = "", y: str = "", panels: Sequence[str] = (), unit: str
-           | None = "share", scale: str | list = AMOUNT, **options: object) -> go.Figure:
+def _paper(heading: str, sides: Sequence[Side], x: str = "", y: str = "", panels: Sequence[str] = (),
+           unit: str | None = "share", scale: str | list = AMOUNT, **options: object) -> go.Figure:
     """Axes and colour axes; two sides are named below the title. unit: of the first colour bar, None for a figure
     without one."""
     fig, two = paper(heading, x, y, panels, **options), len(sides) == 2
@@ -315,8 +315,8 @@ def _blocks_fill(sides: Sequence[Side], selection: Selection) -> Filled:
     layer, head = selection.layer, selection.head
     maps = _with_difference([s.overview.modality_mass(layer, head).numpy() if s.has(layer, head) else None
                              for s in sides])
-    data = [_heat(n, values, (3, 3), "from %{y} to %{x}: %{z:.3f}", x=NAMES, y=NAMES, texttemplate="%{z:.2f}") for n,
-            values in enumerate(maps)]
+    data = [_heat(n, values, (3, 3), "from %{y} to %{x}: %{z:.3f}", x=NAMES, y=NAMES, texttemplate="%{z:.2f}")
+            for n, values in enumerate(maps)]
     return data, {**_ranges(maps), "coloraxis": {"cmin": 0.0, "cmax": 1.0}}
 
 

@@ -68,8 +68,8 @@ def capacities(data: pd.DataFrame) -> go.Figure:
     data = require(data, "plan", "layer", "task", "capacity", "kind")
     cells = {}
     for plan, part in data.groupby("plan", sort=False):
-        grid = part.pivot(index="task", columns="layer",
-                          values="capacity").reindex([t for t in TASK if t in set(part["task"])])
+        tasks = [task for task in TASK if task in set(part["task"])]
+        grid = part.pivot(index="task", columns="layer", values="capacity").reindex(tasks)
         kinds = part.drop_duplicates("layer").set_index("layer")["kind"].reindex(grid.columns)
         cells[plan] = {"z": grid.to_numpy(np.float32), "x": list(grid.columns), "y": [words(t) for t in grid.index],
                        "customdata": [list(kinds)] * len(grid)}
@@ -88,8 +88,8 @@ def kept_frame(log: Mapping[int, Routing], batch: Batch, row: int, grid: tuple[i
     where = span.start + (batch.modality[span] == Modality.IMAGE).nonzero()[:, 0]
     parts = []
     for layer, routing in log.items():
-        cells = pd.MultiIndex.from_product([range(grid[0]), range(grid[1])],
-                                           names=["row", "column"]).to_frame(index=False)
+        index = pd.MultiIndex.from_product([range(grid[0]), range(grid[1])], names=["row", "column"])
+        cells = index.to_frame(index=False)
         parts.append(cells.assign(layer=layer, kept=routing.kept[where].int().cpu().numpy(),
                                   score=routing.score.detach()[where].float().cpu().numpy()))
     return pd.concat(parts, ignore_index=True).assign(task=batch.tasks[row].name.lower())
@@ -147,8 +147,8 @@ def kept_positions(data: pd.DataFrame) -> go.Figure:
     rows, shape = len(panels) // across, (data["row"].max() + 1, data["column"].max() + 1)
     maps, filled = {}, []
     for layer, part in data.groupby("layer"):
-        found = {panel: cells.pivot(index="row", columns="column", values="kept") for panel,
-                 cells in part.groupby("panel")}
+        found = {panel: cells.pivot(index="row", columns="column", values="kept")
+                 for panel, cells in part.groupby("panel")}
         maps[layer] = [{"z": _percent(found.get(panel), shape)} for panel in panels]
         filled.append(len(found))
     fig = heat_maps("Which places of the picture are kept", maps, panels, x="picture column", y="picture row",
@@ -194,8 +194,8 @@ def score_histograms(data: pd.DataFrame) -> go.Figure:
     frames, filled = [], []
     for layer, part in data.groupby("layer"):
         found = dict(iter(part.groupby(["panel", "task"])))
-        traces = [_steps(found.get((panel, task)), panel, task, legend=panel == panels[0]) for panel in panels
-                  for task in tasks]
+        traces = [_steps(found.get((panel, task)), panel, task, legend=panel == panels[0])
+                  for panel in panels for task in tasks]
         layout = {}
         for n, panel in enumerate(panels, 1):
             here = part[part["panel"] == panel]
@@ -342,8 +342,8 @@ def _steps(part: pd.DataFrame | None, panel: str, task: str, legend: bool) -> go
     legend."""
     x, y = [None], [None]
     if part is not None:
-        x, y = [*part["low"].round(4), part["high"].round(4).iloc[-1]], [*part["share"].round(4),
-                                                                         part["share"].round(4).iloc[-1]]
+        edges, shares = [*part["low"], part["high"].iloc[-1]], [*part["share"], part["share"].iloc[-1]]
+        x, y = np.round(edges, 4), np.round(shares, 4)
     return go.Scatter(x=x, y=y, mode="lines", line={"shape": "hv", "color": COLOUR.get(task, INK), "width": 2},
                       fill="tozeroy", opacity=0.9, name=words(task), legendgroup=task, showlegend=legend,
                       hovertemplate=f"{words(task)}, {panel} from %{{x:.3g}}: %{{y:.1%}} of the tokens<extra></extra>")

@@ -154,16 +154,15 @@ def over_seeds(plot: Callable, data: pd.DataFrame, x: str, y: str, step: str, by
                **options: object) -> go.Figure:
     """A thin line per seed and a thick one for their mean at every `step`, for every combination of the columns `by`;
     options: of `facets`."""
-    mean = data.groupby([*by, step],
-                        sort=False)[list({x, y} - {step})].mean().reset_index().sort_values(step, kind="stable")
-    mean, data = mean.round({y: 5}), data.round({y: 5})     # digits beyond a pixel: half the JSON
+    mean = data.groupby([*by, step], sort=False)[list({x, y} - {step})].mean().reset_index()
+    mean = mean.sort_values(step, kind="stable").round({y: 5})    # further digits are below a pixel
     order = {"category_orders": {name: list(data[name].unique()) for name in by}}
     fig = facets(plot, mean, x, y, **order, **options).update_traces(line={"width": 2.5})
-    groups = data.groupby(list(by), sort=False)["seed"].transform("nunique")
-    several = data[groups > 1]
-    if len(several):
-        thick = fig.data
-        fig.add_traces(facets(plot, several, x, y, line_group="seed", **order, **options).data)
+    several = data.groupby(list(by), sort=False)["seed"].transform("nunique") > 1
+    if several.any():
+        # the lines of single seeds stay, without values: otherwise a panel could be missing and the others move up
+        thick, thin = fig.data, data.assign(**{y: data[y].round(5).where(several)})
+        fig.add_traces(facets(plot, thin, x, y, line_group="seed", **order, **options).data)
         for trace in fig.data[len(thick):]:
             trace.update(showlegend=False, opacity=0.4, line={"width": 1})
         fig.data = (*fig.data[len(thick):], *thick)     # the means lie on top
@@ -187,12 +186,13 @@ def heat_maps(title: str, frames: Mapping[object, Sequence[dict]], panels: Seque
     """
     fig = paper(title, x, y, panels, rows, height, **{"shared_yaxes": True, **subplots})
     across = -(-len(panels) // rows)
-    traces = [[go.Heatmap(**{"coloraxis": "coloraxis", "hovertemplate": f"{hover}<extra>{panel}</extra>", **options,
-                             **cell}) for panel, cell in zip(panels, cells)] for cells in frames.values()]
+    shared = [{"coloraxis": "coloraxis", "hovertemplate": f"{hover}<extra>{panel}</extra>", **options}
+              for panel in panels]
+    traces = [[go.Heatmap(one | cell) for one, cell in zip(shared, cells)] for cells in frames.values()]
     for n, trace in enumerate(traces[active]):
         fig.add_trace(trace, row=n // across + 1, col=n % across + 1)
-    fig.update_layout(coloraxis=coloraxis).update_xaxes(showgrid=False,
-                                                        zeroline=False).update_yaxes(showgrid=False, zeroline=False)
+    bare = {"showgrid": False, "zeroline": False}
+    fig.update_layout(coloraxis=coloraxis).update_xaxes(**bare).update_yaxes(**bare)
     moving = [go.Frame(name=str(name), data=one, traces=list(range(len(one)))) for name, one in zip(frames, traces)]
     return slider(fig, moving, "layer", active, play) if len(moving) > 1 else fig
 
