@@ -44,14 +44,10 @@ from .models.cache import KVCache
 from .models.image_tokenizer import ImageTokenizer
 from .models.unified import UnifiedModel
 
-SMALLEST, LARGEST = 1 / 8, 0.55
-"""Allowed side of an object's box, as a share of the picture's side."""
-LONGEST = 1.6
-"""Allowed ratio of the box's sides."""
-LEAST_OVERLAP = 0.7
-"""Intersection over union with the best shape, below which a patch is no object."""
-FARTHEST = 90.0
-"""Distance in RGB from every mix of background and color, above which a pixel is neither."""
+SMALLEST, LARGEST = 1 / 8, 0.55  # allowed side of an object's box, as a share of the picture's side
+LONGEST = 1.6  # allowed ratio of the box's sides
+LEAST_OVERLAP = 0.7  # intersection over union with the best shape, below which a patch is no object
+FARTHEST = 90.0  # distance in RGB from every mix of background and color, above which a pixel is neither
 _PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)
 
 
@@ -59,13 +55,9 @@ _PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values()], np.float32)
 class Quality:
     """Shares are in [0, 1], losses in nats per target; `counts` holds how many items stand behind every share."""
 
-    questions: dict[str, float]
-    """Exact match per kind of question, and "all"."""
-    pictures: dict[str, float]
-    """Share of generated pictures whose objects are exactly the caption's, per category and "all"; empty without ground
-    truth."""
-    losses: dict[str, float]
-    """Loss per task on a fixed held-out batch."""
+    questions: dict[str, float]  # exact match per kind of question, and "all"
+    pictures: dict[str, float]  # share of generated pictures that are right, per category and "all"; {} without truth
+    losses: dict[str, float]  # loss per task on a fixed held-out batch
     counts: dict[str, int] = field(default_factory=dict)
 
     def flat(self) -> dict[str, float]:
@@ -85,7 +77,7 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
     training = model.training
     model.eval()                                            # some routers decide otherwise in training
     batches = Batches(data, image_tokenizer, model.layout, seed=seed)
-    samples = batches.samples(split, start, count, seed=0)
+    samples = batches.samples(split, start, count, seed=0)  # the same pictures for every seed of a training
     if model.layout.causal_images and routed_layers(model):
         calibrate(model, batches.single_task(Task.T2I, "train", 64))
     questions = questions_right(model, batches, samples, per_picture)

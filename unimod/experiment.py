@@ -54,12 +54,10 @@ from .params import Params
 from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, make_plan, solve
 from .train import TrainConfig, train
 
-NEAR = 0.02
-"""How far the share of FLOPs that an arm saves may lie from unimod's."""
+NEAR = 0.02  # how far the share of FLOPs that an arm saves may lie from unimod's
 ANY = CapacityPlan({task: [0.5, 0.4, 0.6] for task in TASKS})
 """A plan as learned capacities may turn out: layer 0 routed, rising and falling."""
-FIT_STEPS = 1000
-"""Optimiser steps of a learned image tokenizer; the dictionary needs none."""
+FIT_STEPS = 1000  # optimiser steps of a learned image tokenizer; the dictionary needs none
 
 
 @dataclass(frozen=True)
@@ -163,12 +161,12 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     makers = {name: partial(make, layers) for name, make in MAKERS.items()}
     makers["lowest_arank"] = lambda saving: from_arank(arank(), saving)
     makers["highest_arank"] = lambda saving: from_arank(arank(), saving, highest=True)
-    makers["learned"] = lambda saving: learned().plan(saving or 1e-6)
+    makers["learned"] = lambda saving: learned().plan(saving or 1e-6)       # `solve` starts at 0, which has no solution
     target = cost(unimod, separate).saved
 
     def at_unimods_cost(name: str, maker: str, router: RouterConfig) -> CapacityPlan:
         try:
-            suits(ANY if maker == "learned" else makers[maker](0.05), router)
+            suits(ANY if maker == "learned" else makers[maker](0.05), router)       # a saving that every maker can meet
         except ParameterError as error:
             raise ParameterError(f"arms: {name} does not go together. {error}") from None
         if maker in FIXED:
@@ -221,6 +219,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     if params.resume and (folder / "arm.json").exists():
         return json.loads((folder / "arm.json").read_text(encoding="utf-8"))
     model = arm.model(session.model, seed).to(device_of(params))
+    # 1000: the shipped checkpoints were trained in the data orders of seeds 0 to 4
     batches = Batches(session.data, session.image_tokenizer, model.layout, rows_of(params), seed=1000 + seed)
     held_out = batches.held_out("test", min(16, params.eval_samples))
     start = routings(model, held_out)
@@ -252,7 +251,7 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     }
     text = json.dumps(result)
     write(folder / "arm.json", text)
-    return json.loads(text)
+    return json.loads(text)                                 # as a finished folder is read: lists for tuples
 
 
 def read_arms(folders: list[str | Path]) -> list[dict]:
@@ -290,20 +289,16 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({*open_data("scenes").words(), *open_data("digits").words()}))
 
 
-def training_pictures(data: Dataset, count: int = 4000, seed: int = 0) -> torch.Tensor:
-    """The first `count` training pictures of a data set (all, when it has fewer): uint8 [N, 3, H, W]."""
-    count = min(count, data.size("train") or count)
-    return torch.from_numpy(np.stack([data.sample("train", i, seed).image for i in range(count)])).permute(0, 3, 1, 2)
-
-
 def fit_image_tokenizer(data: Dataset, name: str = "dictionary", count: int = 4000, seed: int = 0,
                         cache: str | Path | None = None) -> ImageTokenizer:
-    """An image tokenizer of 256 codes fitted on the training pictures of a data set.
+    """An image tokenizer of 256 codes fitted on the first `count` training pictures of a data set (all, if fewer).
 
     The dictionary takes seconds, the learned ones minutes; with `cache`, a folder, one that was fitted on the same
     pictures before is read from there.
     """
-    pictures = training_pictures(data, count, seed)
+    count = min(count, data.size("train") or count)         # generated data sets have no size
+    images = np.stack([data.sample("train", i, seed).image for i in range(count)])
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2)                 # uint8 [N, 3, H, W]
     digest = hashlib.blake2b(pictures.numpy().tobytes(), digest_size=6).hexdigest()
     folder = Path(cache) / f"{name}-{digest}-{seed}" if cache else None
     if folder and (folder / CONFIG_FILE).exists():

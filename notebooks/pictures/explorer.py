@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from unimod.session import load
 
 from unimod import RouterConfig, apply_mod, make_plan
 from unimod.batch import Task
 from unimod.config import Params
 from unimod.gallery import Gallery
-from unimod.session import load
 from unimod.views.panels import Selection, heads, picture, text
 
 LAYER, SAMPLE = 4, 2

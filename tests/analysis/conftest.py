@@ -41,19 +41,14 @@ def untouched(world):
         assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.fixture(scope="session")
-def dense_maps():
-    """The function below."""
-    return _dense_maps
-
-
-def _dense_maps(model, packed):
-    """[L][row] -> [H, n, n] from transformers' own eager attention, under masks written down task by task, not from intervals."""
+def _dense_maps(model, batch):
+    """[L][row] -> [H, n, n] from transformers' own eager attention, under masks written down task by task, not from
+    intervals."""
     lm = copy.deepcopy(model.lm)
     lm.set_attn_implementation("eager")
     out = []
-    for span, task in zip(packed.rows(), packed.tasks):
-        ids, position, image = packed.ids[span], packed.position[span], packed.modality[span] == Modality.IMAGE
+    for span, task in zip(batch.rows(), batch.tasks):
+        ids, position, image = batch.ids[span], batch.position[span], batch.modality[span] == Modality.IMAGE
         n = len(ids)
         allow = torch.ones(n, n).tril().bool()
         if model.layout.kind == "showo" and task == Task.T2I:
@@ -63,6 +58,13 @@ def _dense_maps(model, packed):
             allow[:, : int(image.nonzero()[-1]) + 2] = True         # the prefix up to and with eoi
         mask = torch.zeros(n, n).masked_fill(~allow, torch.finfo(torch.float32).min)[None, None]
         with torch.no_grad():
-            found = lm(input_ids=ids[None], position_ids=position[None], attention_mask=mask, output_attentions=True, use_cache=False)
+            found = lm(input_ids=ids[None], position_ids=position[None], attention_mask=mask, output_attentions=True,
+                       use_cache=False)
         out.append([a[0] for a in found.attentions])
     return [[row[layer] for row in out] for layer in range(len(model.layers))]
+
+
+@pytest.fixture(scope="session")
+def dense_maps():
+    """The function above."""
+    return _dense_maps

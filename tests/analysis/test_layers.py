@@ -1,5 +1,5 @@
-"""Importance against direct computation, without touching the model; every way to collapse, made by hand and named by its
-name alone, while routers that read their tokens are not named."""
+"""Importance against direct computation, without touching the model; every way to collapse, made by hand and named by
+its name alone, while routers that read their tokens are not named."""
 
 import copy
 from dataclasses import replace
@@ -114,27 +114,32 @@ def row(ids, task=Task.T2I, rule="topk", text=TEXT):
     return TokenSequence(task, ids, torch.arange(n), modality, prefix_hi(n, n), torch.full((n,), IGNORE), ((n, rule),))
 
 
-def batch(rows=8, seed=0, text=TEXT, image=SIDE * SIDE):
+def random_ids(rows, n, seed):
+    return torch.randint(0, 1000, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def made(rows=8, seed=0, text=TEXT, image=SIDE * SIDE):
     """Rows that have nothing in common."""
-    return pack([row(ids, text=text) for ids in torch.randint(0, 1000, (rows, text + image), generator=torch.Generator().manual_seed(seed))])
+    return pack([row(ids, text=text) for ids in random_ids(rows, text + image, seed)])
 
 
-def choose(packed, score, gate="tanh", capacity=0.4):
+def choose(batch, score, gate="tanh", capacity=0.4):
     """What a real router decides when these are its scores, [T]."""
-    router = TaskRouter(1, dict.fromkeys(("t2i", "mmu", "lm"), capacity), RouterConfig(shared=True, gate=gate)).to(score.dtype)
+    config = RouterConfig(shared=True, gate=gate)
+    router = TaskRouter(1, dict.fromkeys(("t2i", "mmu", "lm"), capacity), config).to(score.dtype)
     torch.nn.init.ones_(router.proj.weight)
-    return {3: router(score[:, None], packed)}
+    return {3: router(score[:, None], batch)}
 
 
-def noise(packed, seed=1):
-    return torch.randn(len(packed), generator=torch.Generator().manual_seed(seed))
+def noise(batch, seed=1):
+    return torch.randn(len(batch), generator=torch.Generator().manual_seed(seed))
 
 
-def names(packed, score, gate="tanh", capacity=0.4):
-    return [f.name for f in collapsed(choose(packed, score, gate, capacity), packed, gate)]
+def names(batch, score, gate="tanh", capacity=0.4):
+    return [f.name for f in collapsed(choose(batch, score, gate, capacity), batch, gate)]
 
 
-BATCH = batch()
+BATCH = made()
 NOISE = noise(BATCH)
 IMAGE = BATCH.modality == Modality.IMAGE
 
@@ -160,7 +165,8 @@ def test_the_same_places_whatever_the_picture():
     assert names(BATCH, score, capacity=0.98) == [], "whoever keeps all keeps the same"
     score[IMAGE] += 0.7 * NOISE[IMAGE]
     assert names(BATCH, score) == [], "half by content"
-    assert names(pack([row(BATCH.ids[:35])] * 8), NOISE[:35].repeat(8)) == [], "the same picture may be kept the same way"
+    same = pack([row(BATCH.ids[:35])] * 8)
+    assert names(same, NOISE[:35].repeat(8)) == [], "the same picture may be kept the same way"
 
 
 @pytest.mark.parametrize(("push", "rate", "capacity"), [(1, 1, 0.4), (-1, 0, 0.4), (0.5, 1, 0.6)])
@@ -173,49 +179,52 @@ def test_one_modality_whole_or_not_at_all(push, rate, capacity):
 
 
 def test_one_prompt_in_all_rows_is_little_evidence():
-    packed = batch()
-    packed.ids[~IMAGE] = torch.arange(TEXT).repeat(8)
-    assert names(packed, 0.05 * NOISE + IMAGE) == []
+    batch = made()
+    batch.ids[~IMAGE] = torch.arange(TEXT).repeat(8)
+    assert names(batch, 0.05 * NOISE + IMAGE) == []
 
 
 def test_only_tokens_that_compete_with_another_modality_are_one_sided():
-    alone = batch(text=0)
+    alone = made(text=0)
     assert names(alone, noise(alone)) == []
-    ids = torch.cat([BATCH.ids.view(8, 35), torch.randint(0, 1000, (8, 20), generator=torch.Generator().manual_seed(3))], 1)
-    questions = pack([replace(row(i), modality=torch.cat([BATCH.modality[:35], torch.zeros(20, dtype=torch.long)]), parts=((35, "topk"), (20, "topk")))
-                      for i in ids])
-    found, = collapsed(choose(questions, 0.05 * noise(questions) + (questions.modality == Modality.IMAGE)), questions, "tanh")
-    assert (found.name, found.figure) == ("one-sided", 0), "a question's own words compete among themselves and say nothing about that"
+    ids = torch.cat([BATCH.ids.view(8, 35), random_ids(8, 20, seed=3)], 1)
+    modality = torch.cat([BATCH.modality[:35], torch.zeros(20, dtype=torch.long)])
+    questions = pack([replace(row(i), modality=modality, parts=((35, "topk"), (20, "topk"))) for i in ids])
+    score = 0.05 * noise(questions) + (questions.modality == Modality.IMAGE)
+    found, = collapsed(choose(questions, score), questions, "tanh")
+    assert (found.name, found.figure) == ("one-sided", 0), "a question's own words compete among themselves alone"
 
 
 @pytest.mark.parametrize("gate", ["tanh", "sigmoid"])
 def test_gates_at_their_end(gate):
-    assert names(BATCH, 20 + NOISE, gate) == ["saturated"] and names(BATCH, 20 + NOISE, "raw") == [] == names(BATCH, 20 + NOISE, "none")
+    assert [names(BATCH, 20 + NOISE, g) for g in (gate, "raw", "none")] == [["saturated"], [], []]
     assert names(BATCH, 1 + 0.5 * NOISE, gate) == []
 
 
 def test_gates_that_let_nothing_through():
-    assert names(BATCH, 1e-3 * NOISE, "raw") == ["dead gate"] and names(BATCH, 1e-3 * NOISE, "tanh") == [], "this one is at the identity"
+    assert names(BATCH, 1e-3 * NOISE, "raw") == ["dead gate"]
+    assert names(BATCH, 1e-3 * NOISE, "tanh") == [], "this gate is at the identity"
     assert names(BATCH, NOISE - 20, "sigmoid") == ["saturated", "dead gate"]
 
 
 def test_tasks_are_judged_apart_and_rules_are_no_evidence():
-    both = pack([row(BATCH.ids[:35], task, rule) for task, rule in ((Task.T2I, "topk"), (Task.MMU, "topk"), (Task.LM, "keep"))])
+    rules = {Task.T2I: "topk", Task.MMU: "topk", Task.LM: "keep"}
+    both = pack([row(BATCH.ids[:35], task, rule) for task, rule in rules.items()])
     score = torch.cat([torch.full((35,), 2.0), NOISE[:35], torch.full((35,), 2.0)])
     assert [(f.task, f.name) for f in collapsed(choose(both, score), both, "tanh")] == [("t2i", "constant")]
     assert collapsed({}, both, "tanh") == []
 
 
 def test_a_few_tokens_prove_nothing():
-    small = batch(rows=2, text=1, image=2)
+    small = made(rows=2, text=1, image=2)
     for score, gate in ((torch.full((6,), 2.0), "tanh"), (20 + torch.rand(6), "tanh"),
                         (torch.tensor([1.0, 0, 0.5] * 2), "tanh"), (1e-4 * torch.rand(6), "raw")):
         assert names(small, score, gate) == []
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), text=st.integers(0, 30), image=st.sampled_from([0, 1, 4, 36]), capacity=st.floats(0.02, 0.99),
-       gate=st.sampled_from(GATES))
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), text=st.integers(0, 30),
+       image=st.sampled_from([0, 1, 4, 36]), capacity=st.floats(0.02, 0.99), gate=st.sampled_from(GATES))
 def test_chance_is_never_named(seed, rows, text, image, capacity, gate):
-    packed = batch(rows, seed, text=max(text, 1), image=image)
-    assert names(packed, noise(packed, seed + 1), gate, capacity) == []
+    batch = made(rows, seed, text=max(text, 1), image=image)
+    assert names(batch, noise(batch, seed + 1), gate, capacity) == []

@@ -22,13 +22,12 @@ from unimod.analysis.tasks import (
     joint_or_single,
     t2i_keeps_more,
 )
-from unimod.baselines import PRESETS
+from unimod.baselines import PRESETS, make_router
 from unimod.batch import Task
 from unimod.config import MODELS
 from unimod.experiment import load
 from unimod.losses import losses
 from unimod.params import Params
-from unimod.router import TaskRouter
 from unimod.views.runs import table_of_findings
 
 RECORD = json.loads((Path(__file__).parents[2] / "notebooks/records/findings.json").read_text())
@@ -64,7 +63,7 @@ def test_gradient_cosine(untouched):
 def test_the_competing_router_keeps_the_best_of_the_whole_batch(world):
     _, batches = world["showo-tiny"]
     batch, width = mixed(batches, 0), 8
-    router = TaskRouter(width, dict.fromkeys(("t2i", "mmu", "lm"), 0.5), PRESETS["competitive"]).eval()
+    router = make_router(width, dict.fromkeys(("t2i", "mmu", "lm"), 0.5), PRESETS["competitive"]).eval()
     h = torch.randn(len(batch), width, generator=torch.Generator().manual_seed(1))
     h[batch.task == Task.T2I] += 1e4 * router.proj.weight[0].detach()       # t2i tokens score higher than any other
     routing = router(h, batch)
@@ -145,7 +144,7 @@ def test_early_layers_matter():
 
 
 def test_what_was_not_measured_is_undecided():
-    """Two layers: behind the first one the early half is empty. Without a row's tokens in a routed layer the others count."""
+    """Two layers: behind the first one the early half is empty. Where a routed layer has no token, the others count."""
     assert early_matters(made_importance(0.2, 0.1), start=1).outcome == "undecided"
     routed = made_patterns(0.3)
     routed.received[3, 0] = torch.nan

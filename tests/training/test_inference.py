@@ -1,4 +1,4 @@
-"""What routed models do where they are used: decisions alone against top-k, cache memory, guidance branches that share a decision."""
+"""Routed models as they decode: per-token decisions against top-k, cache memory, guidance branches that share one."""
 
 import pytest
 import torch
@@ -30,37 +30,37 @@ def world(request):
 
 def test_agreement_is_that_of_the_thresholds_with_top_k(world):
     model, _, batches = world
-    packed = batches.held_out("validation", 6)
-    rows = agreement(model, packed)
+    batch = batches.held_out("validation", 6)
+    rows = agreement(model, batch)
     assert {(r["layer"], r["task"]) for r in rows} == {(n, t) for n in range(4, 8) for t in ("t2i", "mmu", "lm")}
     with torch.no_grad(), record_routing() as log:
-        model(packed)
+        model(batch)
     for r in rows:
         routing, task = log[r["layer"]], Task[r["task"].upper()]
         threshold = float(model.layers[r["layer"]].router.threshold[task])
-        tokens = [i for i in range(len(packed)) if routing.eligible[i] and packed.task[i] == task]
+        tokens = [i for i in range(len(batch)) if routing.eligible[i] and batch.task[i] == task]
         kept = set(routing.index.tolist())
         assert r["tokens"] == len(tokens) and r["by"] == "threshold"
-        assert r["agree"] == pytest.approx(sum((float(routing.score[i]) >= threshold) == (i in kept)
-                                               for i in tokens) / len(tokens))
+        agree = [(float(routing.score[i]) >= threshold) == (i in kept) for i in tokens]
+        assert r["agree"] == pytest.approx(sum(agree) / len(tokens))
         assert r["planned"] == pytest.approx(sum(i in kept for i in tokens) / len(tokens))
     shares = [r["agree"] for r in rows if r["task"] != "lm"]
     assert sum(shares) / len(shares) > 0.6 and min(shares) < 1
 
 
-def test_a_decision_alone_has_its_own_loss(world):
+def test_a_per_token_decision_has_its_own_loss(world):
     model, _, batches = world
-    packed = batches.held_out("validation", 4)
-    rows = {(r["task"], r["decided"]): r for r in loss_by_decision(model, packed)}
+    batch = batches.held_out("validation", 4)
+    rows = {(r["task"], r["decided"]): r for r in loss_by_decision(model, batch)}
     with torch.no_grad():
-        direct = losses(model, packed).per_task
+        direct = losses(model, batch).per_task
     assert rows["t2i", "top-k"]["loss"] == pytest.approx(float(direct[Task.T2I]))
     assert rows["t2i", "alone"]["loss"] != rows["t2i", "top-k"]["loss"]
     assert rows["t2i", "top-k"]["kept"] == pytest.approx(0.4, abs=0.03) and 0.1 < rows["t2i", "alone"]["kept"] < 0.8
-    assert per_token(packed).segments != packed.segments and all(s.rule != "topk" for s in per_token(packed).segments)
+    assert per_token(batch).segments != batch.segments and all(s.rule != "topk" for s in per_token(batch).segments)
 
 
-def test_what_cannot_judge_alone_says_so(world):
+def test_routers_without_a_per_token_decision_are_refused(world):
     model, _, batches = world
     routed = apply_mod(from_pretrained(shipped(model.layout.kind + "-tiny"))[0], last_half(8, 0.3), PRESETS["a-mod"])
     with pytest.raises(RuntimeError, match="needs predictor=True"):
@@ -69,8 +69,8 @@ def test_what_cannot_judge_alone_says_so(world):
 
 def test_the_cache_holds_what_is_kept(world):
     model, _, batches = world
-    rows = [model.layout.mmu(c, [("is there a red circle?", "yes")])
-            for c in batches.codes(batches.samples("test", 0, 3))]
+    codes = batches.codes(batches.samples("test", 0, 3))
+    rows = [model.layout.mmu(c, [("is there a red circle?", "yes")]) for c in codes]
     with torch.no_grad(), record_routing() as log:
         model(pack(rows))
     n = len(pack(rows))
@@ -82,18 +82,16 @@ def test_branches_that_share_keep_the_same_picture_tokens(world):
     model, tokenizer, batches = world
     split, shared = guidance(model, tokenizer, batches.samples("test", 0, 6))
     assert (split["branches"], shared["branches"]) == ("split", "share") and split["same"] < shared["same"]
-    assert shared["same"] == (1.0 if model.layout.causal_images
-                              else pytest.approx(1, abs=0.1)), "rows of other lengths keep other numbers"
+    # with masked decoding the branches' rows differ in length, so they keep different numbers of tokens
+    assert shared["same"] == (1.0 if model.layout.causal_images else pytest.approx(1, abs=0.1))
     assert all(0 <= row["right"] <= 1 and row["pictures"] == 6 for row in (split, shared))
 
 
 def test_sharing_changes_nothing_without_guidance_or_routers(world):
+    def same(model, guidance):
+        captions = ["a red circle at the top left", "a blue square at the bottom right"]
+        return torch.equal(*(draw(model, captions, seed=1, guidance=guidance, share=share) for share in (True, False)))
+
     model, _, _ = world
-    captions = ["a red circle at the top left", "a blue square at the bottom right"]
-    assert torch.equal(draw(model, captions, seed=1, guidance=0.0, share=True),
-                       draw(model, captions, seed=1, guidance=0.0))
     dense, _ = from_pretrained(shipped(model.layout.kind + "-tiny"))
-    assert torch.equal(draw(dense, captions, seed=1, guidance=1.5, share=True),
-                       draw(dense, captions, seed=1, guidance=1.5))
-    assert not torch.equal(draw(model, captions, seed=1, guidance=1.5, share=True),
-                           draw(model, captions, seed=1, guidance=1.5))
+    assert same(model, 0.0) and same(dense, 1.5) and not same(model, 1.5)

@@ -1,4 +1,4 @@
-"""The checkpoints in the package: small, loadable, lossless in their pictures and good on scenes they were never trained on."""
+"""The checkpoints in the package: small, loadable, lossless in their pictures and good on held-out scenes."""
 
 import json
 

@@ -42,16 +42,11 @@ class Importance:
     """What every layer contributes to one task; float32."""
 
     task: Task
-    base: Tensor
-    """[N]: the metric with all layers; the loss in nats per target."""
-    value: Tensor
-    """[L, N]: the metric without the layer."""
-    cosine: Tensor
-    """[L, N]: cosine between a layer's input and output, all layers running, mean over the task's tokens; nan where a
-    batch is not a `Batch`."""
+    base: Tensor  # [N]: the metric with all layers; the loss in nats per target
+    value: Tensor  # [L, N]: the metric without the layer
+    cosine: Tensor  # [L, N]: cosine of a layer's input and output, all layers running, mean over tokens; nan: no Batch
     metric: str = "loss"
-    seeds: tuple[int, ...] = ()
-    """[N]: the seed that each batch was made with; empty: one for all."""
+    seeds: tuple[int, ...] = ()  # [N]: the seed that each batch was made with; empty: one for all
 
     @property
     def damage(self) -> Tensor:
@@ -140,21 +135,14 @@ def early_matters(found: Importance, start: int = 0) -> Finding:
                   f"layer of {start} to {middle - 1} {one:+.3f}, of {middle} to {last} {other:+.3f}")
 
 
-TIES = 8
-"""constant: the scores of a segment differ by at most this many roundings of their size, so ties decide."""
-POSITIONAL = 0.95
-"""positional: excess overlap (`analysis.routing`) between rows of different pictures of at least this."""
-ONE_SIDED = 0.01
-"""one-sided: all but this share of a modality's tokens that compete with others are kept, or dropped."""
-FLAT = DEAD = 0.01
-"""saturated: the gate's slope is at most FLAT of its largest, so the router gets no gradient through it. dead gate: the
-factor on the update is at most DEAD: kept tokens are computed for nothing."""
-NEARLY_ALL = 0.95
-"""saturated and dead gate: for at least this share of the kept tokens."""
-EVIDENCE = 8
-"""Tokens behind a rule, below which it is silent: what is against chance in 8 happens by chance with about e^-8."""
-STRETCH = {"tanh": 1.0, "sigmoid": 0.5}
-"""Gates that saturate: their slope at a score s is 1 - tanh(stretch * s)^2 of the largest."""
+TIES = 8  # constant: the scores of a segment differ by at most this many roundings of their size, so ties decide
+POSITIONAL = 0.95  # positional: excess overlap (`analysis.routing`) between rows of different pictures of at least this
+ONE_SIDED = 0.01  # one-sided: all but this share of a modality's tokens that compete with others are kept, or dropped
+FLAT = 0.01  # saturated: the gate's slope is at most this share of its largest, so no gradient reaches the router
+DEAD = 0.01  # dead gate: the factor on the update is at most this: kept tokens are computed for nothing
+NEARLY_ALL = 0.95  # saturated and dead gate: for at least this share of the kept tokens
+EVIDENCE = 8  # tokens that a rule needs: what is against chance in 8 happens by chance with a probability of about e^-8
+STRETCH = {"tanh": 1.0, "sigmoid": 0.5}  # gates that saturate: slope 1 - tanh(stretch * score)^2 of the largest
 
 
 @dataclass(frozen=True)
@@ -164,8 +152,7 @@ class Collapse:
     layer: int
     task: str
     name: str
-    figure: float
-    """The number that the rule compares."""
+    figure: float  # the number that the rule compares
     sentence: str
 
     def __str__(self) -> str:
@@ -179,16 +166,16 @@ def collapsed(log: Log, batch: Batch, gate: str) -> list[Collapse]:
     dropped are evidence, so more rows make more rules apply. A constant router is not also called positional or
     one-sided.
     """
-    found = []
+    found, segment = [], batch.segment_numbers()
     for layer, routing in log.items():
         for task in dict.fromkeys(batch.tasks):
             eligible = routing.eligible & (batch.task == task)
             kept = routing.kept & eligible
-            dropping = (_count(eligible, batch) > _count(kept, batch))[batch.segment]
+            dropping = (_count(eligible, segment) > _count(kept, segment))[segment]
             eligible, kept = eligible & dropping, kept & dropping
-            hits = [_constant(routing.score.detach(), batch, eligible)]
+            hits = [_constant(routing.score.detach(), segment, eligible)]
             if hits == [None]:
-                hits = [_positional(batch, task, eligible, kept), _one_sided(batch, eligible, kept)]
+                hits = [_positional(batch, task, eligible, kept), _one_sided(batch, segment, eligible, kept)]
             hits += [_saturated(routing, kept, gate), _dead(routing, kept)]
             found += [Collapse(layer, task.name.lower(), *hit) for hit in hits if hit]
     return found
@@ -198,10 +185,11 @@ Hit = tuple[str, float, str] | None
 """Name, figure and sentence of a rule that holds."""
 
 
-def _constant(score: Tensor, batch: Batch, eligible: Tensor) -> Hit:
-    segments = [score[eligible & (batch.segment == segment)].double() for segment in batch.segment[eligible].unique()]
+def _constant(score: Tensor, segment: Tensor, eligible: Tensor) -> Hit:
+    segments = [score[eligible & (segment == number)].double() for number in segment[eligible].unique()]
     if not segments or int(eligible.sum()) < EVIDENCE:
         return None
+    # 1e-300: scores that are all 0 differ by nothing
     middle = statistics.median(float((x.max() - x.min()) / x.abs().max().clamp(min=1e-300)) for x in segments)
     if middle > TIES * torch.finfo(score.dtype).eps:
         return None
@@ -225,12 +213,12 @@ def _positional(batch: Batch, task: Task, eligible: Tensor, kept: Tensor) -> Hit
                                   f"{excess:.2f} of the way from chance to identity")
 
 
-def _one_sided(batch: Batch, eligible: Tensor, kept: Tensor) -> Hit:
-    share = (_count(kept, batch) / _count(eligible, batch))[batch.segment]
+def _one_sided(batch: Batch, segment: Tensor, eligible: Tensor, kept: Tensor) -> Hit:
+    share = (_count(kept, segment) / _count(eligible, segment))[segment]
     for modality, name in ((Modality.TEXT, "text"), (Modality.IMAGE, "picture")):
         of = batch.modality == modality
-        competes = (_count(eligible & of, batch) > 0) & (_count(eligible & ~of, batch) > 0)
-        mine = eligible & of & competes[batch.segment]
+        competes = (_count(eligible & of, segment) > 0) & (_count(eligible & ~of, segment) > 0)
+        mine = eligible & of & competes[segment]
         if not mine.any():
             continue
         different = len(batch.ids[mine].unique())      # a token that many rows have (a prompt's words) is evidence once
@@ -259,6 +247,6 @@ def _dead(routing: Routing, kept: Tensor) -> Hit:
     return "dead gate", none, f"{none:.0%} of its kept tokens get at most {DEAD} of the layer's update"
 
 
-def _count(which: Tensor, batch: Batch) -> Tensor:
-    """How many of `which`, bool [T], every segment has: float64."""
-    return torch.bincount(batch.segment, weights=which.double())
+def _count(which: Tensor, segment: Tensor) -> Tensor:
+    """How many of `which`, bool [T], every segment, int64 [T], has: float64."""
+    return torch.bincount(segment, weights=which.double())

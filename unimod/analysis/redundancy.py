@@ -30,13 +30,10 @@ from ..config import ParameterError
 from ..data.batches import Batches
 from ..models.unified import UnifiedModel
 
-TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)
-"""Tolerances of the sensitivity analysis."""
+TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)  # tolerances of the sensitivity analysis
 ALLOWED = {"mask": ("attention", "causal"), "diagonal": ("kept", "zero"), "tokens": ("all", "text", "image")}
-MIN_SAMPLES = 5
-"""Samples or seeds below which no `Finding` is decided."""
-DRAWS = 2000
-"""Resamples behind the interval of a `Finding`."""
+MIN_SAMPLES = 5  # samples or seeds below which no `Finding` is decided
+DRAWS = 2000  # resamples behind the interval of a `Finding`
 
 
 def resampled_means(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
@@ -57,14 +54,10 @@ def bootstrap(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[Tensor,
 class Reading:
     """Which entries of a post-softmax map count. Raises `ParameterError` for a value that `ALLOWED` does not list."""
 
-    mask: str = "attention"
-    """attention: the map as it was used, bidirectional where the model is; causal: times the causal triangle, not
-    normalised again."""
-    diagonal: str = "kept"
-    """zero: what a token attends to itself does not count."""
-    tokens: str = "all"
-    """Whose rows count: all queries, or text or image tokens only (special tokens are neither). All keys stay: the
-    question is whether these tokens collect the same information, from wherever."""
+    mask: str = "attention"  # attention: the map as used; causal: times the causal triangle, not normalised again
+    diagonal: str = "kept"  # zero: what a token attends to itself does not count
+    # all keys stay: the question is whether these tokens collect the same information, from wherever
+    tokens: str = "all"  # whose rows count: all queries, or only text or image tokens (special ones are neither)
 
     def __post_init__(self) -> None:
         for name, allowed in ALLOWED.items():
@@ -80,8 +73,7 @@ class Reading:
         return maps if self.tokens == "all" else maps[..., modality == Modality[self.tokens.upper()], :]
 
 
-GAMMA_MOD = Reading("causal", "zero")
-"""gamma-MoD's released code; its tolerance is None, the numerical default."""
+GAMMA_MOD = Reading("causal", "zero")  # gamma-MoD's released code; its tolerance is None, the numerical default
 
 
 @dataclass(frozen=True)
@@ -91,12 +83,9 @@ class ARank:
     task: Task
     layers: tuple[int, ...]
     tolerance: float | None
-    rank: Tensor
-    """float32 [L, N]: number of singular values above the cut, mean over heads."""
-    length: Tensor
-    """float32 [L, N]: queries of the row in that layer."""
-    effective: Tensor
-    """float32 [L, N]: effective rank, mean over heads."""
+    rank: Tensor  # float32 [L, N]: number of singular values above the cut, mean over heads
+    length: Tensor  # float32 [L, N]: queries of the row in that layer
+    effective: Tensor  # float32 [L, N]: effective rank, mean over heads
     reading: Reading = Reading()
 
     @property
@@ -122,10 +111,8 @@ class Spectra:
 
     task: Task
     layers: tuple[int, ...]
-    values: Tensor
-    """float32 [L, N, H, S], descending; zeros beyond the row's length."""
-    length: Tensor
-    """float32 [L, N]: queries of the row in that layer, nan where it has none."""
+    values: Tensor  # float32 [L, N, H, S], descending; zeros beyond the row's length
+    length: Tensor  # float32 [L, N]: queries of the row in that layer, nan where it has none
     reading: Reading = Reading()
 
     def arank(self, tolerance: float | None = 1e-2, samples: int | None = None) -> ARank:
@@ -137,6 +124,7 @@ class Spectra:
         if samples is not None and not 1 <= samples <= self.values.shape[1]:
             raise ParameterError(f"samples={samples} but these spectra hold 1 to {self.values.shape[1]}.")
         values, length = self.values[:, :samples], self.length[:, :samples]
+        # the default says little of a causal map: its diagonal is positive, so its rank is full in exact arithmetic
         cut = length[..., None, None] * torch.finfo(torch.float32).eps if tolerance is None else tolerance
         rank = (values > cut * values[..., :1]).sum(-1).float().mean(-1)
         effective = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp().mean(-1)
@@ -233,19 +221,14 @@ def shares(model: UnifiedModel, batches: Batches, samples: int, tolerance: float
 class Finding:
     """One finding of the paper, tested here by a number that is above 0 when the finding is right."""
 
-    name: str
-    """Number in the paper's order and the claim."""
-    holds: bool | None
-    """Whether the 95 % interval lies above 0 (True) or below (False); None: undecided."""
+    name: str  # number in the paper's order and the claim
+    holds: bool | None  # whether the 95 % interval lies above 0 (True) or below (False); None: undecided
     one: float
-    other: float
-    """The two numbers that are compared, as `sentence` states them."""
+    other: float  # one, other: the two numbers that are compared, as `sentence` states them
     low: float
-    high: float
-    """95 % interval of the number that is above 0 when the finding is right."""
+    high: float  # low, high: 95 % interval of the number that is above 0 when the finding is right
     n: int
-    over: str
-    """What is resampled: samples, batches, runs or seeds."""
+    over: str  # what is resampled: samples, batches, runs or seeds
     sentence: str
 
     @property

@@ -6,7 +6,7 @@
     tasks(routings(model, pairs), pairs)                # pairs = batches.paired("test", 16): pictures in both tasks
     diagnose(model, batches)                            # all of these at once
 
-`batch` is the batch as the model got it, before any layer. A router is judged by its eligible tokens (`Routing.eligible`).
+`batch` is the batch as the model got it, before any layer. A router is judged by its eligible tokens.
 Tokens kept by rule (answers, modalities that are never dropped, tasks at capacity 1, everything under a random router
 in evaluation) are no evidence of it and count in one column only, `processed` of `kept`. Collapse: `analysis.layers`.
 
@@ -40,8 +40,7 @@ Log = Mapping[int, Routing]
 Row = dict[str, object]
 BOTH = (Task.T2I, Task.MMU)
 BINS = 24
-SIDE = 32
-"""Cells along a side of a map in `diagnose`, at most."""
+SIDE = 32  # cells along a side of a map in `diagnose`, at most
 
 
 @torch.no_grad()
@@ -124,13 +123,13 @@ def _between(a: Tensor, b: Tensor, pool: Tensor) -> Row:
 
 def neighbours(log: Log, batch: Batch) -> list[Row]:
     """One row per routed layer, the `next` routed one, and task: overlap of their choices, pooled by segment."""
-    rows = []
+    rows, segment = [], batch.segment_numbers()
     for (layer, first), (following, second) in itertools.pairwise(log.items()):
         for task in dict.fromkeys(batch.tasks):
             up = first.eligible & second.eligible & (batch.task == task)
             if up.any():
                 rows.append({"layer": layer, "next": following, "task": _name(task),
-                             **_between(first.kept[up], second.kept[up], batch.segment[up])})
+                             **_between(first.kept[up], second.kept[up], segment[up])})
     return rows
 
 

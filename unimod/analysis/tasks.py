@@ -76,6 +76,7 @@ def _gradients(model: UnifiedModel, batch: Batch) -> list[Tensor]:
     """One flat gradient per layer; nothing is left in `.grad`."""
     weights = [[p for p in layer.parameters() if p.requires_grad] for layer in model.layers]
     total = losses(model, batch.to(model.device)).total
+    # zeros for a weight that the loss does not reach, so that every batch gives vectors of one size
     flat = iter(torch.autograd.grad(total, [p for group in weights for p in group], materialize_grads=True))
     return [torch.cat([next(flat).flatten().float() for _ in group]) for group in weights]
 
@@ -86,14 +87,10 @@ class Competition:
 
     layers: tuple[int, ...]
     capacity: float
-    history: Tensor
-    """float32 [steps, 2]: share of t2i and of mmu tokens kept in each training step, mean over the routed layers."""
-    kept: Tensor
-    """float32 [R, 2]: the same on the held-out batch after training, without noise."""
-    kept_modality: Tensor
-    """float32 [R, 2, 3]: split by modality (text, image, special); nan where a task has no such token."""
-    loss: Tensor
-    """float32 [3, 2]: held-out loss of t2i and mmu, in nats: dense, with the fresh router, with the trained router."""
+    history: Tensor  # float32 [steps, 2]: share of t2i and mmu tokens kept per training step, mean over routed layers
+    kept: Tensor  # float32 [R, 2]: the same on the held-out batch after training, without noise
+    kept_modality: Tensor  # float32 [R, 2, 3]: split by modality (text, image, special); nan where a task has none
+    loss: Tensor  # float32 [3, 2]: held-out loss of t2i and mmu in nats: dense, with the fresh and the trained router
     seed: int
 
     def table(self) -> list[dict[str, object]]:
@@ -126,7 +123,7 @@ def compete(model: UnifiedModel, batches: Sequence[Batch], held_out: Batch, *, s
     where = tuple(layers if layers is not None else range(number // 2, number))
     results, history = [_loss(frozen, held_out)], []
     plan = CapacityPlan({task.name.lower(): [capacity if i in where else 1.0 for i in range(number)] for task in Task})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():                   # the seed makes routers and Gumbel noise; the caller's stream stays
         torch.manual_seed(seed)
         apply_mod(frozen, plan, replace(PRESETS["competitive"], freeze_backbone=True))
         results.append(_loss(frozen.eval(), held_out))
@@ -201,7 +198,7 @@ def _tuned(model: UnifiedModel, steps: Sequence[Sequence[Batch]], held_out: Batc
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=0.01)
     for together in steps:
         optimizer.zero_grad()
-        for batch in together:
+        for batch in together:                      # gradients add up
             losses(tuned, batch.to(held_out.ids.device)).total.backward()
         nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()
