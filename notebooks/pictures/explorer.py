@@ -16,6 +16,7 @@ from unimod.session import load
 from unimod import RouterConfig, apply_mod, make_plan
 from unimod.batch import Task
 from unimod.config import Params
+from unimod.experiment import load
 from unimod.gallery import Gallery
 from unimod.views.panels import Selection, heads, picture, text
 
