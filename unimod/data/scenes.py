@@ -181,7 +181,7 @@ def caption_of(content: Content, category: str, rng: random.Random) -> str:
 
 
 def questions_of(content: Content, rng: random.Random) -> tuple[Question, ...]:
-    """Eight in random order: existence twice, color and shape of up to two objects, position of a unique one, counts."""
+    """Eight in random order: existence twice, color and shape of up to two objects, position if unique, counts."""
     present = Counter((color, shape) for _, color, shape in content)
     absent = [kind for kind in COLORED_SHAPES if kind not in present]
     near = [kind for kind in absent if any((kind[0] == color) != (kind[1] == shape) for color, shape in present)]
