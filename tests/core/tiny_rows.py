@@ -19,3 +19,11 @@ def make_rows(layout, seed=0):
         rows = [layout.t2i(c, codes(), torch.rand(layout.image_tokens, generator=g) < 0.6) for c in CAPTIONS]
     rows += [layout.mmu(codes(), turns, open_ended=not turns[-1][1]) for turns in TURNS]
     return [*rows, layout.lm("a red circle is there")]
+
+
+def rows_of(layout):
+    """One sequence of each task, for any layout that takes codes."""
+    codes = torch.arange(layout.image_tokens) % layout.codebook_size
+    masked = () if layout.causal_images else (torch.arange(layout.image_tokens) % 2 == 0,)
+    return [layout.t2i("a red circle", codes, *masked), layout.mmu(codes, [("is there a circle ?", "yes")]),
+            layout.lm("a red circle is there")]

@@ -1,4 +1,4 @@
-"""Model folders: the original layouts at tiny and real sizes, round trips bit for bit, and every way in which a folder can be wrong."""
+"""Model folders: the original layouts at tiny and real sizes, round trips bit for bit, refusals of wrong folders."""
 
 import json
 import pickle
@@ -18,15 +18,25 @@ from unimod.data.batches import Batches
 from unimod.data.scenes import Scenes
 from unimod.layers import apply_mod
 from unimod.models import emu3, showo
-from unimod.models.checkpoint import CheckpointError, NoText, build_model, from_pretrained, inspect, plan_of, save_pretrained, shipped
+from unimod.models.checkpoint import (
+    CheckpointError,
+    NoText,
+    build_model,
+    from_pretrained,
+    inspect,
+    plan_of,
+    save_pretrained,
+    shipped,
+)
 from unimod.models.emu3_vq import EMU3, Emu3VQ
 from unimod.models.image_tokenizer import load_image_tokenizer
 from unimod.models.unified import UnifiedModel
 from unimod.models.weights import Weights
 from unimod.plan import last_half
 
-REAL_SHOWO = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": 8192, "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": 50295,
-              "mask_token_id": 58497, "num_vq_tokens": 256, "vocab_size": 58498, "w_clip_vit": False}
+REAL_SHOWO = {"_class_name": "Showo", "_diffusers_version": "0.30.1", "codebook_size": 8192,
+              "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": 50295, "mask_token_id": 58497,
+              "num_vq_tokens": 256, "vocab_size": 58498, "w_clip_vit": False}
 """What the released folder's config.json says."""
 NAMES = ["showo-tiny", "emu3-tiny"]
 
@@ -38,7 +48,7 @@ def tokenizer():
 
 @pytest.fixture
 def original(tmp_path):
-    """A small Show-o folder as the reference's training writes one: no sizes of the tiny kind but those config.json may have."""
+    """A small Show-o folder as the reference's training writes one."""
     torch.manual_seed(1)
     model = small()
     folder = tmp_path / "show-o"
@@ -49,9 +59,9 @@ def original(tmp_path):
 
 
 def small_config(**more):
-    return {"_class_name": "Showo", "codebook_size": 16, "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": 40, "mask_token_id": 66,
-            "num_vq_tokens": 9, "vocab_size": 67, "w_clip_vit": False, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "intermediate_size": 64, **more}
+    return {"_class_name": "Showo", "codebook_size": 16, "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": 40,
+            "mask_token_id": 66, "num_vq_tokens": 9, "vocab_size": 67, "w_clip_vit": False, "hidden_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, **more}
 
 
 def small(features=0):
@@ -95,7 +105,9 @@ def test_show_o_loads_from_every_file_form_and_is_bit_equal(original, how):
     elif how.startswith("sharded"):
         end = "bin" if how.endswith("bin") else "safetensors"
         for number, part in halves.items():
-            torch.save(part, folder / f"pytorch_model-{number}.bin") if end == "bin" else save_file(part, folder / f"pytorch_model-{number}.safetensors")
+            torch.save(part, folder / f"pytorch_model-{number}.bin") if end == "bin" else save_file(
+                part, folder / f"pytorch_model-{number}.safetensors"
+            )
         index = {"weight_map": {k: f"pytorch_model-{number}.{end}" for number, part in halves.items() for k in part}}
         (folder / f"pytorch_model.{end}.index.json").write_text(json.dumps(index))
     else:
@@ -112,14 +124,23 @@ def test_show_o_loads_from_every_file_form_and_is_bit_equal(original, how):
 
 def test_the_clip_variant_has_its_projector_and_sees_patches(tmp_path):
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14))
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+                         image_size=28, patch_size=14)
+    )
     seen = []
-    tower.encoder.layers[2].register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+    tower.encoder.layers[2].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
     features = showo.clip_features(tower.eval(), torch.randn(2, 3, 28, 28))
-    assert features.shape == (2, 4, 24) and torch.equal(features, seen[0][:, 1:]), "what enters the last layer, without the class token"
+    assert features.shape == (2, 4, 24) and torch.equal(features, seen[0][:, 1:]), (
+        "what enters the last layer, without the class token"
+    )
     model = small(features=24)
     save_pretrained(tmp_path, model)
-    assert {k for k in Weights(tmp_path).shapes if not k.startswith("showo.")} == {f"mm_projector.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
+    assert {k for k in Weights(tmp_path).shapes if not k.startswith("showo.")} == {
+        f"mm_projector.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")
+    }
     loaded, _ = from_pretrained(tmp_path, text=Letters())
     rows = [loaded.layout.mmu(picture, [("ab", "c")], system="be kind") for picture in features]
     with torch.no_grad():
@@ -136,7 +157,9 @@ def test_saved_models_load_bit_equal_with_their_routers(tmp_path, name, tokenize
     model = apply_mod(fresh(), last_half(8, 0.2), RouterConfig(shared=True, gate="sigmoid")).eval()
     save_pretrained(tmp_path, model, tokenizer)
     stock = set(fresh().lm.state_dict())
-    assert set(load_file(tmp_path / "model.safetensors")) == ({f"showo.{k}" for k in stock} if name == "showo-tiny" else stock)
+    assert set(load_file(tmp_path / "model.safetensors")) == (
+        {f"showo.{k}" for k in stock} if name == "showo-tiny" else stock
+    )
     loaded, pictures = from_pretrained(tmp_path)
     assert plan_of(loaded) == plan_of(model) and loaded.layers[7].router.config == model.layers[7].router.config
     packed = Batches(Scenes(), tokenizer, model.layout, (2, 2, 1)).train(0)
@@ -178,16 +201,21 @@ def test_the_real_show_o_has_the_notes_numbers():
     pattern = {}
     for key, shape in shapes.items():
         pattern.setdefault(re.sub(r"\.\d+\.", ".N.", key), set()).add(shape)
-    layer = {f"self_attn.{p}_proj": (2048, 2048) for p in "qkv"} | {"self_attn.dense": (2048, 2048), "self_attn.q_layernorm": (64,),
-             "self_attn.k_layernorm": (64,), "mlp.fc1": (8192, 2048), "mlp.fc2": (2048, 8192), "input_layernorm": (2048,)}
+    layer = {f"self_attn.{p}_proj": (2048, 2048) for p in "qkv"} | {
+        "self_attn.dense": (2048, 2048), "self_attn.q_layernorm": (64,), "self_attn.k_layernorm": (64,),
+        "mlp.fc1": (8192, 2048), "mlp.fc2": (2048, 8192), "input_layernorm": (2048,)
+    }
     expected = {f"showo.model.layers.N.{name}.weight": {shape} for name, shape in layer.items()}
     expected |= {f"showo.model.layers.N.{name}.bias": {shape[:1]} for name, shape in layer.items()}
     expected |= {"showo.model.embed_tokens.weight": {(58498, 2048)}, "showo.model.final_layernorm.weight": {(2048,)},
-                 "showo.model.final_layernorm.bias": {(2048,)}, "showo.lm_head.weight": {(58498, 2048)}, "showo.lm_head.bias": {(58498,)}}
+                 "showo.model.final_layernorm.bias": {(2048,)}, "showo.lm_head.weight": {(58498, 2048)},
+                 "showo.lm_head.bias": {(58498,)}}
     assert pattern == expected and len(pattern) == 23
     assert sum(p.numel() for p in model.parameters()) == 1_448_176_770
     layout = model.layout
-    assert (layout.pad, layout.soi, layout.eoi, layout.t2i_task, layout.mmu_task, layout.lvg) == (50295, 50296, 50297, 50300, 50301, 50304)
+    assert (layout.pad, layout.soi, layout.eoi, layout.t2i_task, layout.mmu_task, layout.lvg) == (
+        50295, 50296, 50297, 50300, 50301, 50304
+    )
     assert (layout.image_offset, layout.mask, layout.grid) == (50305, 58497, (16, 16))
     assert on_meta(REAL_SHOWO | {"num_vq_tokens": 1024}).layout.grid == (32, 32)
     clip = on_meta(REAL_SHOWO | {"w_clip_vit": True})
@@ -203,13 +231,15 @@ def test_the_real_emu3_has_the_notes_numbers():
     pattern = {}
     for key, value in model.state_dict().items():
         pattern.setdefault(re.sub(r"\.\d+\.", ".N.", emu3.FAMILY.theirs(key)), set()).add(tuple(value.shape))
-    layer = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096), "self_attn.o_proj": (4096, 4096),
-             "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096), "mlp.down_proj": (4096, 14336), "input_layernorm": (4096,),
-             "post_attention_layernorm": (4096,)}
+    layer = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+             "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+             "mlp.down_proj": (4096, 14336), "input_layernorm": (4096,), "post_attention_layernorm": (4096,)}
     expected = {f"model.layers.N.{name}.weight": {shape} for name, shape in layer.items()}
-    expected |= {"model.embed_tokens.weight": {(184622, 4096)}, "model.norm.weight": {(4096,)}, "lm_head.weight": {(184622, 4096)}}
+    expected |= {"model.embed_tokens.weight": {(184622, 4096)}, "model.norm.weight": {(4096,)},
+                 "lm_head.weight": {(184622, 4096)}}
     assert pattern == expected, "BAAI's own names; the two others differ in their beginnings"
-    for key in ("model.text_model.layers.3.mlp.up_proj.weight", "text_model.model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"):
+    for key in ("model.text_model.layers.3.mlp.up_proj.weight", "text_model.model.layers.3.mlp.up_proj.weight",
+                "model.layers.3.mlp.up_proj.weight"):
         assert emu3.FAMILY.ours(key) == "lm.model.layers.3.mlp.up_proj.weight"
     assert len(model.layers) == 32 and round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 8.49
     assert Emu3VQ.config_of({k: tuple(v.shape) for k, v in vision.stored().state_dict().items()}) == EMU3
@@ -230,21 +260,30 @@ def test_bad_weights_are_named(original):
     state = load_file(path)
     q, k = "showo.model.layers.0.mlp.fc1.weight", "showo.model.layers.0.mlp.fc2.weight"
     save_file(state | {q: state[k], k: state[q]}, path)
-    with pytest.raises(CheckpointError, match=r"2 of another shape \(showo\S+fc1\.weight has shape \[32, 64\], config\.json asks for \[64, 32\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"2 of another shape \(showo\S+fc1\.weight has shape \[32, 64\], config\.json asks for \[64, 32\]"
+    ):
         from_pretrained(folder)
     save_file({key: v for key, v in state.items() if key != q} | {"showo.stray": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"1 missing \(showo\.model\.layers\.0\.mlp\.fc1\.weight\), 1 unexpected \(showo\.stray\)"):
+    with pytest.raises(
+        CheckpointError, match=r"1 missing \(showo\.model\.layers\.0\.mlp\.fc1\.weight\), 1 unexpected \(showo\.stray\)"
+    ):
         from_pretrained(folder)
     assert not inspect(folder).loads and inspect(folder).unexpected == ("showo.stray",)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"holds no weights\. Expected one of model\.safetensors, .* found config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no weights\. Expected one of model\.safetensors, .* found config\.json"
+    ):
         from_pretrained(folder)
 
 
 def test_a_missing_shard_is_named(original):
     folder, _ = original
     (folder / "pytorch_model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    )
     save_file({"a": torch.zeros(1)}, folder / "model-1.safetensors")
     with pytest.raises(CheckpointError, match=r"names 2 shards, of which 1 are missing: model-2\.safetensors"):
         from_pretrained(folder)
@@ -276,18 +315,23 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(original, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"vocab_size": 99}, r"contradicts itself: vocab_size is 99, its other settings make it 67"),
-    ({"mask_token_id": 5}, r"contradicts itself: mask_token_id is 5, its other settings make it 66"),
-    ({"num_vq_tokens": 7}, r"contradicts itself: num_vq_tokens is 7, its other settings make it 4"),
-    ({"num_hidden_layers": 3}, r"18 missing \(showo\.model\.layers\.2\."),
-    ({"num_hidden_layers": 1}, r"18 unexpected \(showo\.model\.layers\.1\."),
-    ({"hidden_size": 16}, r"of another shape \(showo\.lm_head\.weight has shape \[67, 32\], config\.json asks for \[67, 16\]"),
-    ({"w_clip_vit": True}, r"4 missing \(mm_projector\.0\.bias"),
-    ({"codebook_size": None}, r"has no 'codebook_size'"),
-    ({"codebook_size": "many"}, r"setting of the wrong kind"),
-    ({"_class_name": "Showo2"}, r"is not of a model that is known here: it says \{'_class_name': 'Showo2'\}\. Expected one of: Show-o"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"vocab_size": 99}, r"contradicts itself: vocab_size is 99, its other settings make it 67"),
+        ({"mask_token_id": 5}, r"contradicts itself: mask_token_id is 5, its other settings make it 66"),
+        ({"num_vq_tokens": 7}, r"contradicts itself: num_vq_tokens is 7, its other settings make it 4"),
+        ({"num_hidden_layers": 3}, r"18 missing \(showo\.model\.layers\.2\."),
+        ({"num_hidden_layers": 1}, r"18 unexpected \(showo\.model\.layers\.1\."),
+        ({"hidden_size": 16},
+         r"of another shape \(showo\.lm_head\.weight has shape \[67, 32\], config\.json asks for \[67, 16\]"),
+        ({"w_clip_vit": True}, r"4 missing \(mm_projector\.0\.bias"),
+        ({"codebook_size": None}, r"has no 'codebook_size'"),
+        ({"codebook_size": "many"}, r"setting of the wrong kind"),
+        ({"_class_name": "Showo2"},
+         r"is not of a model that is known here: it says \{'_class_name': 'Showo2'\}\. Expected one of: Show-o"),
+    ],
+)
 def test_a_config_that_contradicts_the_weights_is_named(original, change, words):
     folder, _ = original
     (folder / "config.json").write_text(json.dumps(small_config(**change)))
@@ -299,7 +343,9 @@ def test_other_folders_are_refused_with_what_was_found(tmp_path, original):
     with pytest.raises(CheckpointError, match="no such folder"):
         from_pretrained(tmp_path / "nowhere")
     (tmp_path / "photo.png").touch()
-    with pytest.raises(CheckpointError, match=r"config\.json is missing; found: photo\.png, show-o\. Expected a model's folder: Show-o"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json is missing; found: photo\.png, show-o\. Expected a model's folder: Show-o"
+    ):
         from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="holds a picture tokenizer, not a model"):
         from_pretrained(shipped("showo-tiny") / "image_tokenizer")
@@ -341,7 +387,8 @@ def test_inspect_prints_what_a_folder_is(original, capsys, tmp_path):
     assert re.search(r"kind +emu3\n", out) and "1,726,592" in out and re.search(r"missing keys +0\n", out)
     assert main(["inspect", str(original[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["kind"] == "showo" and found["layers"] == 2 and found["vocabulary"] == 67 and found["routed"] == "none" and found["text"] == "none"
+    assert found["kind"] == "showo" and found["layers"] == 2 and found["vocabulary"] == 67 and found["routed"] == "none"
+    assert found["text"] == "none"
     assert found["train_gb"] == pytest.approx(16 * found["parameters"] / 1e9)
     (original[0] / "config.json").write_text(json.dumps(small_config(num_hidden_layers=3)))
     assert main(["inspect", str(original[0])]) == 2

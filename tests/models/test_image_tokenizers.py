@@ -1,4 +1,4 @@
-"""The three image tokenizers: codes by hand, files, refusals, real configurations on the meta device, and that training trains."""
+"""The three image tokenizers: codes by hand, files, refusals, real configurations on the meta device, training."""
 
 import json
 import math
@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from unimod.data import open_data
 from unimod.models.emu3_vq import EMU3, Emu3VQ
-from unimod.models.image_tokenizer import MEMBERS, build_image_tokenizer, load_image_tokenizer, main, reconstruction_report
+from unimod.models.image_tokenizer import (
+    MEMBERS,
+    build_image_tokenizer,
+    load_image_tokenizer,
+    main,
+    reconstruction_report,
+)
 from unimod.models.magvit import SHOWO, MagVitV2
 from unimod.models.weights import CheckpointError
 
@@ -34,7 +40,9 @@ def one_thread():
 @pytest.fixture(scope="module")
 def scenes():
     data = open_data("scenes")
-    return torch.from_numpy(np.stack([data.sample("train", i).image for i in range(300)])).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.stack([data.sample("train", i).image for i in range(300)])).permute(0, 3, 1, 2).contiguous()
+    )
 
 
 @pytest.fixture(scope="module", params=MEMBERS)
@@ -66,7 +74,9 @@ def test_pieces_do_not_change_the_result(tokenizer, scenes, monkeypatch):
     whole = tokenizer.encode(scenes[:5]), tokenizer.decode(tokenizer.encode(scenes[:5]))
     monkeypatch.setattr("unimod.models.image_tokenizer.PIXELS_AT_ONCE", 2 * 48 * 48)
     assert torch.equal(tokenizer.encode(scenes[:5]), whole[0])
-    assert (tokenizer.decode(whole[0]).short() - whole[1].short()).abs().max() <= 1  # another batch size may round another way
+    assert (
+        tokenizer.decode(whole[0]).short() - whole[1].short()
+    ).abs().max() <= 1  # another batch size may round another way
 
 
 def test_refuses_what_it_cannot_read(tokenizer, scenes):
@@ -122,7 +132,8 @@ def test_bad_files_are_refused_by_name(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     good_config, good_weights = config.read_text(), weights.read_bytes()
 
-    for text in ("{", "[]", '{"name": "magvit"}', '{"name": "vqgan", "config": {}}', json.dumps({"name": tokenizer.name, "config": {"width": 1}})):
+    for text in ("{", "[]", '{"name": "magvit"}', '{"name": "vqgan", "config": {}}',
+                 json.dumps({"name": tokenizer.name, "config": {"width": 1}})):
         config.write_text(text)
         with pytest.raises(CheckpointError, match=r"tokenizer.json(: expected| cannot be read| holds a list)"):
             load_image_tokenizer(tmp_path)
@@ -142,7 +153,9 @@ def test_bad_files_are_refused_by_name(tokenizer, tmp_path):
             load_image_tokenizer(tmp_path)
     save_file({"anything": torch.zeros(1)}, weights)
     config.unlink()
-    with pytest.raises(CheckpointError, match=r"is not a picture tokenizer: it has no tokenizer.json, and its weights \(anything"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a picture tokenizer: it has no tokenizer.json, and its weights \(anything"
+    ):
         load_image_tokenizer(tmp_path)
     config.write_text(good_config)
     weights.unlink()
@@ -165,11 +178,16 @@ def test_the_command_prints_one_json_line(scenes, tmp_path, capsys):
 def test_dictionary_is_lossless_on_scenes(scenes):
     tokenizer = build_image_tokenizer("dictionary")
     report = tokenizer.fit(scenes)
-    assert report.psnr_db == math.inf and report.exact_fraction == 1 and report.warning == "" and report.distinct_patches == tokenizer.used
-    test = torch.from_numpy(np.stack([open_data("scenes").sample("test", i).image for i in range(100)])).permute(0, 3, 1, 2)
+    assert report.psnr_db == math.inf and report.exact_fraction == 1 and report.warning == ""
+    assert report.distinct_patches == tokenizer.used
+    test = torch.from_numpy(np.stack([open_data("scenes").sample("test", i).image for i in range(100)])).permute(
+        0, 3, 1, 2
+    )
     assert asdict(reconstruction_report(tokenizer, test))["exact_fraction"] == 1
     assert (tokenizer.counts.diff() <= 0).all() and tokenizer.counts.sum() == 300 * 36
-    assert torch.equal(tokenizer.patches[0], torch.full((3, 8, 8), 245, dtype=torch.uint8))  # the white background is code 0
+    assert torch.equal(
+        tokenizer.patches[0], torch.full((3, 8, 8), 245, dtype=torch.uint8)
+    )  # the white background is code 0
 
 
 def test_dictionary_codes_are_stable(scenes):
@@ -181,7 +199,9 @@ def test_dictionary_codes_are_stable(scenes):
     other.fit(scenes.flip(0))
     assert torch.equal(other.patches, tokenizer.patches)  # the order of the pictures does not matter
     other.fit(scenes[:1])
-    assert other.used < tokenizer.used and (other.counts[other.used :] == 0).all()  # a second fit leaves nothing of the first
+    assert (
+        other.used < tokenizer.used and (other.counts[other.used :] == 0).all()
+    )  # a second fit leaves nothing of the first
 
 
 def test_dictionary_by_kmeans():
@@ -192,7 +212,9 @@ def test_dictionary_by_kmeans():
     assert torch.equal(tokenizer.patches, twin.patches) and torch.equal(tokenizer.counts, twin.counts)
     assert report.distinct_patches == 20 * 64 and "1280 distinct patches do not fit 16 codes" in report.warning
     assert 0 < report.psnr_db < 20 and tokenizer.counts.sum() == 20 * 64
-    difference = tokenizer._cut(pictures[:2])[:, None].double() - tokenizer.patches[: tokenizer.used].flatten(1).double()
+    difference = (
+        tokenizer._cut(pictures[:2])[:, None].double() - tokenizer.patches[: tokenizer.used].flatten(1).double()
+    )
     by_hand = difference.square().sum(2).argmin(1)
     assert torch.equal(tokenizer.encode(pictures[:2]).flatten(), by_hand)
 
@@ -213,7 +235,9 @@ def test_lookup_free_codes_by_hand():
     tokenizer = build_image_tokenizer("magvit", ch=8, groups=4, bits=3)
     z = torch.tensor([[0.5, -1.0, -0.1], [-0.2, -3.0, 2.0], [0.0, 0.0, 0.0], [1e-6, 0.0, 9.0]]).T.reshape(1, 3, 2, 2)
     codes = tokenizer.nearest(z)
-    assert codes.tolist() == [[[0b100, 0b001], [0b000, 0b101]]]  # channel 0 is the most significant bit; zero counts as 0
+    assert codes.tolist() == [
+        [[0b100, 0b001], [0b000, 0b101]]
+    ]  # channel 0 is the most significant bit; zero counts as 0
     assert tokenizer.codewords(codes)[0, :, 1, 1].tolist() == [1, -1, 1]
     assert tokenizer.quantize.power_vals.tolist() == [4, 2, 1]
     everything = torch.arange(8).view(1, 2, 4)
@@ -260,7 +284,8 @@ def test_real_magvit_is_showos():
     for i, (down, up) in enumerate(zip((4, 3, 4, 3, 4), (4, 4, 3, 4, 3))):
         expected |= {key for j in range(down) for key in block(f"encoder.down.{i}.block.{j}")}
         expected |= {key for j in range(up) for key in block(f"decoder.up.{i}.block.{j}")}
-    expected |= pairs(*(f"encoder.down.{i}.downsample.conv" for i in range(4)), *(f"decoder.up.{i}.upsample.conv" for i in range(1, 5)))
+    expected |= pairs(*(f"encoder.down.{i}.downsample.conv" for i in range(4)),
+                      *(f"decoder.up.{i}.upsample.conv" for i in range(1, 5)))
     expected |= pairs(*(f"{path}.{i}.block.0.nin_shortcut" for path in ("encoder.down", "decoder.up") for i in (1, 3)))
     assert set(state) == expected
     assert state["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
@@ -283,7 +308,9 @@ def test_emu3_is_the_stock_model(scenes):
     tokenizer = fitted("emu3vq", scenes)
     pictures = scenes[:3, :, :, :40]
     with torch.no_grad():
-        stock = tokenizer.model.encode(pictures.float() / 127.5 - 1, image_sizes=torch.tensor([[48, 40]] * 3)).image_tokens
+        stock = tokenizer.model.encode(
+            pictures.float() / 127.5 - 1, image_sizes=torch.tensor([[48, 40]] * 3)
+        ).image_tokens
         codes = tokenizer.encode(pictures)
         assert torch.equal(torch.stack(stock), codes)
         assert torch.allclose(tokenizer.images_of(tokenizer.codewords(codes)), tokenizer.model.decode(codes), atol=1e-5)
@@ -316,7 +343,9 @@ def test_gradients_reach_everything(name, scenes):
     x = scenes[:4].float() / 127.5 - 1
     z = tokenizer.latents(x)
     tokenizer.images_of(z + (tokenizer.codewords(tokenizer.nearest(z)) - z).detach()).sub(x).abs().mean().backward()
-    assert tokenizer.get_parameter("encoder.conv_in.weight" if name == "magvit" else "model.encoder.conv_in.weight").grad.any()
+    assert tokenizer.get_parameter(
+        "encoder.conv_in.weight" if name == "magvit" else "model.encoder.conv_in.weight"
+    ).grad.any()
 
 
 @pytest.mark.parametrize("name", LEARNED)

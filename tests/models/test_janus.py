@@ -35,7 +35,9 @@ def test_janus_generation_rows_equal_its_parts_run_by_hand():
     ids = rows[0].ids
     start = int((ids >= N + 5).nonzero()[0])
     assert start == len(ids) - 9 and (ids[start:] >= N + 5).all()
-    h = torch.cat([inner(stock).embed_tokens(ids[:start]), stock.prepare_embeddings_for_image_generation(ids[start:] - N - 5)])[None]
+    h = torch.cat(
+        [inner(stock).embed_tokens(ids[:start]), stock.prepare_embeddings_for_image_generation(ids[start:] - N - 5)]
+    )[None]
     theirs = stock.model.generation_head(inner(stock)(inputs_embeds=h).last_hidden_state)[0]
     both = model(pack(rows))
     torch.testing.assert_close(model.code_logits(both[: len(ids)]), theirs, atol=2e-5, rtol=0)
@@ -60,8 +62,9 @@ def test_janus_draws_what_transformers_draws():
     stock.generation_config.bos_token_id = N
     for w in (0.5, 4.0):
         try:
-            theirs = stock.generate(prompt, attention_mask=torch.ones_like(prompt), generation_mode="image", do_sample=False, guidance_scale=1 + w)
-        except TypeError as error:                          # 5.17 calls a method of its own with an argument too few
+            theirs = stock.generate(prompt, attention_mask=torch.ones_like(prompt), generation_mode="image",
+                                    do_sample=False, guidance_scale=1 + w)
+        except TypeError as error:  # 5.17 calls a method of its own with an argument too few
             if "prefill_chunk_size" not in str(error):
                 raise
             pytest.skip(f"Janus of transformers {transformers.__version__} cannot draw by itself: {error}")
@@ -77,16 +80,22 @@ def test_janus_head_is_never_tied_to_its_embedding(tmp_path):
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
     assert JanusConfig(**config).tie_word_embeddings
     model = load(tmp_path / "hub")
-    assert torch.equal(model.head.weight, stock.lm_head.weight) and torch.equal(model.decoder.embed_tokens.weight, inner(stock).embed_tokens.weight)
+    assert torch.equal(model.head.weight, stock.lm_head.weight)
+    assert torch.equal(model.decoder.embed_tokens.weight, inner(stock).embed_tokens.weight)
     assert inspect(tmp_path / "hub").parameters == sum(p.numel() for p in stock.parameters())
     save_pretrained(tmp_path / "again", model)
-    assert torch.equal(JanusForConditionalGeneration.from_pretrained(tmp_path / "again").lm_head.weight, stock.lm_head.weight)
+    assert torch.equal(
+        JanusForConditionalGeneration.from_pretrained(tmp_path / "again").lm_head.weight, stock.lm_head.weight
+    )
     save_stock(stock_model("janus", tie_word_embeddings=True), tmp_path / "tied")
     with pytest.raises(CheckpointError, match="1 missing .*lm_head.weight"):
         load(tmp_path / "tied")
 
 
 def test_the_released_vocabulary_of_janus():
-    config = JanusConfig(text_config={"model_type": "llama", "vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001}).to_dict()
+    config = JanusConfig(
+        text_config={"model_type": "llama", "vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001}
+    ).to_dict()
     layout = janus.FAMILY.layout(config, Letters())
-    assert layout.special == janus.RELEASED and layout.image_offset == 102400 and layout.codebook_size == 16384 and layout.grid == (24, 24)
+    assert layout.special == janus.RELEASED and layout.image_offset == 102400 and layout.codebook_size == 16384
+    assert layout.grid == (24, 24)

@@ -14,7 +14,9 @@ SIZES = [(16, 16), (32, 48), (64, 16)]
 
 
 def pictures(height, width):
-    return torch.randint(0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(height + width), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(height + width), dtype=torch.uint8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,8 @@ def tokenizer():
         for p in tokenizer.parameters():
             p.mul_(1.5) if p.ndim > 1 else p.add_(0.2 * torch.randn_like(p))
         last = tokenizer.encoder.quant_conv
-        z = torch.cat([tokenizer.latents(pictures(*size).float() / 127.5 - 1).flatten(2) for size in SIZES], 2).transpose(0, 1).flatten(1)
+        z = (torch.cat([tokenizer.latents(pictures(*size).float() / 127.5 - 1).flatten(2) for size in SIZES], 2)
+             .transpose(0, 1) .flatten(1))
         last.weight.div_(z.std(1)[:, None, None, None])
         last.bias.sub_(z.mean(1)).div_(z.std(1))
     return tokenizer
@@ -63,7 +66,8 @@ def test_the_released_layout_is_read_off_its_shapes(tokenizer, tmp_path, file):
     (tmp_path / "config.json").write_text('{"_class_name": "MAGVITv2"}')
     loaded = load_image_tokenizer(tmp_path)
     assert type(loaded) is MagVitV2 and loaded.config == SMALL and not loaded.training
-    assert loaded.state_dict().keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in loaded.state_dict().items())
     assert torch.equal(loaded.encode(pictures(32, 48)), tokenizer.encode(pictures(32, 48)))
 
 

@@ -6,7 +6,23 @@ import json
 import pytest
 import torch
 from tiny_emu3 import LETTERS, Letters
-from tiny_more import CODES, KINDS, NAMED, ORDER, PLACEHOLDER, SIDE, N, inner, load, make_rows, padded, pictures_of, pixels, save_stock, stock_model
+from tiny_more import (
+    CODES,
+    KINDS,
+    NAMED,
+    ORDER,
+    PLACEHOLDER,
+    SIDE,
+    N,
+    inner,
+    load,
+    make_rows,
+    padded,
+    pictures_of,
+    pixels,
+    save_stock,
+    stock_model,
+)
 from transformers import AutoModelForImageTextToText
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
@@ -90,7 +106,8 @@ def test_pixels_through_transformers_are_the_codes_and_features_of_a_row(kind, s
 def test_the_vision_parts_keep_their_own_attention(kind, stock, model):
     assert model.decoder.config._attn_implementation == ATTENTION
     if kind == "janus":
-        assert model.lm.model.vision_model.config._attn_implementation == stock.model.vision_model.config._attn_implementation == "sdpa"
+        assert (model.lm.model.vision_model.config._attn_implementation
+                == stock.model.vision_model.config._attn_implementation == "sdpa")
         assert torch.equal(torch.stack(pictures_of(kind, model.lm)), torch.stack(pictures_of(kind, stock)))
         assert model.lm.model.vqmodel.decode(torch.zeros(1, 9, dtype=torch.long)).shape == (1, 3, 6, 6)
     else:
@@ -114,7 +131,10 @@ def test_captured_maps_are_those_of_eager_attention(stock, model, rows):
 
 def written(layout, ids):
     names = {v: f"<{k}>" for k, v in layout.special.items()}
-    return "".join(names.get(i) or (LETTERS[i] if 0 <= i < N else layout.token(i).replace("code ", "[") + "]" if i >= 0 else "*") for i in ids.tolist())
+    return "".join(
+        names.get(i) or (LETTERS[i] if 0 <= i < N else layout.token(i).replace("code ", "[") + "]" if i >= 0 else "*")
+        for i in ids.tolist()
+    )
 
 
 def test_sequences(kind, stock, model):
@@ -126,13 +146,17 @@ def test_sequences(kind, stock, model):
         given = pictures_of(kind, stock)[0]
         assert janus.SYSTEM == DEFAULT_SYSTEM_PROMPT
     else:
-        begin, ask, end, head, given = "<bos>a dog<sep><boi>", "is it?<sep>", "<eoi><eos>", f"<bos><boi>{drawn}<eoi>", codes
-        assert layout.special == {"bos": N, "pad": N + 1, "eos": N + 2, "boi": N + 3, "eoi": N + 4, "sep": N + 5} and isinstance(layout.codes_at, torch.Tensor)
+        begin, ask, end, head, given = ("<bos>a dog<sep><boi>", "is it?<sep>", "<eoi><eos>", f"<bos><boi>{drawn}<eoi>",
+                                        codes)
+        assert layout.special == {"bos": N, "pad": N + 1, "eos": N + 2, "boi": N + 3, "eoi": N + 4, "sep": N + 5}
+        assert isinstance(layout.codes_at, torch.Tensor)
     row = layout.t2i("a dog", codes)
-    assert written(layout, row.ids) == f"{begin}{drawn}{end}" and torch.equal(row.target[row.target != IGNORE], layout.code_ids[codes])
+    assert written(layout, row.ids) == f"{begin}{drawn}{end}"
+    assert torch.equal(row.target[row.target != IGNORE], layout.code_ids[codes])
     assert written(layout, layout.t2i("a dog", codes[:2], prompt=True).ids) == f"{begin}[0][1]"
     row = layout.mmu(given, [("is it?", "yes")])
-    assert written(layout, row.ids) == f"{head}{ask} yes<eos>" and written(layout, row.target[row.target != IGNORE]) == " yes<eos>"
+    assert written(layout, row.ids) == f"{head}{ask} yes<eos>"
+    assert written(layout, row.target[row.target != IGNORE]) == " yes<eos>"
     assert written(layout, layout.mmu(given, [("is it?", "")], open_ended=True).ids) == f"{head}{ask}"
     assert written(layout, layout.lm("hm").ids) == "<bos>hm<eos>" and layout.stop == layout.eos
 
@@ -148,26 +172,32 @@ def test_drawing_equals_a_loop_without_cache(kind, stock, model):
     codes = torch.zeros(2, 0, dtype=torch.long)
     for _ in range(9):
         packed = pack([model.layout.t2i(text, c, prompt=True) for text, c in zip(captions, codes)])
-        codes = torch.cat([codes, model.code_logits(model(packed)[torch.tensor(packed.lengths).cumsum(0) - 1]).argmax(-1)[:, None]], 1)
+        codes = torch.cat(
+            [codes, model.code_logits(model(packed)[torch.tensor(packed.lengths).cumsum(0) - 1]).argmax(-1)[:, None]], 1
+        )
     assert torch.equal(drawn, codes)
     sampled = draw(model, captions, seed=3, guidance=1.0, negative="no")
-    assert torch.equal(sampled, draw(model, captions, seed=3, guidance=1.0, negative="no")) and 0 <= int(sampled.min()) <= int(sampled.max()) < CODES
+    assert torch.equal(sampled, draw(model, captions, seed=3, guidance=1.0, negative="no"))
+    assert 0 <= int(sampled.min()) <= int(sampled.max()) < CODES
 
 
 @torch.no_grad()
 def test_answers_equal_transformers_generate_on_a_left_padded_batch(kind, stock, model):
     theirs = copy.deepcopy(stock)
-    if kind != "janus":                                     # a picture code is never said, however likely: as transformers has it
+    if kind != "janus":  # a picture code is never said, however likely: as transformers has it
         for head in (theirs.lm_head, model.head):
             head.weight[model.layout.code_ids] *= 50
-    rows = [model.layout.mmu(p, [(q, "")], open_ended=True) for p, q in zip(pictures_of(kind, stock), ("what is it?", "red?"))]
+    rows = [model.layout.mmu(p, [(q, "")], open_ended=True)
+            for p, q in zip(pictures_of(kind, stock), ("what is it?", "red?"))]
     batch, _ = padded(rows, "left", PLACEHOLDER["janus"])
     more = {"pixel_values": pixels(kind)} if kind == "janus" else {}
-    said = theirs.generate(batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=8, pad_token_id=1,
-                           eos_token_id=model.layout.stop, **more)
+    said = theirs.generate(batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False,
+                           max_new_tokens=8, pad_token_id=1, eos_token_id=model.layout.stop, **more)
     said = [ids[len(batch["input_ids"][0]):] if len(ids) > 8 else ids for ids in said.tolist()]
     stop = model.layout.stop
-    assert answer(model, rows, max_new=8) == [Letters().decode(ids[:ids.index(stop)] if stop in ids else ids) for ids in said]
+    assert answer(model, rows, max_new=8) == [
+        Letters().decode(ids[: ids.index(stop)] if stop in ids else ids) for ids in said
+    ]
 
 
 # routing, training, cost, files
@@ -187,7 +217,8 @@ def test_routers_come_and_go_and_route_every_task(model, rows):
     apply_mod(model, PLAN, RouterConfig(std=0.5))
     with record_routing() as log:
         routed = model(batch)
-    assert set(log) == {0, 1, 2} and all(len(r.index) < len(batch) for r in log.values()) and not torch.equal(routed, before)
+    assert set(log) == {0, 1, 2} and all(len(r.index) < len(batch) for r in log.values())
+    assert not torch.equal(routed, before)
     calibrate(model, batch)
     assert draw(model, ["a", ""], guidance=1.0).shape == (2, 9) and len(answer(model, [rows[3]], max_new=3)) == 1
     assert torch.equal(remove_mod(model)(batch), before) and set(model.state_dict()) == keys
@@ -221,10 +252,12 @@ def test_cost_is_counted(model, rows):
 def test_saved_models_load_bit_for_bit_here_and_in_transformers(stock, folder, model, rows, tmp_path):
     batch = pack(rows)
     found = inspect(folder)
-    assert found.kind == model.layout.kind and found.loads and found.layers == 3 and found.width == 64 and found.codebook == CODES
+    assert found.kind == model.layout.kind and found.loads and found.layers == 3 and found.width == 64
+    assert found.codebook == CODES
     dense = model(batch)
     again = load(save_pretrained(tmp_path / "dense", model))
-    assert torch.equal(again(batch), dense) and again.layout.special == model.layout.special and again.layout.grid == (SIDE, SIDE)
+    assert torch.equal(again(batch), dense) and again.layout.special == model.layout.special
+    assert again.layout.grid == (SIDE, SIDE)
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
     assert type(theirs) is type(stock) and theirs.config._attn_implementation == "sdpa"
     assert all(torch.equal(v, stock.state_dict()[k]) for k, v in theirs.state_dict().items())
@@ -256,9 +289,12 @@ def test_chameleons_names_count_and_gaps_are_refused():
     config = {**stock_model("chameleon").config.to_dict()}
     assert config["bos_token_id"] == 1 and config["pad_token_id"] is None
     layout = chameleon.FAMILY.layout(config, Letters())
-    assert layout.bos == NAMED["<s>"] and torch.equal(layout.code_ids, N + 7 + torch.tensor(ORDER)) and layout.token(N + 7 + ORDER[5]) == "code 5"
+    assert layout.bos == NAMED["<s>"] and torch.equal(layout.code_ids, N + 7 + torch.tensor(ORDER))
+    assert layout.token(N + 7 + ORDER[5]) == "code 5"
     words = config["vocabulary_map"]
-    for wrong, message in ((None, "no 'vocabulary_map'"), ({k: v for k, v in words.items() if k != "IMGIMGDZ"}, "23 picture codes"),
-                           ({k: v for k, v in words.items() if "IMG" not in k}, "0 picture codes"), ({k: v for k, v in words.items() if k != "<eoss>"}, "eoi")):
+    for wrong, message in ((None, "no 'vocabulary_map'"),
+                           ({k: v for k, v in words.items() if k != "IMGIMGDZ"}, "23 picture codes"),
+                           ({k: v for k, v in words.items() if "IMG" not in k}, "0 picture codes"),
+                           ({k: v for k, v in words.items() if k != "<eoss>"}, "eoi")):
         with pytest.raises(CheckpointError, match=message):
             chameleon.FAMILY.layout({**config, "vocabulary_map": wrong}, Letters())

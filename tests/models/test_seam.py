@@ -1,6 +1,7 @@
-"""The one way into transformers' decoder layers: a keyword of our own name that carries one object, and nothing else of ours.
+"""The one way into transformers' decoder layers: one keyword of our own name that carries one object.
 
-On every release that is tested: what the layer is given arrives in the registered attention, for each architecture that is routed.
+On every release that is tested: the object that a layer is given arrives in the registered attention, for each
+architecture that is routed.
 """
 
 import inspect
@@ -9,8 +10,8 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
+from core.tiny_rows import rows_of
 from tiny_more import inner, stock_model
-from tiny_rows_of import rows_of
 from tiny_showo import make_model
 from transformers import AttentionInterface
 
@@ -26,7 +27,8 @@ from unimod.models.unified import compile_layers
 from unimod.plan import last_half
 from unimod.router import ForwardState
 
-OURS = {field.name for field in fields(ForwardState)} | {"unimod", "outside", "mask", "plan", "routing", "observer", "batch"}
+OURS = {field.name for field in fields(ForwardState)} | {"unimod", "outside", "mask", "plan", "routing", "observer",
+                                                         "batch"}
 STOCK = {"attention_mask", "position_ids", "position_embeddings"}
 WORDS = ("a", "red", "circle", "is", "there", "yes", "no", "?")
 
@@ -54,10 +56,11 @@ def test_the_object_reaches_the_registered_attention_unchanged(kind, capsys):
     layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary, unimod=token)
     ((given, mask, shape, scaling),) = seen
     assert given is token and mask is None and shape[0] == 1 and shape[2] == 5 and scaling > 0
-    claimed = {name for part in (layer.forward, layer.self_attn.forward) for name in inspect.signature(part).parameters} & OURS
+    parts = (layer.forward, layer.self_attn.forward)
+    claimed = OURS & {name for part in parts for name in inspect.signature(part).parameters}
     with capsys.disabled():
-        print(f"\n{type(layer).__name__} of transformers {transformers.__version__} has parameters of its own with words of ours: "
-              f"{', '.join(sorted(claimed)) or 'none'}")
+        print(f"\n{type(layer).__name__} of transformers {transformers.__version__} has parameters of its own with "
+              f"words of ours: {', '.join(sorted(claimed)) or 'none'}")
     assert "unimod" not in claimed
 
 
@@ -86,7 +89,9 @@ def ways(model, packed):
     codes = torch.arange(layout.image_tokens) % layout.codebook_size
     routers = [layer.router for layer in model.layers if hasattr(layer, "router")]
     asked = [layout.mmu(codes.roll(i), [("is there a circle ?", "")], open_ended=True) for i in range(2)]
-    by_itself = not any(router.config.score == "attention" for router in routers)     # such a router cannot judge a token that is generated
+    by_itself = not any(
+        router.config.score == "attention" for router in routers
+    )  # such a router cannot judge a token that is generated
     if routers and by_itself:
         calibrate(model, packed)
     for static in (False, True):
@@ -96,7 +101,8 @@ def ways(model, packed):
         yield "drawing", draw(model, ["a red circle", "a circle"], steps=3)
 
 
-METHODS = {"dense": None, "unimod": RouterConfig(std=0.5, predictor=True), "a-mod": PRESETS["a-mod"], "early-exit": PRESETS["early-exit"]}
+METHODS = {"dense": None, "unimod": RouterConfig(std=0.5, predictor=True), "a-mod": PRESETS["a-mod"],
+           "early-exit": PRESETS["early-exit"]}
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
@@ -139,9 +145,11 @@ def test_a_release_that_takes_our_words_for_its_own_changes_nothing(name, method
     """As transformers 5.24 did with `cache`: layer and attention swallow every word of ours but the one."""
     def claimed(stock):
         class Future(stock):
-            def forward(self, hidden_states, packed=None, cache=None, trail=None, keep=None, compiled=None, outside=None, mask=None, plan=None,
-                        routing=None, observer=None, batch=None, **kwargs):
-                assert [packed, cache, trail, keep, compiled, outside, mask, plan, routing, observer, batch] == [None] * 11
+            def forward(self, hidden_states, packed=None, cache=None, trail=None, keep=None, compiled=None,
+                        outside=None, mask=None, plan=None, routing=None, observer=None, batch=None, **kwargs):
+                assert [packed, cache, trail, keep, compiled, outside, mask, plan, routing, observer, batch] == [
+                    None
+                ] * 11
                 return super().forward(hidden_states, **kwargs)
         return Future
     found = []

@@ -68,7 +68,9 @@ def check(pair):
     assert row.ids[order].tolist() == torch.tensor(pair.ids)[real].tolist()
     assert torch.equal(row.position[order], real)
     assert row.target[order].tolist() == pair.targets()[real].tolist()
-    assert sum(t != IGNORE for t in pair.targets().tolist()) == int((row.target != IGNORE).sum()), "no target is lost with the pads"
+    assert sum(t != IGNORE for t in pair.targets().tolist()) == int((row.target != IGNORE).sum()), (
+        "no target is lost with the pads"
+    )
     packed, j = pack([row, row]), torch.arange(2 * n)
     seen = (j >= packed.mask.lo[:, None]) & (j < packed.mask.hi[:, None])
     assert not seen[:n, n:].any() and not seen[n:, :n].any(), "a row must not see another"
@@ -79,7 +81,9 @@ def check(pair):
 def test_the_vocabulary_is_the_references():
     for name in ("pad", "soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg"):
         assert LAYOUT.special[name + "_task" * (name in ("t2i", "mmu"))] == getattr(VOCABULARY, name)
-    assert (LAYOUT.image_offset, LAYOUT.mask, LAYOUT.vocab_size, LAYOUT.stop) == (VOCABULARY.image_offset, VOCABULARY.mask, VOCABULARY.size, VOCABULARY.eot)
+    assert (LAYOUT.image_offset, LAYOUT.mask, LAYOUT.vocab_size, LAYOUT.stop) == (
+        VOCABULARY.image_offset, VOCABULARY.mask, VOCABULARY.size, VOCABULARY.eot
+    )
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -98,9 +102,13 @@ def test_cases_are_what_their_names_say():
 
 def test_features_without_room_for_a_conversation_are_refused():
     many = torch.zeros(T + N, FEATURE_WIDTH)
-    with pytest.raises(ValueError, match=r"22 features and 0 tokens of system prompt leave no room .* larger text_budget"):
+    with pytest.raises(
+        ValueError, match=r"22 features and 0 tokens of system prompt leave no room .* larger text_budget"
+    ):
         LAYOUT.mmu(many, [("red ?", "yes")])
-    assert len(LAYOUT.mmu(many, [("red ?", "")], open_ended=True).ids) == T + N + 3 + len(TEXT.encode("USER: red ? ASSISTANT:"))
+    assert len(LAYOUT.mmu(many, [("red ?", "")], open_ended=True).ids) == T + N + 3 + len(
+        TEXT.encode("USER: red ? ASSISTANT:")
+    )
 
 
 texts = st.lists(st.sampled_from(["red", "is", "ox", "?", EOT]), max_size=30).map(" ".join)
@@ -109,8 +117,12 @@ pictures = st.lists(st.integers(0, CODES - 1), min_size=N, max_size=N).map(torch
 masks = st.lists(st.booleans(), min_size=N, max_size=N).map(torch.tensor)
 vectors = st.integers(1, N + 4).map(lambda n: torch.zeros(n, FEATURE_WIDTH))
 pairs = st.one_of(
-    st.builds(tiny.t2i, texts, pictures, masks), st.builds(tiny.t2i_generation, texts), st.builds(tiny.lm, texts), st.builds(tiny.caption, pictures, texts),
-    st.builds(tiny.ask, pictures, texts), st.builds(tiny.conversation, pictures, turns),
+    st.builds(tiny.t2i, texts, pictures, masks),
+    st.builds(tiny.t2i_generation, texts),
+    st.builds(tiny.lm, texts),
+    st.builds(tiny.caption, pictures, texts),
+    st.builds(tiny.ask, pictures, texts),
+    st.builds(tiny.conversation, pictures, turns),
     st.builds(tiny.clip, vectors, turns, st.sampled_from(["", "red", "a red circle"])),
 )
 
@@ -142,17 +154,21 @@ def test_a_mixed_packed_batch_has_the_references_logits(model):
 @pytest.mark.parametrize("at, task", [(0, "t2i"), (5, "mmu"), (9, "mmu_clip")])
 @torch.no_grad()
 def test_the_comparison_would_notice_a_wrong_rule(model, at, task):
-    """Plain causal attention, or places counted in the packed order, move the logits by far more than is tolerated above."""
+    """Plain causal attention, or positions in packed order, move the logits by far more than is tolerated above."""
     pair, state = tiny.some_rows()[at], tiny.state_of(model)
     assert pair.task == task
     right, features = pair.logits(state), None if pair.row.features is None else ref.project(state, pair.row.features)
     causal = ref.forward(state, CONFIG, pair.ids, torch.ones(len(pair.ids), len(pair.ids)).tril().bool(), features)
     assert (right - causal)[pair.real].abs().max() > 0.1
     counted = model.head(model(pack([replace(pair.row, position=torch.arange(len(pair.row.ids)))])))
-    assert ((counted[pair.order] - right[pair.real]).abs().max() > 0.1) == (task == "mmu_clip"), "angles know distances only: left pads move nothing"
+    assert ((counted[pair.order] - right[pair.real]).abs().max() > 0.1) == (task == "mmu_clip"), (
+        "angles know distances only: left pads move nothing"
+    )
 
 
-@pytest.mark.parametrize("tasks", ["t2i lm mmu mmu_clip", "t2i mmu mmu_clip", "t2i lm", "lm mmu", "t2i", "mmu", "mmu_clip", "lm"])
+@pytest.mark.parametrize(
+    "tasks", ["t2i lm mmu mmu_clip", "t2i mmu mmu_clip", "t2i lm", "lm mmu", "t2i", "mmu", "mmu_clip", "lm"]
+)
 def test_losses_and_gradients_are_the_references(model, tasks):
     rows, state = [p for p in tiny.some_rows(seed=1) if p.task in tasks.split()], tiny.state_of(model)
     total, *per_task = ref.losses([p.logits(state) for p in rows], [p.labels for p in rows], [p.task for p in rows], T)
@@ -163,14 +179,17 @@ def test_losses_and_gradients_are_the_references(model, tasks):
         if ours.targets[task]:
             torch.testing.assert_close(ours.per_task[task], expected.detach(), atol=1e-5, rtol=1e-5)
     named = dict(model.named_parameters())
-    pairs = zip(named, *(torch.autograd.grad(loss, list(named.values()), allow_unused=True) for loss in (ours.total, total)))
+    pairs = zip(
+        named, *(torch.autograd.grad(loss, list(named.values()), allow_unused=True) for loss in (ours.total, total))
+    )
     for name, mine, theirs in pairs:
         if name.startswith("projector") and "mmu_clip" not in tasks:
             assert mine is None and theirs is None
         else:
             assert theirs.abs().max() > 0 and mine.isfinite().all(), name
             # what is exactly zero in theory (the part of a key bias that no rotation touches, ...) is noise in both
-            torch.testing.assert_close(mine, theirs, atol=1e-4 * float(theirs.abs().max()) + 1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(mine, theirs, atol=1e-4 * float(theirs.abs().max()) + 1e-6, rtol=1e-4,
+                                       msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_loss_counts_the_two_trivial_targets_of_a_t2i_row(model):
@@ -190,11 +209,15 @@ def test_the_loss_counts_the_two_trivial_targets_of_a_t2i_row(model):
 def test_layers_receive_the_same_angles_whatever_the_dtype_of_the_weights():
     model, packed, received = tiny.make_model(), pack([p.row for p in tiny.some_rows()]), []
     for layer in model.layers:
-        layer.register_forward_pre_hook(lambda _, __, kwargs: received.append(kwargs["position_embeddings"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, __, kwargs: received.append(kwargs["position_embeddings"]), with_kwargs=True
+        )
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         hidden = model.to(dtype)(packed)
         assert hidden.dtype == dtype == model.head.weight.dtype and hidden.isfinite().all()
-    angle = packed.position[:, None].double() * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)             # 8 of 16 dimensions of a head
+    angle = packed.position[:, None].double() * 10000.0 ** (
+        -torch.arange(0, 8, 2).double() / 8
+    )  # 8 of 16 dimensions of a head
     for cos, sin in received:
         assert cos.dtype == sin.dtype == torch.float32
         assert torch.equal(cos, received[0][0]) and torch.equal(sin, received[0][1])

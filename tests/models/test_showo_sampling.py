@@ -1,11 +1,25 @@
-"""Show-o's noise, masked decoding and answers, drawn with the same generators as the plain reference in tests/reference."""
+"""Show-o's noise, masked decoding and answers, with the same generators as the plain reference in tests/reference."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from reference import showo as ref
-from tiny_showo import CODES, CONFIG, FEATURE_WIDTH, GRID, LAYOUT, TEXT, VOCABULARY, N, T, make_model, rounds, some_rows, state_of
+from tiny_showo import (
+    CODES,
+    CONFIG,
+    FEATURE_WIDTH,
+    GRID,
+    LAYOUT,
+    TEXT,
+    VOCABULARY,
+    N,
+    T,
+    make_model,
+    rounds,
+    some_rows,
+    state_of,
+)
 
 from unimod.batch import IGNORE, Modality, pack
 from unimod.data.batches import Batches, cosine_mask
@@ -39,7 +53,9 @@ def test_training_noise_is_the_references_draw_by_draw(seed):
     for row, text, ids, targets, drop in zip(rows, captions, expected, labels, dropped):
         at = row.modality == Modality.IMAGE
         assert torch.equal(row.ids[at], ids) and torch.equal(row.target[at], targets)
-        assert row.ids.tolist() == [i for i in ref.t2i_row(VOCABULARY, [] if drop else TEXT.encode(text), ids, T)[0] if i != VOCABULARY.pad]
+        assert row.ids.tolist() == [
+            i for i in ref.t2i_row(VOCABULARY, [] if drop else TEXT.encode(text), ids, T)[0] if i != VOCABULARY.pad
+        ]
     reference = seeded(seed)
     ref.noise(codes, VOCABULARY.mask, reference, VOCABULARY.image_offset)
     assert torch.equal(generator.get_state(), reference.get_state()), "as many draws, so that the next batch agrees too"
@@ -142,7 +158,9 @@ def test_a_picture_with_nothing_masked_stays_and_moves_no_other(model):
     masked[1] = False
     ours = draw(model, CAPTIONS, seed=1, steps=6, codes=codes, masked=masked)
     assert torch.equal(ours[1], codes[1])
-    expected, _ = decoded(model, CAPTIONS, codes, masked, 1.5, 6, seed=1)      # the reference draws one of its slots anew; the others are the same
+    expected, _ = decoded(
+        model, CAPTIONS, codes, masked, 1.5, 6, seed=1
+    )  # the reference draws one of its slots anew; the others are the same
     assert torch.equal(ours[[0, 2]], expected[[0, 2]])
     nothing = torch.zeros(3, N, dtype=torch.bool)
     assert torch.equal(draw(model, CAPTIONS, codes=codes, masked=nothing, steps=3), codes)
@@ -180,14 +198,18 @@ def test_a_picture_wider_than_the_window_is_extended_from_its_edge(model):
         first = side == "left"
         whole = extend(model, CAPTIONS, wide, side, by, seed=4, steps=4)
         assert whole.shape == (3, 3, 7 + by) and torch.equal(whole.narrow(2, by if first else 0, 7), wide)
-        assert torch.equal(whole.narrow(2, 0 if first else 3, 4 + by), extend(model, CAPTIONS, edge, side, by, seed=4, steps=4))
+        assert torch.equal(
+            whole.narrow(2, 0 if first else 3, 4 + by), extend(model, CAPTIONS, edge, side, by, seed=4, steps=4)
+        )
     with pytest.raises(ValueError, match="by is less than"):
         extend(model, CAPTIONS, wide, "right", 4)
 
 
 @pytest.mark.parametrize("side, by", [("up", 1), ("right", 0), ("right", -1), ("right", 4), ("top", 3)])
 def test_an_extension_that_makes_no_sense_is_refused(model, side, by):
-    with pytest.raises(ValueError, match=rf"side='{side}', by={by}: side is one of left, right, top, bottom, and by is less than"):
+    with pytest.raises(
+        ValueError, match=rf"side='{side}', by={by}: side is one of left, right, top, bottom, and by is less than"
+    ):
         extend(model, CAPTIONS[:1], torch.zeros(1, *GRID, dtype=torch.long), side, by)
 
 
@@ -226,11 +248,15 @@ def open_rows():
     out = []
     for text in ("USER: is there a red circle ? ASSISTANT:", "", "USER: red ? ASSISTANT:", "ox", "a square"):
         codes = torch.randint(CODES, (N,), generator=g)
-        out.append((LAYOUT.mmu_caption(codes, text, open_ended=True), ref.mmu_ask_row(VOCABULARY, codes + VOCABULARY.image_offset, TEXT.encode(text))[0]))
-    for turns in ([("is there a circle ?", "")], [("red ?", "yes"), ("is there a blue square and a red circle ?", "")], [("red ?", "yes a")]):
+        out.append(
+            (LAYOUT.mmu_caption(codes, text, open_ended=True),
+             ref.mmu_ask_row(VOCABULARY, codes + VOCABULARY.image_offset, TEXT.encode(text))[0])
+        )
+    for turns in ([("is there a circle ?", "")], [("red ?", "yes"), ("is there a blue square and a red circle ?", "")],
+                  [("red ?", "yes a")]):
         codes = torch.randint(CODES, (N,), generator=g)
         ids, _ = ref.mmu_llava_row(VOCABULARY, codes + VOCABULARY.image_offset, rounds(turns), 99)
-        real = [i for i in ids if i != VOCABULARY.pad][:-1]                                               # without the last eot
+        real = [i for i in ids if i != VOCABULARY.pad][:-1]  # without the last eot
         out.append((LAYOUT.mmu(codes, turns, open_ended=True), real))
     return out
 
@@ -251,14 +277,15 @@ def test_answers_are_the_references(ids_for_text, eager):
 
 @torch.no_grad()
 def uncached(model, row, said):
-    """Logits of the next token after a row and what was said, by a forward over all of it. The generated text is kept by routers."""
+    """Logits of the next token after a row and generated text, which routers keep, by a forward over all of it."""
     n, (length, rule) = len(said), row.parts[-1]
     assert rule == "keep" or not n
     total = len(row.ids) + n
     parts = (*row.parts[:-1], (length + n, rule))
     ids = torch.cat([row.ids, torch.tensor(said, dtype=torch.long)])
-    more = replace(row, ids=ids, position=torch.cat([row.position, row.position[-1] + 1 + torch.arange(n)]), modality=LAYOUT.modality(ids),
-                   hi=torch.cat([row.hi, torch.arange(len(row.ids), total) + 1]), target=torch.full((total,), IGNORE), parts=parts)
+    more = replace(row, ids=ids, position=torch.cat([row.position, row.position[-1] + 1 + torch.arange(n)]),
+                   modality=LAYOUT.modality(ids), hi=torch.cat([row.hi, torch.arange(len(row.ids), total) + 1]),
+                   target=torch.full((total,), IGNORE), parts=parts)
     return model.head(model(pack([more])))[-1]
 
 
@@ -269,15 +296,18 @@ def greedy(model, row, n):
     return said
 
 
-@pytest.mark.parametrize("plan", [last_half(3, 0.4), CapacityPlan({"mmu": (0.3, 0.6, 0.5)})], ids=["last half", "every layer"])
+@pytest.mark.parametrize(
+    "plan", [last_half(3, 0.4), CapacityPlan({"mmu": (0.3, 0.6, 0.5)})], ids=["last half", "every layer"]
+)
 def test_a_routed_model_answers_with_its_cache_as_without(ids_for_text, plan):
     torch.manual_seed(2)
     model = apply_mod(talkative(eager=4.0), plan).eval()
     with torch.no_grad():
         for i in plan.routed():
-            model.layers[i].router.proj.weight.mul_(300)                # scores that differ from token to token and weigh
+            model.layers[i].router.proj.weight.mul_(300)  # scores that differ from token to token and weigh
     rows = [row for row, _ in open_rows()]
-    features, turns = torch.randn(7, FEATURE_WIDTH, generator=seeded(1)), [("red ?", "yes"), ("is there a circle ?", "")]
+    features, turns = (torch.randn(7, FEATURE_WIDTH, generator=seeded(1)),
+                       [("red ?", "yes"), ("is there a circle ?", "")])
     rows.append(LAYOUT.mmu(features, turns, open_ended=True, system="a red"))
     with record_routing() as log, torch.no_grad():
         packed = pack(rows)
@@ -291,7 +321,8 @@ def test_a_routed_model_answers_with_its_cache_as_without(ids_for_text, plan):
 
 def test_features_are_answered_with_the_cache_as_without(model, ids_for_text):
     pairs = [p for p in some_rows() if p.task == "mmu_clip"]
-    rows = [LAYOUT.mmu(p.row.features, [("is there a circle ?", "")], open_ended=True, system=s) for p, s in zip(pairs, ("", "a red"))]
+    rows = [LAYOUT.mmu(p.row.features, [("is there a circle ?", "")], open_ended=True, system=s)
+            for p, s in zip(pairs, ("", "a red"))]
     expected = [greedy(model, row, 8) for row in rows]
     assert answer(model, rows, max_new=8) == expected and any(expected)
 
@@ -310,4 +341,5 @@ def test_sampled_answers_come_from_the_best_and_repeat_by_seed(model, ids_for_te
 
 def test_a_low_temperature_is_greedy(model, ids_for_text):
     rows = [row for row, _ in open_rows()]
-    assert answer(model, rows, max_new=6, top_k=0, temperature=1e-4) == answer(model, rows, max_new=6) == answer(model, rows, max_new=6, top_k=1, seed=9)
+    assert (answer(model, rows, max_new=6, top_k=0, temperature=1e-4) == answer(model, rows, max_new=6)
+            == answer(model, rows, max_new=6, top_k=1, seed=9))

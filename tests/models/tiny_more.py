@@ -11,10 +11,13 @@ from unimod.models.checkpoint import from_pretrained
 KINDS = ("chameleon", "chameleon swin", "janus")
 N = len(LETTERS)
 CODES, SIDE = 24, 3
-NAMED = {"<s>": N, "<pad>": N + 1, "</s>": N + 2, "<racm3:break>": N + 3, "<eoss>": N + 4, "<reserved08706>": N + 5, "<image>": N + 6}
+NAMED = {"<s>": N, "<pad>": N + 1, "</s>": N + 2, "<racm3:break>": N + 3, "<eoss>": N + 4, "<reserved08706>": N + 5,
+         "<image>": N + 6}
 ORDER = torch.randperm(CODES, generator=torch.Generator().manual_seed(0)).tolist()
-TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-VQ = {"num_embeddings": CODES, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512}
+VQ = {"num_embeddings": CODES, "latent_channels": 16, "base_channels": 32, "channel_multiplier": [1, 1],
+      "num_res_blocks": 1}
 JANUS_IDS = {"bos": N, "eos": N + 1, "boi": N + 2, "eoi": N + 3}
 PLACEHOLDER = {"chameleon": NAMED["<image>"], "janus": N + 4}
 
@@ -27,17 +30,22 @@ def code_name(code):
 def stock_model(kind, **more):
     """With weights large enough that attention is not uniform. Chameleon's codes lie in the vocabulary in no order."""
     if kind.startswith("chameleon"):
-        words = {**{c: i for i, c in enumerate(LETTERS)}, **NAMED, **{code_name(c): N + 7 + at for c, at in enumerate(ORDER)}}
-        config = ChameleonConfig(vocab_size=N + 7 + CODES, vocabulary_map=words, swin_norm=kind.endswith("swin"), image_seq_length=SIDE * SIDE,
-                                 rope_parameters={"rope_type": "default", "rope_theta": 5e3}, vq_config={**VQ, "embed_dim": 16, "resolution": 6},
-                                 **TEXT, **more)
+        words = {**{c: i for i, c in enumerate(LETTERS)}, **NAMED,
+                 **{code_name(c): N + 7 + at for c, at in enumerate(ORDER)}}
+        config = ChameleonConfig(vocab_size=N + 7 + CODES, vocabulary_map=words, swin_norm=kind.endswith("swin"),
+                                 image_seq_length=SIDE * SIDE,
+                                 rope_parameters={"rope_type": "default", "rope_theta": 5e3},
+                                 vq_config={**VQ, "embed_dim": 16, "resolution": 6}, **TEXT, **more)
         build = ChameleonForConditionalGeneration
     else:
-        config = JanusConfig(text_config={"model_type": "llama", "vocab_size": N + 5, "bos_token_id": N, "eos_token_id": N + 1, **TEXT},
-                             vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24, "patch_size": 8,
-                                            "num_image_tokens": SIDE * SIDE, "projection_dim": 64},
-                             vq_config={**VQ, "embed_dim": 8, "projection_dim": 64, "image_token_embed_dim": 64},
-                             image_token_id=N + 4, **{"tie_word_embeddings": False, **more})
+        config = JanusConfig(
+            text_config={"model_type": "llama", "vocab_size": N + 5, "bos_token_id": N, "eos_token_id": N + 1, **TEXT},
+            vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 24,
+                           "patch_size": 8, "num_image_tokens": SIDE * SIDE, "projection_dim": 64},
+            vq_config={**VQ, "embed_dim": 8, "projection_dim": 64, "image_token_embed_dim": 64},
+            image_token_id=N + 4,
+            **{"tie_word_embeddings": False, **more},
+        )
         build = JanusForConditionalGeneration
     torch.manual_seed(0)
     model = build(config).eval()
@@ -75,7 +83,7 @@ def pixels(kind, count=2):
 
 @torch.no_grad()
 def pictures_of(kind, stock):
-    """What an understanding row takes for each of `pixels`: vision features, or codes from the model's own tokenizer."""
+    """Input of an understanding row for each of `pixels`: vision features, or codes of the model's own tokenizer."""
     inner = stock.model
     if kind == "janus":
         return list(inner.vision_model(pixels(kind)).last_hidden_state)
@@ -86,12 +94,13 @@ def make_rows(model, pictures):
     """t2i, t2i, mmu, mmu (open-ended), lm."""
     g, layout = torch.Generator().manual_seed(1), model.layout
     codes = torch.randint(CODES, (2, SIDE * SIDE), generator=g)
-    return [layout.t2i("a red circle", codes[0]), layout.t2i("", codes[1]), layout.mmu(pictures[0], [("is it?", "yes"), ("red?", "no")]),
+    return [layout.t2i("a red circle", codes[0]), layout.t2i("", codes[1]),
+            layout.mmu(pictures[0], [("is it?", "yes"), ("red?", "no")]),
             layout.mmu(pictures[1], [("what", "")], open_ended=True), layout.lm("plain text")]
 
 
 def padded(rows, side, placeholder):
-    """What transformers takes of rows with ids only (a feature is the placeholder): ids, mask, positions, and where the real tokens are."""
+    """transformers' input for rows: ids (a feature is the placeholder), mask and positions; and the real tokens."""
     longest = max(len(r.ids) for r in rows)
     ids, mask = torch.full((len(rows), longest), 1), torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):

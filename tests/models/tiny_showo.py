@@ -33,7 +33,7 @@ CONFIG = ref.Config(layers=3, heads=4)
 
 
 def make_model(seed=0):
-    """Weights large enough that neither attention nor the next token is near uniform, biases and gains that are not 0 or 1."""
+    """Weights that make neither attention nor the next token near uniform, biases and gains that are not 0 or 1."""
     torch.manual_seed(seed)
     phi = showo_config(LAYOUT.vocab_size, width=64, layers=CONFIG.layers, heads=CONFIG.heads, ffn=128, max_positions=64)
     model = UnifiedModel(PhiForCausalLM(phi), LAYOUT, clip_projector(FEATURE_WIDTH, 64)).eval()
@@ -49,7 +49,9 @@ def make_model(seed=0):
 def state_of(model):
     """The model's own tensors under the published names."""
     parts = {"showo.": model.lm, "mm_projector.": model.projector}
-    return {prefix + key: value for prefix, part in parts.items() for key, value in part.state_dict(keep_vars=True).items()}
+    return {
+        prefix + key: value for prefix, part in parts.items() for key, value in part.state_dict(keep_vars=True).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,17 @@ class Pair:
 
 def t2i(caption, codes, masked):
     true = codes + VOCABULARY.image_offset
-    ids, labels = ref.t2i_row(VOCABULARY, TEXT.encode(caption), torch.where(masked, VOCABULARY.mask, true), T, torch.where(masked, true, ref.IGNORE))
+    ids, labels = ref.t2i_row(VOCABULARY, TEXT.encode(caption), torch.where(masked, VOCABULARY.mask, true), T,
+                              torch.where(masked, true, ref.IGNORE))
     return Pair("t2i", LAYOUT.t2i(caption, codes, masked), ids, labels)
 
 
 def t2i_generation(caption):
     ids, labels = ref.t2i_gen_row(VOCABULARY, TEXT.encode(caption), N, T)
     row = LAYOUT.t2i(caption, torch.zeros(N, dtype=torch.long), torch.ones(N, dtype=torch.bool))
-    return Pair("t2i", replace(row, target=torch.full_like(row.target, ref.IGNORE)), ids, labels)    # its targets are of a picture yet to be made
+    return Pair(
+        "t2i", replace(row, target=torch.full_like(row.target, ref.IGNORE)), ids, labels
+    )  # its targets are of a picture yet to be made
 
 
 def lm(text):
@@ -104,11 +109,13 @@ def lm(text):
 
 
 def caption(codes, text):
-    return Pair("mmu", LAYOUT.mmu_caption(codes, text), *ref.mmu_caption_row(VOCABULARY, codes + VOCABULARY.image_offset, TEXT.encode(text), T))
+    return Pair("mmu", LAYOUT.mmu_caption(codes, text),
+                *ref.mmu_caption_row(VOCABULARY, codes + VOCABULARY.image_offset, TEXT.encode(text), T))
 
 
 def ask(codes, text):
-    return Pair("mmu", LAYOUT.mmu_caption(codes, text, open_ended=True), *ref.mmu_ask_row(VOCABULARY, codes + VOCABULARY.image_offset, TEXT.encode(text)))
+    return Pair("mmu", LAYOUT.mmu_caption(codes, text, open_ended=True),
+                *ref.mmu_ask_row(VOCABULARY, codes + VOCABULARY.image_offset, TEXT.encode(text)))
 
 
 def rounds(turns):
@@ -116,7 +123,8 @@ def rounds(turns):
 
 
 def conversation(codes, turns):
-    return Pair("mmu", LAYOUT.mmu(codes, turns), *ref.mmu_llava_row(VOCABULARY, codes + VOCABULARY.image_offset, rounds(turns), T))
+    return Pair("mmu", LAYOUT.mmu(codes, turns),
+                *ref.mmu_llava_row(VOCABULARY, codes + VOCABULARY.image_offset, rounds(turns), T))
 
 
 def clip(features, turns, system=""):
@@ -136,9 +144,15 @@ def some_rows(seed=0):
     def features(n):
         return torch.randn(n, FEATURE_WIDTH, generator=g)
     return [
-        t2i("red circle", codes(), masked(0.6)), t2i("", codes(), masked(0.9)), t2i("red " * 20, codes(), masked(0.2)),
-        lm("there is a blue square"), lm("no " * 40),
-        conversation(codes(), [("red ?", "yes"), ("blue ?", "no")]), conversation(codes(), [("is there a blue square and a circle", "no")]),
-        caption(codes(), "a red circle"), caption(codes(), "square " * 20),
-        clip(features(5), [("red ?", "yes")]), clip(features(7), [("circle", "no"), ("blue ?", "yes")], system="You are helpful"),
+        t2i("red circle", codes(), masked(0.6)),
+        t2i("", codes(), masked(0.9)),
+        t2i("red " * 20, codes(), masked(0.2)),
+        lm("there is a blue square"),
+        lm("no " * 40),
+        conversation(codes(), [("red ?", "yes"), ("blue ?", "no")]),
+        conversation(codes(), [("is there a blue square and a circle", "no")]),
+        caption(codes(), "a red circle"),
+        caption(codes(), "square " * 20),
+        clip(features(5), [("red ?", "yes")]),
+        clip(features(7), [("circle", "no"), ("blue ?", "yes")], system="You are helpful"),
     ]

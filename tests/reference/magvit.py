@@ -17,18 +17,21 @@ def swish(x):
 
 
 def group_norm(state, name, x, groups):
-    """GroupNorm with gain and bias: x [B, C, H, W] -> same shape; biased variance over each group of C / groups channels."""
+    """GroupNorm with gain and bias: x [B, C, H, W] -> same shape; biased variance per group of C / groups channels."""
     b, c, h, w = x.shape
     g = x.reshape(b, groups, (c // groups) * h * w)
     centred = g - g.mean(-1, keepdim=True)
     g = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + EPS)
-    return g.reshape(b, c, h, w) * state[f"{name}.weight"][None, :, None, None] + state[f"{name}.bias"][None, :, None, None]
+    return (g.reshape(b, c, h, w) * state[f"{name}.weight"][None, :, None, None]
+            + state[f"{name}.bias"][None, :, None, None])
 
 
 def conv(state, name, x, stride=1, padding=None):
     """2-D convolution; unless told otherwise the zero padding keeps the size (1 for a 3x3 kernel, 0 for a 1x1)."""
     weight = state[f"{name}.weight"]
-    return F.conv2d(x, weight, state[f"{name}.bias"], stride=stride, padding=weight.shape[-1] // 2 if padding is None else padding)
+    return F.conv2d(
+        x, weight, state[f"{name}.bias"], stride=stride, padding=weight.shape[-1] // 2 if padding is None else padding
+    )
 
 
 def res_block(state, name, x, groups):
@@ -82,7 +85,7 @@ def latents(state, x, groups=32):
     for i in range(count_levels(state, "encoder.down")):
         y = level_blocks(state, f"encoder.down.{i}", y, groups)
         if f"encoder.down.{i}.downsample.conv.weight" in state:
-            y = F.pad(y, (0, 1, 0, 1))                                         # one column of zeros right, one row below
+            y = F.pad(y, (0, 1, 0, 1))  # one column of zeros right, one row below
             y = conv(state, f"encoder.down.{i}.downsample.conv", y, stride=2, padding=0)
     y = middle(state, "encoder.mid", y, groups)
     y = conv(state, "encoder.conv_out", swish(group_norm(state, "encoder.norm_out", y, groups)))

@@ -1,8 +1,8 @@
 """Show-o v1, plain reference: rows, attention rule, backbone, losses, noise and both kinds of decoding.
 
-Written for reading and for comparing, not for use: one row at a time, dense masks, Python loops, no cache. A state dict is
-a flat {name: tensor} with the published names (`showo.model.layers.0.self_attn.q_proj.weight`, ...). Letters used below:
-T text budget, N image tokens, L row length, B rows, H hidden width, V vocabulary, K codes.
+Written for reading and for comparing, not for use: one row at a time, dense masks, Python loops, no cache. A state dict
+is a flat {name: tensor} with the published names (`showo.model.layers.0.self_attn.q_proj.weight`, ...). Letters used
+below: T text budget, N image tokens, L row length, B rows, H hidden width, V vocabulary, K codes.
 """
 
 import math
@@ -78,13 +78,13 @@ def t2i_row(v, text_ids, image_ids, T, image_labels=None):
 
 
 def t2i_gen_row(v, text_ids, n_image, T):
-    """The t2i row with every image slot masked, and labels that are all ignored. Empty text is the unconditional row."""
+    """The t2i row with every image slot masked, and labels that are all ignored. Empty text: the unconditional row."""
     ids, _ = t2i_row(v, text_ids, [v.mask] * n_image, T)
     return ids, [IGNORE] * len(ids)
 
 
 def lm_row(v, text_ids, L):
-    """sot, text, eot, PAD... -> (ids, labels), lists of L. Long text is cut at L and then has no eot. Loss shifts labels."""
+    """sot, text, eot, PAD... -> (ids, labels), lists of L. Long text is cut at L, without eot. Loss shifts labels."""
     ids = [*_with_bos(v, text_ids), v.eot][:L]
     ids = ids + [v.pad] * (L - len(ids))
     return ids, _no_pads(v, ids)
@@ -104,7 +104,7 @@ def mmu_caption_row(v, image_ids, text_ids, T):
 
 
 def _conversation(v, rounds, n):
-    """Rounds of (prompt ids, answer ids), one eot after every answer, in exactly n slots; only answers and eots are targets."""
+    """Rounds of (prompt ids, answer ids), one eot after every answer, in exactly n slots; targets: answers and eots."""
     ids, labels = [], []
     for prompt, answer in rounds:
         prompt, answer = _ints(prompt), [*_ints(answer), v.eot]
@@ -122,7 +122,7 @@ def mmu_llava_row(v, image_ids, rounds, T):
 
 
 def mmu_clip_row(v, n_features, rounds, T, system_ids=()):
-    """mmu, system ids, soi, n_features slots of id -1, eoi, [conversation, PAD...] -> (ids, labels), lists of T + n_features + 3.
+    """mmu, system ids, soi, n_features slots of id -1, eoi, [conversation, PAD...] -> ids, labels: T + n_features + 3.
 
     The system ids are paid for by the conversation, which gets T - len(system_ids) slots. Beside rows of N image tokens
     and text budget T0, pass T = T0 - (n_features - N): all rows are then T0 + N + 3 long.
@@ -194,12 +194,12 @@ def _gelu_new(x):
 
 
 def _rotate(x, config):
-    """Partial rotary embedding of one head: x [L, D] -> [L, D]. Channel i of the first R dims is paired with i + R / 2."""
+    """Partial rotary embedding of one head: x [L, D] -> [L, D]. Channel i of the first R is paired with i + R / 2."""
     L, D = x.shape
     R = int(D * config.rotary)
     wide = _wide(x)
     frequencies = 1.0 / config.theta ** (torch.arange(0, R, 2, dtype=wide.dtype) / R)
-    angles = torch.arange(L, dtype=wide.dtype)[:, None] * frequencies[None, :]          # position ids 0..L-1, pads counted
+    angles = torch.arange(L, dtype=wide.dtype)[:, None] * frequencies[None, :]  # position ids 0..L-1, pads counted
     cos, sin = torch.cos(angles), torch.sin(angles)
     a, b = wide[:, : R // 2], wide[:, R // 2 : R]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, wide[:, R:]], dim=-1).to(x.dtype)
@@ -253,8 +253,8 @@ def forward(state, config, ids, allow, embeds=None):
 def losses(logits_by_row, labels_by_row, tasks, T):
     """Logits [L, V] and labels [L] of every row with its task -> (total, t2i, lm, mmu), scalars.
 
-    t2i compares position i with label i from index T + 1 (soi) on; lm and mmu compare it with label i + 1. Each loss is the
-    plain mean over all targets of its rows together, 0 where there are none; total = t2i + 0.1 lm + mmu.
+    t2i compares position i with label i from index T + 1 (soi) on; lm and mmu compare it with label i + 1. Each loss is
+    the plain mean over all targets of its rows together, 0 where there are none; total = t2i + 0.1 lm + mmu.
     """
     terms = {"t2i": [], "lm": [], "mmu": []}
     for logits, labels, task in zip(logits_by_row, labels_by_row, tasks, strict=True):
@@ -265,7 +265,9 @@ def losses(logits_by_row, labels_by_row, tasks, T):
         for i, label in pairs:
             if label != IGNORE:
                 terms[kind].append(torch.logsumexp(logits[i], dim=-1) - logits[i, label])
-    t2i, lm, mmu = (torch.stack(terms[kind]).mean() if terms[kind] else torch.zeros(()) for kind in ("t2i", "lm", "mmu"))
+    t2i, lm, mmu = (
+        torch.stack(terms[kind]).mean() if terms[kind] else torch.zeros(()) for kind in ("t2i", "lm", "mmu")
+    )
     return 1.0 * t2i + 0.1 * lm + 1.0 * mmu, t2i, lm, mmu
 
 
@@ -304,10 +306,10 @@ def noise(codes, mask_id, generator, offset, min_rate=0.0, drop_prob=0.1):
 
 
 def maskgit(logits_fn, codes, unknown, w, steps, generator):
-    """Fill the unknown slots of codes [B, N] over some steps -> (codes sampled last [B, N], [unknown mask fed to each step]).
+    """Fill the unknown slots of codes [B, N] in steps -> (codes sampled last [B, N], [unknown mask fed to each step]).
 
-    logits_fn(codes, unknown, step) -> (conditional [B, N, K], unconditional [B, N, K] or None); where `unknown` is true the
-    value in `codes` means nothing. All arithmetic is in fp32, the slot count too: its floor sits on whole numbers.
+    logits_fn(codes, unknown, step) -> (conditional [B, N, K], unconditional [B, N, K] or None); where `unknown` is true
+    the value in `codes` means nothing. All arithmetic is in fp32, the slot count too: its floor sits on whole numbers.
     """
     B, N = codes.shape
     codes, unknown, masks, temperature = codes.clone(), unknown.clone(), [], 1.0
@@ -344,7 +346,7 @@ def maskgit(logits_fn, codes, unknown, w, steps, generator):
 
 @torch.no_grad()
 def greedy_answer(state, config, v, row_ids, n):
-    """Up to n more ids after an mmu row, each the best of the whole vocabulary; an eot ends the answer and is its last id."""
+    """Up to n more ids after an mmu row, each the best of the whole vocabulary; an eot ends the answer, its last id."""
     ids, answer = _ints(row_ids), []
     for _ in range(n):
         logits = forward(state, config, ids, allow("mmu", ids, v))

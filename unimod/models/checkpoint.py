@@ -300,7 +300,8 @@ def _load_routers(folder: Path, model: UnifiedModel) -> None:
         raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove "
                               "plan.yaml to load the dense model.")
     try:
-        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig.stored(read_json(folder / "router.json")))
+        router = RouterConfig.stored(read_json(folder / "router.json"))
+        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), router)
     except (ParameterError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be routed as its plan.yaml and router.json say: {error}") from None
     layers = enumerate(model.layers)

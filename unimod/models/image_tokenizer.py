@@ -41,11 +41,10 @@ from .weights import CheckpointError, Weights, fill, read_json
 
 # name -> module and class, imported when first used
 MEMBERS = {"dictionary": ("unimod.models.patches", "PatchDictionary"),
-           "magvit": ("unimod.models.magvit", "MagVitV2"),
-           "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ")}
+           "magvit": ("unimod.models.magvit", "MagVitV2"), "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ")}
 CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "tokenizer.safetensors"
 Log = Callable[[str], object]
-PIXELS_AT_ONCE = 1 << 19  # encode and decode process about this many pixels at once, which bounds their memory
+PIXELS_AT_ONCE = 1 << 19  # encode and decode work on about this many pixels at once, which bounds their memory
 MEASURED = 256  # images a FitReport is measured on
 
 
