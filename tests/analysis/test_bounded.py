@@ -9,7 +9,7 @@ from unimod import attention_record
 from unimod.analysis.attention import capture_overview, capture_patterns, overview, patterns
 from unimod.batch import Modality, pack
 from unimod.capture import capture_batch, capture_summary
-from unimod.ops.attention import reference
+from unimod.ops import attention
 from unimod.presets import materialise, preset
 
 ENTRIES = 2**17
@@ -45,7 +45,7 @@ def largest(function):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(attention_record, "ENTRIES", ENTRIES)
-    monkeypatch.setattr(reference, "ENTRIES", ENTRIES)
+    monkeypatch.setattr(attention, "ENTRIES", ENTRIES)
 
 
 WAYS = {
@@ -81,7 +81,7 @@ def test_small_blocks_say_the_same(monkeypatch):
     found, seen = capture_batch(model, packed), []
     for entries in (ENTRIES // 64, 2**23):
         monkeypatch.setattr(attention_record, "ENTRIES", entries)
-        monkeypatch.setattr(reference, "ENTRIES", entries)
+        monkeypatch.setattr(attention, "ENTRIES", entries)
         pooled = overview(found, 0, str, part.grid)
         seen.append([pooled.maps, pooled.received, *(x for x in vars(patterns(found, packed.tasks[0])).values() if isinstance(x, torch.Tensor))])
     for one, other in zip(*seen):

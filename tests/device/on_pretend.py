@@ -21,7 +21,7 @@ from unimod.evaluate import evaluate, in_use
 from unimod.generate import DecodeSession, answer, calibrate, draw
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import from_pretrained, shipped
-from unimod.ops.attention import flex, varlen
+from unimod.ops import attention_varlen
 from unimod.plan import last_half
 from unimod.train import Objective, TrainConfig
 
@@ -115,8 +115,7 @@ def test_attention_is_planned_without_a_wait(name):
     with On() as device:
         moved = packed.to(DEVICE)
         device.waits.clear()
-        for kernel in (varlen, flex):
-            kernel.prepare(moved.mask.lo, moved.mask.hi, moved.lengths, moved.mask.kinds)
+        attention_varlen.prepare(moved.mask.lo, moved.mask.hi, moved.lengths, moved.mask.kinds)
         assert not device.waits
 
 

@@ -1,4 +1,5 @@
-"""Decoding on a GPU: static steps recorded as a CUDA graph say and draw what steps one by one do; a training step waits for nothing."""
+"""Decoding on a GPU: static steps recorded as a CUDA graph say and draw what steps one by one do; a training step waits
+for nothing."""
 
 import pytest
 import torch

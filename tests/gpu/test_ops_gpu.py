@@ -1,13 +1,8 @@
 """The kernels on a GPU at real sizes: Show-o's width, nine thousand tokens."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from kernel_cases import SHAPES, check_gather, check_scatter, check_select
+from ops.kernel_cases import SHAPES, check_gather, check_scatter, check_select
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is false")]
 TOKENS, WIDTH = 9216, 2048

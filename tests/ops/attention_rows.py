@@ -1,4 +1,5 @@
-"""Rows of every model's layout and mask, and a kernel for rows of different lengths in plain torch, for the tests of attention."""
+"""Rows of every model's layout and mask, and a kernel for rows of different lengths in plain torch, for the tests of
+attention."""
 
 import torch
 from core.tiny_rows import TURNS, WORDS, make_rows
@@ -48,7 +49,8 @@ def routed(packed, keep):
 
 
 class SlowKernel:
-    """The contract of `unimod.ops.attention.varlen.KERNELS`, run by run. `pairs`: products of a query and a key so far."""
+    """The contract of `unimod.ops.attention.varlen.KERNELS`, run by run. `pairs`: products of a query and a key so
+    far."""
 
     def __init__(self):
         self.pairs = self.calls = 0

@@ -1,11 +1,13 @@
-"""Triton's statistics of attention in its interpreter against the reference; run by test_attention.py with TRITON_INTERPRET=1."""
+"""Triton's statistics of attention in its interpreter against the reference; run by test_attention.py with
+TRITON_INTERPRET=1."""
 
 import pytest
 import torch
 from ops.attention_rows import GENERAL, ROWS, routed
 
 from unimod.batch import pack
-from unimod.ops.attention import attention_mass, attention_received, triton
+from unimod.ops import attention_triton as triton
+from unimod.ops.attention import attention_mass, attention_received
 from unimod.ops.backend import use_backend
 
 BATCHES = {name: pack(ROWS[name][-6:]) for name in ("showo", "showo features", "degenerate")}

@@ -9,7 +9,8 @@ from unimod.batch import Task, pack
 from unimod.layers import apply_mod
 from unimod.losses import losses
 from unimod.models.checkpoint import build_model
-from unimod.ops.cross_entropy import linear_cross_entropy, reference
+from unimod.ops import cross_entropy
+from unimod.ops.cross_entropy import linear_cross_entropy
 from unimod.plan import last_half
 
 WORDS = ("a", "red", "circle", "is", "there", "yes", "no")
@@ -19,7 +20,7 @@ WORDS = ("a", "red", "circle", "is", "there", "yes", "no")
 @pytest.mark.parametrize("n, v, held", [(7, 11, 22), (1, 5, 1), (6, 10, 1000), (9, 4, 12)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_values_and_gradients_are_torchs(n, v, held, bias, dtype, monkeypatch):
-    monkeypatch.setattr(reference, "LOGITS", held)
+    monkeypatch.setattr(cross_entropy, "LOGITS", held)
     g = torch.Generator().manual_seed(0)
     h, w, b = (torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((n, 3), (v, 3), (v,)))
     target, scale = torch.randint(v, (n,), generator=g), torch.rand(n, generator=g)
@@ -46,7 +47,7 @@ def test_frozen_parts_get_no_gradient_and_cost_nothing():
 
 
 def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
-    monkeypatch.setattr(reference, "LOGITS", 500)
+    monkeypatch.setattr(cross_entropy, "LOGITS", 500)
     h, w, largest = torch.randn(64, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True), []
 
     def note(x):
@@ -68,7 +69,7 @@ def test_a_models_losses_are_the_same_in_chunks(name, monkeypatch):
     found = []
     for limit in (2**28, 0):
         monkeypatch.setattr("unimod.losses.CHUNKED", limit)
-        monkeypatch.setattr(reference, "LOGITS", 1000)
+        monkeypatch.setattr(cross_entropy, "LOGITS", 1000)
         loss = losses(model, packed)
         loss.total.backward()
         found.append((loss.total.detach(), loss.per_task, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))

@@ -1,1 +1,1 @@
-"""Operations on packed tokens, one folder each: `reference.py` is the truth every faster version is held against."""
+"""Operations on packed tokens: a reference in torch for each, and kernels that must give the same numbers."""

@@ -1,7 +1,8 @@
-"""The two ends of a routed layer: the kept tokens are gathered and normalised, and the layer's output is scattered back.
+"""The two ends of a routed layer: the kept tokens are gathered and normalised, and the layer's output is scattered
+back.
 
-    gather_norm    x = h[index],  n = norm(x)
-    scatter        out = h,  except  out[index] = y + (weight - 1) * (y - h[index])  =  h[index] + weight * (y - h[index])
+    gather_norm    x = h[index],  n = norm(x) scatter        out = h,  except  out[index] = y + (weight - 1) * (y -
+    h[index])  =  h[index] + weight * (y - h[index])
 
 Each function has a Triton kernel of one pass in `kernels_triton` (`backend("kernels", ...)` chooses).
 """
@@ -20,7 +21,8 @@ from .select import prefix_count
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the width D. `kind`: layer (LayerNorm), or rms (RMSNorm that rounds to the input's dtype before it multiplies, as Llama's)."""
+    """A norm over the width D. `kind`: layer (LayerNorm), or rms (RMSNorm that rounds to the input's dtype before it
+    multiplies, as Llama's)."""
 
     weight: Tensor
     """[D], of the dtype of what is normalised."""
@@ -33,7 +35,8 @@ class Norm:
 def gather_norm(h: Tensor, index: Tensor, norm: Norm, rank: Tensor) -> tuple[Tensor, Tensor]:
     """x = h[index] and its norm, both [K, D] in h's dtype.
 
-    h: [T, D]; index: int64 [K], ascending, unique; rank: int64 [T + 1], its prefix count (`select.select`), for the backward pass.
+    h: [T, D]; index: int64 [K], ascending, unique; rank: int64 [T + 1], its prefix count (`select.select`), for the
+    backward pass.
     """
     if _by_triton(h):
         from . import kernels_triton
@@ -46,13 +49,14 @@ def gather_norm(h: Tensor, index: Tensor, norm: Norm, rank: Tensor) -> tuple[Ten
     return x, norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
 
 
-def scatter(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, x: Tensor | None = None, gated: Tensor | None = None,
-            rank: Tensor | None = None) -> Tensor:
+def scatter(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, x: Tensor | None = None,
+            gated: Tensor | None = None, rank: Tensor | None = None) -> Tensor:
     """The residual stream after a routed layer, in a tensor of its own: [T, D] in h's dtype.
 
-    h: [T, D]; y: [K, D], the layer's output on the tokens `index` (int64 [K], ascending, unique); weight: [K]. `gated`: [K, D], what the weight
-    multiplies where that is not y - h[index]. Computed in float32 (float64 for float64), and exactly y at weight 1. What the caller has already
-    saves work: `x`, which is h[index], and `rank`, the prefix count of index (`select.select`).
+    h: [T, D]; y: [K, D], the layer's output on the tokens `index` (int64 [K], ascending, unique); weight: [K]. `gated`:
+    [K, D], what the weight multiplies where that is not y - h[index]. Computed in float32 (float64 for float64), and
+    exactly y at weight 1. What the caller has already saves work: `x`, which is h[index], and `rank`, the prefix count
+    of index (`select.select`).
     """
     if _by_triton(h):
         from . import kernels_triton
@@ -63,7 +67,8 @@ def scatter(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, x: Tensor | 
 
 def scatter_(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, gated: Tensor | None = None,
              rank: Tensor | None = None) -> Tensor:
-    """`scatter` written into h, which is returned: for an h that nobody else holds. No backward: RuntimeError where h requires a gradient."""
+    """`scatter` written into h, which is returned: for an h that nobody else holds. No backward: RuntimeError where h
+    requires a gradient."""
     if h.requires_grad:
         raise RuntimeError("scatter_ overwrites h and has no backward; use scatter, or torch.no_grad().")
     if h.is_contiguous() and _by_triton(h):

@@ -25,26 +25,28 @@ def row_block(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
-# Selection. A score's bits, read as an integer, keep its order. Bisection over these bits finds the k-th best score without
-# sorting; what is above it is kept, of what equals it the earlier tokens; two prefix sums put the kept tokens in order.
+# Selection. A score's bits, read as an integer, keep its order. Bisection over these bits finds the k-th best score
+# without sorting; what is above it is kept, of what equals it the earlier tokens; two prefix sums put the kept tokens
+# in order.
 
 
 @triton.jit
 def select_kernel(score, sizes, index, last, rank, T, S, BLOCK: tl.constexpr):
-    """One program per segment, which it holds whole. sizes: int32 [S, 4] = start, tokens n, kept k, kept in the segments before."""
+    """One program per segment, which it holds whole. sizes: int32 [S, 4] = start, tokens n, kept k, kept in the
+    segments before."""
     s = tl.program_id(0)
     row = sizes + 4 * s
     start, n, k, before = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     i = tl.arange(0, BLOCK)
     inside = i < n
     x = tl.load(score + start + i, mask=inside, other=0).to(tl.float32)
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)              # -0.0 equals 0.0
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)          # -0.0 equals 0.0
     key = tl.where(bits < 0, bits ^ MOST, bits)
-    key = tl.where(inside, tl.where(x != x, MOST, key), LEAST)              # nan goes first, as in torch's descending sort
+    key = tl.where(inside, tl.where(x != x, MOST, key), LEAST)          # nan goes first, as in torch's descending sort
 
-    places = tl.maximum(k, 1)                                               # k = 0: only to find the best
+    places = tl.maximum(k, 1)                                           # k = 0: only to find the best
     edge = tl.full((), LEAST, tl.int32)
-    for bit in range(32):                                                   # the largest edge with at least k keys >= it
+    for bit in range(32):                                               # the largest edge with at least k keys >= it
         higher = edge ^ (tl.full((), 1, tl.int32) << (31 - bit))
         edge = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= places, higher, edge)
 
@@ -86,11 +88,11 @@ def _selected(score: Tensor, lengths: list[int], keep: list[int]) -> tuple[Tenso
     return index, last, rank
 
 
-# Gather and norm. Forward: one program per kept token. Backward: a few programs that go through all tokens in turn; each sums
-# dweight and dbias of its own tokens, and the sums are added up after. With c = x - mean (rms: x),
-# s = 1 / sqrt(mean(c^2) + eps), v = c s and u = dn * weight:
-#
-#     dx = s (u - [mean(u)] - v mean(u v)),    dweight = sum over tokens of dn * v,    dbias = sum of dn        ([] LayerNorm only)
+# Gather and norm. Forward: one program per kept token. Backward: a few programs that go through all tokens in turn;
+# each sums dweight and dbias of its own tokens, and the sums are added up after. With c = x - mean (rms: x), s = 1 /
+# sqrt(mean(c^2) + eps), v = c s and u = dn * weight:
+#  dx = s (u - [mean(u)] - v mean(u v)),    dweight = sum over tokens of dn * v,    dbias = sum of dn        ([]
+# LayerNorm only)
 
 
 @triton.jit
@@ -120,8 +122,8 @@ def gather_kernel(h, index, weight, bias, x, n, D, eps, CENTRED: tl.constexpr, B
 
 
 @triton.jit
-def gather_backward_kernel(dx, dn, x, weight, rank, dh, dweight, dbias, T, D, eps, CENTRED: tl.constexpr, BIAS: tl.constexpr,
-                           BLOCK: tl.constexpr):
+def gather_backward_kernel(dx, dn, x, weight, rank, dh, dweight, dbias, T, D, eps, CENTRED: tl.constexpr,
+                           BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """dh: [T, D], zero where a token was not kept; dweight, dbias: float32 [programs, D]."""
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK)
@@ -157,8 +159,8 @@ def gather_norm(h: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, r
     x, n = _gathered(h, index, weight, bias, rank, eps, centred)
     if len(index):
         with torch.cuda.device_of(h):
-            gather_kernel[(len(index),)](h, index, weight, weight if bias is None else bias, x, n, D, eps, CENTRED=centred,
-                                         BIAS=bias is not None, **row_block(D))
+            gather_kernel[(len(index),)](h, index, weight, weight if bias is None else bias, x, n, D, eps,
+                                         CENTRED=centred, BIAS=bias is not None, **row_block(D))
     return x, n
 
 
@@ -177,15 +179,16 @@ def gather_norm_backward(dx: Tensor, dn: Tensor, x: Tensor, weight: Tensor, rank
     dh = x.new_empty(T, D)
     dweight, dbias = (x.new_empty(programs if there else 0, D, dtype=torch.float32) for there in (True, bias))
     with torch.cuda.device_of(x):
-        gather_backward_kernel[(programs,)](dx.contiguous(), dn.contiguous(), x, weight, rank, dh, dweight, dbias, T, D, eps,
-                                            CENTRED=centred, BIAS=bias, **row_block(D))
+        gather_backward_kernel[(programs,)](dx.contiguous(), dn.contiguous(), x, weight, rank, dh, dweight, dbias, T, D,
+                                            eps, CENTRED=centred, BIAS=bias, **row_block(D))
     return dh, dweight.sum(0).to(weight.dtype), (dbias.sum(0) if bias else dbias.view(0)).to(weight.dtype)
 
 
 @gather_norm_backward.register_fake
 def _(dx: Tensor, dn: Tensor, x: Tensor, weight: Tensor, rank: Tensor, eps: float, centred: bool,
       bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(len(rank) - 1, x.shape[1]), torch.empty_like(weight), weight.new_empty(len(weight) if bias else 0)
+    dbias = weight.new_empty(len(weight) if bias else 0)
+    return x.new_empty(len(rank) - 1, x.shape[1]), torch.empty_like(weight), dbias
 
 
 def _save_gather(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -202,23 +205,23 @@ def _backward_gather(ctx: torch.autograd.function.FunctionCtx, dx: Tensor, dn: T
 gather_norm.register_autograd(_backward_gather, setup_context=_save_gather)
 
 
-# Scatter: one program per token, forward and backward. Kept rows are unique, so each program writes its own row of h's gradient
-# and, where the token was kept, its own row of y's. Rows of D entries moved: forward 2T + K (3K in place), backward 2T + 3K.
+# Scatter: one program per token, forward and backward. Kept rows are unique, so each program writes its own row of h's
+# gradient and, where the token was kept, its own row of y's. Rows of D entries moved: forward 2T + K (3K in place),
+# backward 2T + 3K.
 
 
 @triton.jit
 def scatter_kernel(h, y, gated, weight, rank, out, D, GATED: tl.constexpr, INPLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """out_t = y + (w - 1) * m of a kept token, m = gated or y - h_t; h_t of any other (INPLACE: it is there already)."""
+    """out_t = y + (w - 1) * m of a kept token, m = gated or y - h_t; h_t of any other (INPLACE: it is there
+    already)."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside, row = d < D, t * D + d
     slot = tl.load(rank + t)
     if tl.load(rank + t + 1) > slot:
         new = tl.load(y + slot * D + d, mask=inside).to(tl.float32)
-        if GATED:
-            update = tl.load(gated + slot * D + d, mask=inside).to(tl.float32)
-        else:
-            update = new - tl.load(h + row, mask=inside).to(tl.float32)
+        update = tl.load(gated + slot * D + d, mask=inside).to(tl.float32) if GATED else (
+            new - tl.load(h + row, mask=inside).to(tl.float32))
         tl.store(out + row, new + (tl.load(weight + slot).to(tl.float32) - 1) * update, mask=inside)
     elif not INPLACE:
         tl.store(out + row, tl.load(h + row, mask=inside), mask=inside)
@@ -284,8 +287,8 @@ def scatter_(h: Tensor, y: Tensor, gated: Tensor | None, weight: Tensor, rank: T
 
 
 @torch.library.custom_op("unimod::scatter_backward", mutates_args=())
-def scatter_backward(grad: Tensor, h: Tensor | None, y: Tensor | None, gated: Tensor | None, weight: Tensor, rank: Tensor,
-                     like: Tensor, weighs_gated: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scatter_backward(grad: Tensor, h: Tensor | None, y: Tensor | None, gated: Tensor | None, weight: Tensor,
+                     rank: Tensor, like: Tensor, weighs_gated: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, y, gated and weight. Without h, y and gated the weight's is empty. `like`: [0], of y's dtype;
     `weighs_gated`: whether the weight multiplied `gated`, whose gradient is empty otherwise."""
     grad, none = grad.contiguous(), grad.new_empty(0)
@@ -293,8 +296,9 @@ def scatter_backward(grad: Tensor, h: Tensor | None, y: Tensor | None, gated: Te
     learned = y is not None or gated is not None
     h, y, gated = (none if x is None else x.contiguous() for x in (h, y, gated))
     with torch.cuda.device_of(grad):
-        scatter_backward_kernel[(len(grad),)](grad, h, y, gated, weight.contiguous(), rank, dh, dy, dgated, dweight,
-                                              grad.shape[1], GATED=weighs_gated, LEARNED=learned, **row_block(grad.shape[1]))
+        scatter_backward_kernel[(len(grad),)](
+            grad, h, y, gated, weight.contiguous(), rank, dh, dy, dgated, dweight, grad.shape[1],
+            GATED=weighs_gated, LEARNED=learned, **row_block(grad.shape[1]))
     return out
 
 

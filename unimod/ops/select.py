@@ -1,6 +1,7 @@
 """Top-k of the scores inside every segment of a packed batch: the tokens that a routed layer processes.
 
-The reference takes two sorts, no loop over sequences and no size that is read from the device; `kernels_triton` one pass.
+The reference takes two sorts, no loop over sequences and no size that is read from the device; `kernels_triton` one
+pass.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ LONGEST = 2**14
 def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The `keep[s]` best-scored tokens of each segment s.
 
-    score: float [T]; lengths, keep: host sizes per segment, lengths adding up to T and 0 <= keep[s] <= lengths[s]. Ties go to the earlier token; a
-    NaN of either sign counts as the best score, and -0 equals 0.
-    Returns `index` (int64 [K], ascending), `last` (int64 [S]: the k-th best token of each segment; its best for keep[s] = 0; any token where the
-    segment is empty) and `rank` (int64 [T + 1], the prefix count of index, from which `Batch.take` reads the new intervals).
-    Raises ValueError on sizes that do not fit.
+    score: float [T]; lengths, keep: host sizes per segment, lengths adding up to T and 0 <= keep[s] <= lengths[s]. Ties
+    go to the earlier token; a NaN of either sign counts as the best score, and -0 equals 0. Returns `index` (int64 [K],
+    ascending), `last` (int64 [S]: the k-th best token of each segment; its best for keep[s] = 0; any token where the
+    segment is empty) and `rank` (int64 [T + 1], the prefix count of index, from which `Batch.take` reads the new
+    intervals). Raises ValueError on sizes that do not fit.
     """
     if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
         raise ValueError(f"select: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
@@ -44,7 +45,8 @@ def reference_select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, .
 
 
 def prefix_count(index: Tensor, n: int) -> Tensor:
-    """How many of `index` (int64 [K], ascending, unique, below n) lie before each of n tokens, and before the end: int64 [n + 1]."""
+    """How many of `index` (int64 [K], ascending, unique, below n) lie before each of n tokens, and before the end:
+    int64 [n + 1]."""
     return torch.zeros(n + 1, dtype=torch.long, device=index.device).index_fill_(0, index + 1, 1).cumsum(0)
 
 
@@ -60,6 +62,6 @@ def _best_first(score: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """Tokens by segment, best first: int64 [T]."""
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths), output_size=sum(lengths))
     segment = segment.to(score.device, non_blocking=True)
-    score = score.masked_fill(score.isnan(), torch.nan)     # CUDA sorts a bfloat16 NaN with the sign bit last, a CPU first
+    score = score.masked_fill(score.isnan(), torch.nan)     # CUDA sorts a bfloat16 NaN with the sign bit last
     order = torch.argsort(score, descending=True, stable=True)
     return order[torch.argsort(segment[order], stable=True)]

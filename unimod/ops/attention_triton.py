@@ -1,11 +1,13 @@
-"""Statistics of attention without a map: blocks of queries by blocks of keys, softmax on the way; no T x T numbers at any time.
+"""Triton kernels of `attention_received` and `attention_mass`: blocks of queries by blocks of keys, never T x T
+numbers.
 
-What each query gives (`attention_mass`, and the log-sum-exp of its row) goes over the keys of a block of queries once. What each key receives needs
-that log-sum-exp, and then goes over the queries of a block of keys. Sums are float32 and in a fixed order: no atomics, the same numbers every time.
-A head of queries reads its group's head of k in place. Products of float32 are exact (ieee), of half types in the tensor cores with float32 sums.
+What each query gives (`mass_kernel`: masses, entropy, distance, and the log-sum-exp of its logits) goes over the keys
+of a block of queries once. What each key receives needs that log-sum-exp, and then goes over the queries of a block of
+keys. Sums are float32 and in a fixed order: no atomics, runs repeat bit by bit. A query head reads its group's key head
+in place.
 
-    received_j = sum_i w_i exp(s_ij - lse_i)         with  s = q . k * scale
-    entropy_i  = ln l - t / l                        with  m = max_j s_ij,  l = sum_j exp(s_ij - m),  t = sum_j exp(s_ij - m) (s_ij - m)
+    received_j = sum_i w_i exp(s_ij - lse_i)         with  s = q . k * scale entropy_i  = ln l - t / l
+    with  m = max_j s_ij,  l = sum_j exp(s_ij - m),  t = sum_j exp(s_ij - m) (s_ij - m)
 
 When a later block raises m to m', every sum shrinks by a = exp(m - m'), and t becomes a (t + (m - m') l).
 """
@@ -18,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-"""Queries and keys of a block; an exact float32 product runs outside the tensor cores, where a larger one spills."""
+"""Queries and keys of a block; an exact float32 product runs outside the tensor cores, where a larger block spills."""
 WIDEN = triton.knobs.runtime.interpret
 """Whether q and k become float32 before their product: the interpreter multiplies the bits of bfloat16."""
 
@@ -33,8 +35,8 @@ def _load(x, at, head, length, stride_head, stride_token, D: tl.constexpr, WIDTH
 
 
 @triton.jit
-def mass_kernel(q, k, lo, hi, label, position, lse, mass, entropy, distance, length, scale, group,
-                qh, qt, kh, kt, D: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, LABELS: tl.constexpr, KINDS: tl.constexpr,
+def mass_kernel(q, k, lo, hi, label, position, lse, mass, entropy, distance, length, scale, group, qh, qt, kh, kt,
+                D: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, LABELS: tl.constexpr, KINDS: tl.constexpr,
                 M: tl.constexpr, N: tl.constexpr):
     """One block of queries of one head; with LABELS = 0 it writes only the log-sum-exp. Grid: (query blocks, H)."""
     head = tl.program_id(1)
@@ -57,7 +59,8 @@ def mass_kernel(q, k, lo, hi, label, position, lse, mass, entropy, distance, len
         base = tl.where(new > float("-inf"), new, 0.0)                      # a query that has seen no key yet
         shrink = tl.exp(top - base)
         p = tl.exp(s - base[:, None])
-        spread = shrink * (spread + tl.where(total > 0, top - base, 0.0) * total) + tl.sum(p * tl.where(seen, s - base[:, None], 0.0), 1)
+        spread = shrink * (spread + tl.where(total > 0, top - base, 0.0) * total)
+        spread += tl.sum(p * tl.where(seen, s - base[:, None], 0.0), 1)
         total = shrink * total + tl.sum(p, 1)
         if LABELS > 0:
             there = tl.load(position + j, mask=j < length, other=0)
@@ -70,7 +73,8 @@ def mass_kernel(q, k, lo, hi, label, position, lse, mass, entropy, distance, len
     total = tl.where(real, total, 1.0)
     if LABELS > 0:
         kinds = tl.arange(0, KINDS)
-        tl.store(mass + out[:, None] * LABELS + kinds[None, :], given / total[:, None], mask=real[:, None] & (kinds < LABELS)[None, :])
+        wanted = real[:, None] & (kinds < LABELS)[None, :]
+        tl.store(mass + out[:, None] * LABELS + kinds[None, :], given / total[:, None], mask=wanted)
         tl.store(entropy + out, tl.log(total) - spread / total, mask=real)
         tl.store(distance + out, far / total, mask=real)
     else:
@@ -78,13 +82,14 @@ def mass_kernel(q, k, lo, hi, label, position, lse, mass, entropy, distance, len
 
 
 @triton.jit
-def received_kernel(q, k, lo, hi, segment, first, last, lse, received, length, scale, group, heads,
-                    qh, qt, kh, kt, D: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def received_kernel(q, k, lo, hi, segment, first, last, lse, received, length, scale, group, heads, qh, qt, kh, kt,
+                    D: tl.constexpr, WIDTH: tl.constexpr, WIDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """One block of keys, all heads; its queries lie in the segments of these keys. Grid: (key blocks,)."""
     j = tl.program_id(0) * N + tl.arange(0, N)
     real = j < length
     mine = tl.load(segment + j, mask=real, other=-1)
-    begin, end = tl.min(tl.load(first + j, mask=real, other=length), 0) // M * M, tl.max(tl.load(last + j, mask=real, other=0), 0)
+    begin = tl.min(tl.load(first + j, mask=real, other=length), 0) // M * M
+    end = tl.max(tl.load(last + j, mask=real, other=0), 0)
     got, asked = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
     for head in range(heads):
         key = _load(k, j, head // group, length, kh, kt, D, WIDTH, WIDEN)
@@ -105,15 +110,14 @@ def received_kernel(q, k, lo, hi, segment, first, last, lse, received, length, s
 
 @torch.library.custom_op("unimod::attention_received", mutates_args=())
 def attention_received(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Tensor, scale: float) -> Tensor:
-    """`attention_received`; the intervals are absolute, so the rows' lengths are not asked for."""
-    q, k = _last_dense(q), _last_dense(k)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    received = q.new_empty(q.shape[1], dtype=torch.float32)
-    _mass(q, k, lo, hi, scale, lse=lse)
+    """`attention.attention_received`: float32 [T]. The intervals are absolute, so the sequences' lengths are not
+    needed."""
+    lse, received = q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(q.shape[1], dtype=torch.float32)
+    _launch_mass(q, k, lo, hi, scale, lse=lse)
     first, last = torch.searchsorted(segment, segment), torch.searchsorted(segment, segment, right=True)
-    received_kernel[(triton.cdiv(q.shape[1], BLOCK[q.dtype]),)](
-        q, k, lo, hi, segment, first, last, lse, received, q.shape[1], scale, q.shape[0] // k.shape[0], q.shape[0],
-        *q.stride()[:2], *k.stride()[:2], D=q.shape[2], WIDTH=_width(q.shape[2]), WIDEN=WIDEN, M=BLOCK[q.dtype], N=BLOCK[q.dtype])
+    tensors, sizes, constants = _arguments(q, k, scale)
+    received_kernel[(triton.cdiv(q.shape[1], constants["N"]),)](
+        *tensors, lo, hi, segment, first, last, lse, received, *sizes[:3], q.shape[0], *sizes[3:], **constants)
     return received
 
 
@@ -125,39 +129,40 @@ def _(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Tensor, scale: floa
 @torch.library.custom_op("unimod::attention_mass", mutates_args=())
 def attention_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, position: Tensor, labels: int,
                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_mass`; the intervals are absolute, so the rows' lengths are not asked for."""
-    out = attention_mass_like(q, labels)
-    _mass(_last_dense(q), _last_dense(k), lo, hi, scale, label=label, position=position, labels=labels, out=out)
+    """`attention.attention_mass`: mass [H, T, labels], entropy and distance [H, T], float32."""
+    out = _like_mass(q, k, lo, hi, label, position, labels, scale)
+    _launch_mass(q, k, lo, hi, scale, label=label, position=position, labels=labels, out=out)
     return out
 
 
-def attention_mass_like(q: Tensor, labels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for mass [H, T, labels], entropy and distance [H, T], float32."""
-    mass, entropy, distance = (q.new_empty(*q.shape[:2], *size, dtype=torch.float32) for size in ((labels,), (), ()))
+@attention_mass.register_fake
+def _like_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, position: Tensor, labels: int,
+               scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    mass, entropy, distance = (q.new_empty(*q.shape[:2], *last, dtype=torch.float32) for last in ((labels,), (), ()))
     return mass, entropy, distance
 
 
-@attention_mass.register_fake
-def _(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, position: Tensor, labels: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_mass_like(q, labels)
+def _launch_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float, *, lse: Tensor | None = None,
+                 label: Tensor | None = None, position: Tensor | None = None, labels: int = 0,
+                 out: tuple[Tensor | None, ...] = (None, None, None)) -> None:
+    """Launch `mass_kernel`; for an argument that is not given, q or lo stands in, which the kernel then never
+    touches."""
+    label, position = (lo if x is None else x for x in (label, position))
+    lse, *out = (q if x is None else x for x in (lse, *out))
+    tensors, sizes, constants = _arguments(q, k, scale)
+    mass_kernel[(triton.cdiv(q.shape[1], constants["M"]), q.shape[0])](
+        *tensors, lo, hi, label, position, lse, *out, *sizes, **constants, LABELS=labels, KINDS=_width(labels))
 
 
-def _mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float, *, lse: Tensor | None = None, label: Tensor | None = None,
-          position: Tensor | None = None, labels: int = 0, out: tuple[Tensor | None, ...] = (None, None, None)) -> None:
-    """Launch `mass_kernel`; what is not asked for is a stand-in that is never written."""
-    unused = q if lse is None else lse
-    mass, entropy, distance = (unused if x is None else x for x in out)
-    mass_kernel[(triton.cdiv(q.shape[1], BLOCK[q.dtype]), q.shape[0])](
-        q, k, lo, hi, lo if label is None else label, lo if position is None else position, unused, mass, entropy, distance,
-        q.shape[1], scale, q.shape[0] // k.shape[0], *q.stride()[:2], *k.stride()[:2],
-        D=q.shape[2], WIDTH=_width(q.shape[2]), WIDEN=WIDEN, LABELS=labels, KINDS=_width(labels), M=BLOCK[q.dtype], N=BLOCK[q.dtype])
+def _arguments(q: Tensor, k: Tensor, scale: float) -> tuple[tuple[Tensor, Tensor], tuple, dict]:
+    """What both kernels take: q and k with a dense last dimension, which is walked by one; sizes and strides;
+    constants."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    block = BLOCK[q.dtype]
+    constants = {"D": q.shape[2], "WIDTH": _width(q.shape[2]), "WIDEN": WIDEN, "M": block, "N": block}
+    return (q, k), (q.shape[1], scale, q.shape[0] // k.shape[0], *q.stride()[:2], *k.stride()[:2]), constants
 
 
 def _width(n: int) -> int:
     """The smallest width of a matrix product that holds n."""
     return max(16, triton.next_power_of_2(n))
-
-
-def _last_dense(x: Tensor) -> Tensor:
-    """The kernels walk the last dimension by one."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,12 +1,13 @@
-"""The kernels through Triton's interpreter; run by test_kernels.py in processes of their own, with TRITON_INTERPRET=1."""
+"""The kernels through Triton's interpreter; run by test_kernels.py in processes of their own, with
+TRITON_INTERPRET=1."""
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import SHAPES, check_gather, check_scatter, check_select, norm_module
+from core.tiny_rows import WORDS, make_rows
+from ops.kernel_cases import SHAPES, check_gather, check_scatter, check_select, norm_module
 
 from unimod.baselines import PRESETS
 from unimod.batch import pack
@@ -18,9 +19,6 @@ from unimod.ops.backend import backend, use_backend
 from unimod.plan import CapacityPlan
 from unimod.router import ForwardState
 from unimod.seam import known_norm
-
-sys.path.append(str(Path(__file__).parents[1] / "core"))
-from tiny_rows import WORDS, make_rows
 
 HALF = torch.bfloat16
 

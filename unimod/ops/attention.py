@@ -1,0 +1,207 @@
+"""Attention of packed tokens over intervals, and statistics of it that need no T x T map.
+
+    interval_attention    softmax_j(q_i . k_j * scale) v_j            over   lo_i <= j < hi_i
+    attention_received    what the softmax gives to each token j, relative to an even share
+    attention_mass        what each query gives to each kind of key, with its entropy and its mean distance
+
+This file holds the reference: sequences are padded to one length, the mask is boolean, the operators are torch's own.
+Kernels for sequences of different lengths are in `attention_varlen`, the statistics' Triton kernels in
+`attention_triton`; both are imported when they are first used. A backend has two halves: a plan, made from the
+intervals once for all layers that share them, and the attention by that plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import backend, say
+
+ENTRIES = 2**23
+"""Entries of attention maps that the statistics hold at a time."""
+_say = cache(say)
+
+
+def interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, lengths: tuple[int, ...], scale: float,
+                       masks: tuple[str, ...] = (), memo: dict | None = None) -> Tensor:
+    """Attention of packed tokens: [T, H, d] in q's dtype.
+
+    q: [H, T, d]; k, v: [H_kv, T, d] (H a multiple of H_kv); lo, hi: int64 [T], an interval never leaves its sequence;
+    lengths: tokens of each sequence, adding up to T. masks: the kind of each sequence's mask (`mask.mask_kind`), where
+    the host knows it; lo is then the sequence's first token. memo: where plans are kept for further calls with the same
+    intervals.
+    """
+    name = _implementation(q.device.type, q.dtype, masks, q.shape[2])
+    if name == "sdpa":
+        return attend(q, k, v, _kept(memo, prepare, lo, hi, lengths, masks), scale)
+    from . import attention_varlen
+
+    plan = _kept(memo, attention_varlen.prepare, lo, hi, lengths, masks)
+    return attention_varlen.attend(q, k, v, plan, scale, name)
+
+
+@torch.no_grad()
+def attention_received(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Tensor, lengths: tuple[int, ...],
+                       scale: float) -> Tensor:
+    """Attention that each token receives from the queries of its own segment, 1 for an even share: float32 [T].
+
+        r_j = mean over queries i of j's segment with lo_i <= j < hi_i of (hi_i - lo_i) * mean over heads of A_ij
+
+    A-MoD's score (arXiv 2412.20875) where a segment is the whole sequence and sees all of itself; queries of later
+    segments, which may not exist yet, do not count. Arguments as for `interval_attention`; segment: int64 [T],
+    ascending, each token's segment.
+    """
+    if _by_triton(q):
+        from . import attention_triton
+
+        return attention_triton.attention_received(q, k, lo, hi, segment, scale)
+    padded = Padded(lengths, q.device)
+    low, high = padded.intervals(lo, hi)
+    of = padded.pad((segment + 1)[None, :, None])[:, 0, :, 0]   # 0 for a pad
+    total, asked = (torch.zeros(len(lengths), padded.n, device=q.device) for _ in range(2))
+    for some, allow, a in _maps(q, k, padded, low, high, scale):
+        counts = allow & (of[:, some, None] == of[:, None])
+        total += (a.mean(1) * (high - low)[:, some, None] * counts).sum(1)
+        asked += counts.sum(1)
+    return padded.unpad(total / asked.clamp(min=1))
+
+
+@torch.no_grad()
+def attention_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, labels: int, lengths: tuple[int, ...],
+                   scale: float, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What every query of every head gives to each kind of key, its entropy and its mean distance.
+
+        mass_il = sum of A_ij over keys j with label l    entropy_i = -sum_j A_ij ln A_ij (nats)
+        distance_i = sum_j A_ij |p_i - p_j| (tokens)
+
+    Arguments as for `interval_attention`; label: int64 [T] in [0, labels); position p: int64 [T], default the place in
+    the packed order. Returns float32 [H, T, labels], [H, T] and [H, T].
+    """
+    position = torch.arange(len(lo), device=lo.device) if position is None else position
+    if _by_triton(q):
+        from . import attention_triton
+
+        return attention_triton.attention_mass(q, k, lo, hi, label, position, labels, scale)
+    padded = Padded(lengths, q.device)
+    low, high = padded.intervals(lo, hi)
+    kinds = padded.pad(F.one_hot(label, labels).float()[None])              # [B, 1, n, labels]
+    at = padded.pad(position[None, :, None])[:, :, :, 0].float()            # [B, 1, n]
+    size = len(lengths), q.shape[0], padded.n
+    found = [torch.empty(*size, *last, device=q.device) for last in ((labels,), (), ())]
+    for some, _, a in _maps(q, k, padded, low, high, scale):
+        # Written into `found` block by block: keeping every block's results would leave the heap full of holes.
+        mass, entropy, distance = (x[:, :, some[0]: some[-1] + 1] for x in found)
+        mass[:] = a @ kinds
+        entropy[:] = -torch.xlogy(a, a).sum(-1)
+        distance[:] = (at[:, :, some, None] - at[:, :, None]).abs_().mul(a).sum(-1)
+    mass, entropy, distance = (padded.unpad(x.transpose(1, 2)).transpose(0, 1) for x in found)
+    return mass, entropy, distance
+
+
+def attention_weights(q: Tensor, k: Tensor, allow: Tensor, scale: float) -> Tensor:
+    """The attention map softmax_j(q_i . k_j * scale) over the allowed keys: [..., m, n] in q's dtype, 0 where not
+    allowed.
+
+    q: [..., m, d]; k: [..., n, d]; allow: bool, broadcast to [..., m, n], at least one key for every query.
+    """
+    return (q @ k.mT).mul_(scale).masked_fill_(~allow, -torch.inf).softmax(-1)
+
+
+def within(lo: Tensor, hi: Tensor, j: Tensor) -> Tensor:
+    """Which keys j (int64 [n]) lie in the intervals lo, hi (int64 [..., m]): bool [..., m, n]."""
+    return (j >= lo[..., None]) & (j < hi[..., None])
+
+
+class Padded:
+    """B packed sequences as a padded batch of n slots each, n the longest. `place`: the slot of each packed token in [B
+    * n]."""
+
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.lengths, self.n = lengths, max(lengths)
+        size = torch.tensor(lengths)
+        row = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths))
+        begin = (size.cumsum(0) - size)[row]
+        place = row * self.n + torch.arange(sum(lengths)) - begin
+        self.even = min(lengths) == self.n                      # then padding is the identity
+        self.begin = begin.to(device, non_blocking=True)
+        self.place = slice(None) if self.even else place.to(device, non_blocking=True)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[H, T, d] -> [B, H, n, d], zeros where there is no token."""
+        if not self.even:
+            x = x.new_zeros(x.shape[0], len(self.lengths) * self.n, x.shape[2]).index_copy(1, self.place, x)
+        return x.unflatten(1, (-1, self.n)).transpose(0, 1)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, n, ...] -> [T, ...]."""
+        return x.flatten(0, 1)[self.place]
+
+    def intervals(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Intervals counted within their sequences, each int64 [B, n]; pads see all, so that no softmax is empty."""
+        low, high = lo - self.begin, hi - self.begin
+        if not self.even:
+            low = lo.new_zeros(len(self.lengths) * self.n).index_copy(0, self.place, low)
+            high = hi.new_full((len(self.lengths) * self.n,), self.n).index_copy(0, self.place, high)
+        return low.view(-1, self.n), high.view(-1, self.n)
+
+
+def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, ...]) -> tuple[Padded, Tensor | None]:
+    """The plan of `attend`: the padding and the mask bool [B, 1, n, n], None where every sequence is causal."""
+    padded = Padded(lengths, lo.device)
+    if set(masks) == {"causal"}:
+        return padded, None
+    return padded, within(*padded.intervals(lo, hi), torch.arange(padded.n, device=lo.device))[:, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: tuple[Padded, Tensor | None], scale: float) -> Tensor:
+    """`interval_attention` by torch's scaled_dot_product_attention."""
+    padded, allow = plan
+    out = F.scaled_dot_product_attention(*map(padded.pad, (q, k, v)), attn_mask=allow, is_causal=allow is None,
+                                         scale=scale, enable_gqa=q.shape[0] != k.shape[0])
+    return padded.unpad(out.transpose(1, 2))                    # [B, H, n, d] -> [T, H, d]
+
+
+def _maps(q: Tensor, k: Tensor, padded: Padded, low: Tensor, high: Tensor,
+          scale: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Blocks of queries, int64 [m]: the keys they may see, bool [B, m, n], and their attention map, float32 [B, H, m,
+    n]."""
+    # float32 before the product, as kernels accumulate: no logit is rounded to a half type
+    query, key = padded.pad(q).float(), padded.pad(k).float().repeat_interleave(q.shape[0] // k.shape[0], 1)
+    j = torch.arange(padded.n, device=q.device)
+    for some in j.split(max(1, ENTRIES // (query.shape[0] * query.shape[1] * padded.n))):
+        allow = within(low[:, some], high[:, some], j)
+        yield some, allow, attention_weights(query[:, :, some], key, allow[:, None], scale)
+
+
+def _kept(memo: dict | None, make: Callable, *intervals: object) -> object:
+    """The plan that `make` returns for these intervals, from `memo` where it is there."""
+    if memo is None:
+        return make(*intervals)
+    key = make, torch.is_inference_mode_enabled()           # a plan made in inference mode is no use to a backward pass
+    if key not in memo:
+        memo[key] = make(*intervals)
+    return memo[key]
+
+
+@torch.compiler.assume_constant_result
+def _implementation(device: str, dtype: torch.dtype, masks: tuple[str, ...], width: int) -> str:
+    """The backend that runs: the chosen one, or sdpa for what it cannot express. A compiled layer keeps the one it was
+    compiled with."""
+    name = backend("attention", device, dtype)
+    if name != "sdpa":
+        from .attention_varlen import refuses
+
+        if why := refuses(masks, width):
+            _say(f"unimod: attention by sdpa instead of {name} where {why}")
+            return "sdpa"
+    return name
+
+
+def _by_triton(q: Tensor) -> bool:
+    """Whether the statistics run by Triton: float64 never does, even where triton is forced."""
+    half_or_float = q.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return half_or_float and backend("kernels", q.device.type, q.dtype) == "triton"
