@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from unimod.session import load
 
 from unimod import RouterConfig, apply_mod, make_plan
 from unimod.batch import Task

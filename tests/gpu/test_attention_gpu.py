@@ -42,7 +42,8 @@ def make(length, sequences, kinds, kept):
 def tensors(batch, heads, kv_heads, width, dtype=torch.bfloat16):
     """As a model has them: [T, H, d] in memory."""
     g = torch.Generator("cuda").manual_seed(0)
-    drawn = [torch.randn(len(batch), n, width, generator=g, dtype=dtype, device="cuda") for n in (heads, kv_heads, kv_heads)]
+    drawn = [torch.randn(len(batch), n, width, generator=g, dtype=dtype, device="cuda")
+             for n in (heads, kv_heads, kv_heads)]
     return [x.transpose(0, 1).requires_grad_() for x in drawn]
 
 
@@ -59,8 +60,8 @@ def run(name, batch, inputs):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_gives_the_numbers_of_sdpa(name, shape, kinds, kept):
-    """Outputs and gradients in bf16: no token is far from float32, and on the whole it is no further than twice what sdpa
-    in bf16 is."""
+    """Outputs and gradients in bf16: no token is far from float32, and on the whole it is no further than twice what
+    sdpa in bf16 is."""
     length, sequences, *heads = SHAPES[shape]
     batch = make(length, sequences, kinds, kept)
     inputs = tensors(batch, *heads)
@@ -72,7 +73,7 @@ def test_a_backend_gives_the_numbers_of_sdpa(name, shape, kinds, kept):
         size = norm(right)
         assert ours.isfinite().all(), f"{what}: not finite"
         far, reference = (norm(x.float() - right) / size.mean() for x in (ours, theirs))
-        assert far.mean() <= 2 * reference.mean() + 1e-4, f"{what}: {far.mean():.2e}, sdpa in bf16 {reference.mean():.2e}"
+        assert far.mean() <= 2 * reference.mean() + 1e-4, f"{what}: {far.mean():.2e}, sdpa {reference.mean():.2e}"
         # relative to the token's own size where it is above the mean: the first keys of a sequence get from all queries
         far = norm(ours.float() - right) / size.clamp(min=size.mean())
         assert far.max() <= 0.02, f"{what}: token {int(far.argmax())} of {len(batch)} is {far.max():.2f} from float32"

@@ -24,7 +24,8 @@ def test_graphs_say_and_draw_the_same(name, routed):
     if routed:
         calibrate(apply_mod(model, last_half(8, 0.2), RouterConfig(std=0.02)), batches.held_out("train", 8))
     samples = batches.samples("test", 0, 5)
-    asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True) for s, c in zip(samples, batches.codes(samples))]
+    asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True)
+             for s, c in zip(samples, batches.codes(samples))]
     assert answer(model, asked, static=True) == answer(model, asked)
     if model.layout.causal_images:
         a, b = (draw(model, ["a red circle", ""], static=static, top_k=1) for static in (True, False))
@@ -38,7 +39,8 @@ def test_lots_are_drawn_where_the_model_is_or_by_a_generator_of_the_cpu(name):
     here = draw(model, ["a red circle"] * 8, generator=lots.manual_seed(0))
     model.to("cuda")
     there = draw(model, ["a red circle"] * 8, generator=lots.manual_seed(0))
-    assert here.device == there.device == torch.device("cpu") and (here == there).float().mean() > 0.5, "one code that rounds otherwise changes later ones"
+    assert here.device == there.device == torch.device("cpu")
+    assert (here == there).float().mean() > 0.5, "one code that rounds otherwise changes later ones"
     again = [draw(model, ["a red circle"], seed=1, temperature=1.0) for _ in range(2)]
     assert torch.equal(*again) and again[0].min() >= 0 and again[0].max() < model.layout.codebook_size
 

@@ -9,34 +9,39 @@ from unimod.models.chameleon import ChameleonLayout
 from unimod.models.checkpoint import build_model
 from unimod.models.janus import JanusLayout
 
-SHOWO, EMU3 = (build_model(kind, WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout for kind in ("showo-tiny", "emu3-tiny"))
+SHOWO, EMU3 = (build_model(kind, WORDS, codebook_size=16, grid=(3, 4), text_budget=24).layout
+               for kind in ("showo-tiny", "emu3-tiny"))
 
 
 def _layout(kind, names):
     size = SHOWO.text.size + len(names)
-    layout = kind(SHOWO.text, {name: SHOWO.text.size + i for i, name in enumerate(names)}, size + torch.arange(16), (3, 4), 24, size + 16)
+    specials = {name: SHOWO.text.size + i for i, name in enumerate(names)}
+    layout = kind(SHOWO.text, specials, size + torch.arange(16), (3, 4), 24, size + 16)
     layout.stop = layout.eos
     return layout
 
 
 def _janus():
     layout, codes, features = _layout(JanusLayout, ("bos", "eos", "boi", "eoi")), torch.arange(12), torch.randn(12, 8)
-    return [layout.t2i("a red circle", codes), layout.t2i("", codes, prompt=True), *[layout.mmu(features, turns) for turns in TURNS], layout.lm("a circle")]
+    drawn = [layout.t2i("a red circle", codes), layout.t2i("", codes, prompt=True)]
+    return [*drawn, *[layout.mmu(features, turns) for turns in TURNS], layout.lm("a circle")]
 
 
 def odd(hi):
     """A row with these upper ends."""
     n = len(hi)
-    return TokenSequence(Task.LM, torch.zeros(n).long(), torch.arange(n), torch.zeros(n).long(), torch.tensor(hi), torch.full((n,), IGNORE), ((n, "topk"),))
+    zeros, target = torch.zeros(n).long(), torch.full((n,), IGNORE)
+    return TokenSequence(Task.LM, zeros, torch.arange(n), zeros, torch.tensor(hi), target, ((n, "topk"),))
 
 
 ROWS = {
     "showo": make_rows(SHOWO),
-    "showo features": [SHOWO.mmu(torch.randn(6, 8), turns, system=system) for turns in TURNS[:2] for system in ("", "is there a")],
+    "showo features": [SHOWO.mmu(torch.randn(6, 8), turns, system=system)
+                       for turns in TURNS[:2] for system in ("", "is there a")],
     "emu3": make_rows(EMU3),
     "chameleon": make_rows(_layout(ChameleonLayout, ("bos", "pad", "eos", "boi", "eoi", "sep"))),
     "janus": _janus(),
-    "degenerate": [odd([1]), odd([7] * 7), odd([2, 2]), odd([1, 2]), odd([1, 3, 3]), odd([3, 3, 3, 4]), odd([3, 2, 3, 4])],
+    "degenerate": [odd(hi) for hi in ([1], [7] * 7, [2, 2], [1, 2], [1, 3, 3], [3, 3, 3, 4], [3, 2, 3, 4])],
 }
 GENERAL = odd([2, 2, 4, 4, 5])
 """Two blocks, one behind the other."""
@@ -49,7 +54,7 @@ def routed(packed, keep):
 
 
 class SlowKernel:
-    """The contract of `unimod.ops.attention.varlen.KERNELS`, run by run. `pairs`: products of a query and a key so
+    """The contract of `unimod.ops.attention_varlen.KERNELS`, run by run. `pairs`: products of a query and a key so
     far."""
 
     def __init__(self):

@@ -14,7 +14,8 @@ SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 TYPES = dict.fromkeys(("rank", "index", "last", "lo", "hi", "label", "position", "segment", "first"), "*i64")
 TYPES |= dict.fromkeys(("dweight", "dbias", "lse", "mass", "entropy", "distance", "received"), "*fp32")
 TYPES |= dict.fromkeys(("eps", "scale"), "fp32") | {"sizes": "*i32"}
-VALUES = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "dx", "dn", "weight", "bias", "score", "q", "k"}
+VALUES = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "dx", "dn", "weight", "bias", "score", "q",
+          "k"}
 """Pointers to the dtype of the model; any other argument is an int32."""
 ROUTED = [
     (kernels.select_kernel, {"BLOCK": 2**14, "num_warps": 32}),

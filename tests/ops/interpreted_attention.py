@@ -11,8 +11,10 @@ from unimod.ops.attention import attention_mass, attention_received
 from unimod.ops.backend import use_backend
 
 BATCHES = {name: pack(ROWS[name][-6:]) for name in ("showo", "showo features", "degenerate")}
-BATCHES |= {"causal": pack(ROWS["emu3"][3:6]), "general": pack([GENERAL, *ROWS["showo"][:2]]), "one token": pack(ROWS["degenerate"][:1])}
-BATCHES["routed"] = routed(BATCHES["showo"], (BATCHES["showo"].position % 3 > 0) & (BATCHES["showo"].row != 2) & (BATCHES["showo"].row != 5))
+BATCHES |= {"causal": pack(ROWS["emu3"][3:6]), "general": pack([GENERAL, *ROWS["showo"][:2]]),
+            "one token": pack(ROWS["degenerate"][:1])}
+WHOLE = BATCHES["showo"]
+BATCHES["routed"] = routed(WHOLE, (WHOLE.position % 3 > 0) & (WHOLE.row != 2) & (WHOLE.row != 5))
 
 
 def inside(x):
@@ -25,36 +27,37 @@ def inside(x):
 @pytest.mark.parametrize("dtype, heads, kv_heads, width", [(torch.float32, 2, 1, 24), (torch.bfloat16, 2, 2, 16)])
 @pytest.mark.parametrize("name", BATCHES)
 def test_statistics(name, dtype, heads, kv_heads, width):
-    packed, g = BATCHES[name], torch.Generator().manual_seed(0)
-    q, k = ((2 * torch.randn(h, len(packed), width, generator=g)).to(dtype) for h in (heads, kv_heads))
-    intervals, position = (packed.mask.lo, packed.mask.hi), packed.position
+    batch, g = BATCHES[name], torch.Generator().manual_seed(0)
+    q, k = ((2 * torch.randn(h, len(batch), width, generator=g)).to(dtype) for h in (heads, kv_heads))
+    intervals, position = (batch.mask.lo, batch.mask.hi), batch.position
     with use_backend("reference"):                          # of float32: it rounds the products of halves
-        received = attention_received(q.float(), k.float(), *intervals, packed.segment_numbers(), packed.lengths, 0.4)
-        expected = attention_mass(q.float(), k.float(), *intervals, packed.modality, 3, packed.lengths, 0.4, position)
+        received = attention_received(q.float(), k.float(), *intervals, batch.segment_numbers(), batch.lengths, 0.4)
+        expected = attention_mass(q.float(), k.float(), *intervals, batch.modality, 3, batch.lengths, 0.4, position)
     with use_backend("triton"):
-        found = attention_received(inside(q), inside(k), *intervals, packed.segment_numbers(), packed.lengths, 0.4)
+        found = attention_received(inside(q), inside(k), *intervals, batch.segment_numbers(), batch.lengths, 0.4)
         torch.testing.assert_close(found, received, atol=1e-4, rtol=1e-4)
-        found = attention_mass(inside(q), inside(k), *intervals, packed.modality, 3, packed.lengths, 0.4, position)
+        found = attention_mass(inside(q), inside(k), *intervals, batch.modality, 3, batch.lengths, 0.4, position)
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_large_logits_and_many_labels():
-    packed, g = BATCHES["showo"], torch.Generator().manual_seed(0)
-    q, k = (30 * torch.randn(2, len(packed), 16, generator=g) for _ in range(2))
-    label = torch.arange(len(packed)) % 19
-    for ours, theirs in zip(*(_with(name, q, k, packed, label) for name in ("triton", "reference"))):
+    batch, g = BATCHES["showo"], torch.Generator().manual_seed(0)
+    q, k = (30 * torch.randn(2, len(batch), 16, generator=g) for _ in range(2))
+    label = torch.arange(len(batch)) % 19
+    for ours, theirs in zip(*(_with(name, q, k, batch, label) for name in ("triton", "reference"))):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
-def _with(name, q, k, packed, label):
+def _with(name, q, k, batch, label):
     with use_backend(name):
-        return attention_mass(q, k, packed.mask.lo, packed.mask.hi, label, 19, packed.lengths, 1.0)
+        return attention_mass(q, k, batch.mask.lo, batch.mask.hi, label, 19, batch.lengths, 1.0)
 
 
 def test_torch_sees_through_the_registered_ops():
-    packed = BATCHES["degenerate"]
-    q, k = torch.randn(2, len(packed), 16), torch.randn(1, len(packed), 16)
+    batch = BATCHES["degenerate"]
+    q, k = torch.randn(2, len(batch), 16), torch.randn(1, len(batch), 16)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(triton.attention_received, (q, k, packed.mask.lo, packed.mask.hi, packed.segment_numbers(), 0.3), test_utils=checks)
-    torch.library.opcheck(triton.attention_mass, (q, k, packed.mask.lo, packed.mask.hi, packed.modality, packed.position, 3, 0.3), test_utils=checks)
+    common = q, k, batch.mask.lo, batch.mask.hi
+    torch.library.opcheck(triton.attention_received, (*common, batch.segment_numbers(), 0.3), test_utils=checks)
+    torch.library.opcheck(triton.attention_mass, (*common, batch.modality, batch.position, 3, 0.3), test_utils=checks)

@@ -24,7 +24,8 @@ HALF = torch.bfloat16
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["update", "mlp"])
-@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (HALF, torch.float32), (HALF, HALF), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("dtype, weight_dtype", [(torch.float32, torch.float32), (HALF, torch.float32), (HALF, HALF),
+                                                 (torch.float16, torch.float32)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scatter(shape, dtype, weight_dtype, gated):
     check_scatter("cpu", dtype, *SHAPES[shape], gated, weight_dtype)
@@ -38,8 +39,9 @@ def test_gather(shape, dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("lengths, keep", [((1,), (1,)), ((1,), (0,)), ((7,), (0,)), ((7,), (7,)), ((64,), (63,)), ((3, 3), (0, 0)),
-                                           ((40, 25, 33), (1, 24, 9)), ((0, 5, 0, 1, 20, 0), (0, 2, 0, 1, 10, 0))], ids=str)
+@pytest.mark.parametrize("lengths, keep", [((1,), (1,)), ((1,), (0,)), ((7,), (0,)), ((7,), (7,)), ((64,), (63,)),
+                                           ((3, 3), (0, 0)), ((40, 25, 33), (1, 24, 9)),
+                                           ((0, 5, 0, 1, 20, 0), (0, 2, 0, 1, 10, 0))], ids=str)
 def test_select(lengths, keep, dtype):
     T = sum(lengths)
     g = torch.Generator().manual_seed(T)
@@ -48,7 +50,8 @@ def test_select(lengths, keep, dtype):
     pool = torch.tensor([-torch.inf, torch.inf, 0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 3e38, -3e38])
     check_select(pool[torch.randint(len(pool), (T,), generator=g)].to(dtype), lengths, keep)
     check_select(pool.new_full((T,), -torch.inf).to(dtype), lengths, keep)
-    check_select(torch.tensor([torch.nan, 1.0, -torch.inf])[torch.randint(3, (T,), generator=g)].to(dtype), lengths, keep)
+    pool = torch.tensor([torch.nan, 1.0, -torch.inf])
+    check_select(pool[torch.randint(len(pool), (T,), generator=g)].to(dtype), lengths, keep)
 
 
 def test_select_takes_what_the_kernel_cannot_to_the_reference(monkeypatch):
@@ -64,8 +67,9 @@ def test_select_takes_what_the_kernel_cannot_to_the_reference(monkeypatch):
 def test_opcheck():
     """Schemas, fake tensors, and gradients under aot with dynamic shapes, of every op."""
     from unimod.ops import kernels_triton as kernels
-    h, y, w, index = torch.randn(6, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True), torch.rand(2, requires_grad=True), torch.tensor([1, 4])
-    rank, m, weight = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.randn(2, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    h, y, m = (torch.randn(n, 8, requires_grad=True) for n in (6, 2, 2))
+    w, weight = (torch.rand(n, requires_grad=True) for n in (2, 8))
+    index, rank = torch.tensor([1, 4]), torch.tensor([0, 0, 1, 1, 1, 2, 2])
     check = torch.library.opcheck
     check(kernels.select, (torch.rand(6), [4, 2], [1, 1]))
     check(kernels.scatter, (h, y, None, w, rank))
@@ -76,7 +80,8 @@ def test_opcheck():
     check(kernels.scatter_backward, (plain[0], None, None, plain[2], plain[3], rank, plain[1][:0, 0], True))
     for bias, centred in ((torch.rand(8, requires_grad=True), True), (None, False)):
         check(kernels.gather_norm, (h, index, weight, bias, rank, 1e-5, centred))
-        check(kernels.gather_norm_backward, (plain[1], plain[2], plain[1], weight.detach(), rank, 1e-5, centred, centred))
+        grads = plain[1], plain[2], plain[1]
+        check(kernels.gather_norm_backward, (*grads, weight.detach(), rank, 1e-5, centred, centred))
 
 
 @pytest.fixture(params=["showo-tiny", "emu3-tiny"])
@@ -88,15 +93,20 @@ def layer(request):
     return model, pack([rows[0], rows[-1]])
 
 
-def step(model, packed, name):
+def step(model, batch, name):
     """Loss, gradients and routing by the kernels or by the reference."""
     with use_backend(name), record_routing() as log:
         torch.manual_seed(0)
-        loss = losses(model, packed).total
+        loss = losses(model, batch).total
         loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return loss.detach(), grads, {n: r.index for n, r in log.items()}
+
+
+def call_arguments(batch, rotary):
+    """What a decoder layer is called with beside `unimod`."""
+    return {"position_embeddings": rotary, "attention_mask": None, "position_ids": batch.position[None]}
 
 
 def routed(model, config):
@@ -104,54 +114,57 @@ def routed(model, config):
     return apply_mod(model, plan, config).train()
 
 
-@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["p-mod"], RouterConfig(gate="sigmoid", scale_skipped=True, std=0.5)],
+SCALED = RouterConfig(gate="sigmoid", scale_skipped=True, std=0.5)
+
+
+@pytest.mark.parametrize("config", [RouterConfig(std=0.5), PRESETS["p-mod"], SCALED],
                          ids=["unimod", "p-mod", "scaled"])
 def test_a_routed_model_computes_the_same(layer, config, monkeypatch):
-    model, packed = layer
+    model, batch = layer
     normed, seen = model.layers[6].input_layernorm, []
     stock = type(normed).forward
     monkeypatch.setattr(type(normed), "forward", lambda self, x: seen.append(self) or stock(self, x))
-    ours = step(routed(model, config), packed, "triton")
+    ours = step(routed(model, config), batch, "triton")
     assert normed not in seen and model.layers[5].input_layernorm in seen, "the kernel normed what the layer was given"
-    torch.testing.assert_close(ours, step(copy.deepcopy(model), packed, "reference"), atol=1e-5, rtol=1e-4)
-    step(model, packed, "reference")
+    torch.testing.assert_close(ours, step(copy.deepcopy(model), batch, "reference"), atol=1e-5, rtol=1e-4)
+    step(model, batch, "reference")
     assert normed in seen
     with use_backend("triton"), torch.no_grad():
-        h = model.embed(packed)[None]
+        h = model.embed(batch)[None]
         before = h.clone()
-        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
-        out = model.layers[6](h, unimod=ForwardState(packed), position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None])
+        rotary = model.rotary(h.new_empty(0), position_ids=batch.position[None])
+        out = model.layers[6](h, unimod=ForwardState(batch), **call_arguments(batch, rotary))
         assert torch.equal(h, before) and not torch.equal(out, h), "what the caller holds is not written to"
         dense = remove_mod(copy.deepcopy(model))
-        assert torch.equal(dense(packed), remove_mod(model)(packed)) and "forward" not in vars(normed)
+        assert torch.equal(dense(batch), remove_mod(model)(batch)) and "forward" not in vars(normed)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(layer, reentrant):
-    model, packed = layer
-    plain = step(routed(model, RouterConfig(std=0.5)), packed, "triton")
+    model, batch = layer
+    plain = step(routed(model, RouterConfig(std=0.5)), batch, "triton")
     model.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    torch.testing.assert_close(step(model, packed, "triton"), plain)
+    torch.testing.assert_close(step(model, batch, "triton"), plain)
 
 
 def test_compile_without_a_graph_break(layer):
-    model, packed = layer
+    model, batch = layer
     layer = routed(model, PRESETS["gamma-mod"]).layers[6]
     with torch.no_grad():
-        h = model.embed(packed)[None]
-        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
-    plan = {6: layer.router.plan(packed)}
+        h = model.embed(batch)[None]
+        rotary = model.rotary(h.new_empty(0), position_ids=batch.position[None])
+    plan = {6: layer.router.plan(batch)}
     found, leaves = [], (layer.input_layernorm.weight, layer.router.proj.weight)
     with use_backend("triton"):
         for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
-            out = run(h, unimod=ForwardState(packed, plan=plan), position_embeddings=rotary, attention_mask=None, position_ids=packed.position[None])
+            out = run(h, unimod=ForwardState(batch, plan=plan), **call_arguments(batch, rotary))
             found.append((out, torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("name, ops", [("triton", ["select", "gather_norm", "scatter"]), ("reference", [])])
 def test_export_keeps_the_ops_and_the_numbers(layer, name, ops):
-    model, packed = layer
+    model, batch = layer
     layer = routed(model, RouterConfig(std=0.5)).layers[6].eval()
 
     class Bound(torch.nn.Module):
@@ -161,11 +174,11 @@ def test_export_keeps_the_ops_and_the_numbers(layer, name, ops):
             self.layer = layer
 
         def forward(self, h, cos, sin):
-            return self.layer(h, unimod=ForwardState(packed), position_embeddings=(cos, sin), attention_mask=None, position_ids=packed.position[None])
+            return self.layer(h, unimod=ForwardState(batch), **call_arguments(batch, (cos, sin)))
     with use_backend(name), torch.no_grad():
-        h, bound = model.embed(packed)[None], Bound()
-        rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
-        bound(h, *rotary)                                   # what the host must know of a batch is worked out before the trace
+        h, bound = model.embed(batch)[None], Bound()
+        rotary = model.rotary(h.new_empty(0), position_ids=batch.position[None])
+        bound(h, *rotary)                           # what the host must know of a batch is worked out before the trace
         program = torch.export.export(bound, (h, *rotary), strict=False)
         other = torch.randn_like(h)
         torch.testing.assert_close(program.module()(other, *rotary), bound(other, *rotary))
@@ -175,4 +188,5 @@ def test_export_keeps_the_ops_and_the_numbers(layer, name, ops):
 def test_norms_that_compute_something_else_are_left_alone():
     module = norm_module("layer", 8, "cpu", torch.float32)
     assert known_norm(module).kind == "layer" and known_norm(norm_module("rms", 8, "cpu", torch.float32)).kind == "rms"
-    assert known_norm(torch.nn.LayerNorm(8, elementwise_affine=False)) is None and known_norm(torch.nn.RMSNorm(8)) is None and known_norm(None) is None
+    for other in (torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.RMSNorm(8), None):
+        assert known_norm(other) is None

@@ -15,8 +15,8 @@ from unimod.seam import known_norm
 
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Relative error allowed: a few roundings of the dtype; for float32 of a sum."""
-SHAPES = {"one token": (1, 16, (0,)), "none kept": (9, 33, ()), "one kept": (23, 64, (22,)), "all kept": (17, 40, tuple(range(17))),
-          "ragged": (61, 100, (*range(0, 20, 3), 40, 41, 42, 60))}
+SHAPES = {"one token": (1, 16, (0,)), "none kept": (9, 33, ()), "one kept": (23, 64, (22,)),
+          "all kept": (17, 40, tuple(range(17))), "ragged": (61, 100, (*range(0, 20, 3), 40, 41, 42, 60))}
 """Tokens, width, and the tokens that are kept."""
 
 
@@ -57,13 +57,15 @@ def near(ours, truth, dtype, names):
     for name, a, b in zip(names, ours, truth, strict=True):
         assert a.shape == b.shape, name
         error, scale = allowed(dtype, a.device), b.detach().abs().max().item() if b.numel() else 1.0
-        torch.testing.assert_close(a.double(), b, rtol=error, atol=error * scale / 4, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(a.double(), b, rtol=error, atol=error * scale / 4,
+                                   msg=lambda said, name=name: f"{name}: {said}")
 
 
 def check_scatter(device, dtype, tokens, width, kept, gated, weight_dtype):
     index = torch.tensor(kept, dtype=torch.long, device=device)
     h, y, m = (draw(n, width, seed=s, device=device, dtype=dtype) for s, n in enumerate((tokens, len(kept), len(kept))))
-    w = (0.3 * draw(len(kept), seed=4, device=device, dtype=torch.float32) + 1).to(weight_dtype).detach().requires_grad_()
+    w = 0.3 * draw(len(kept), seed=4, device=device, dtype=torch.float32).detach() + 1
+    w = w.to(weight_dtype).requires_grad_()
     leaves = [h, y, w, m] if gated else [h, y, w]
 
     def run(h, y, w, m=None):
@@ -75,7 +77,7 @@ def check_scatter(device, dtype, tokens, width, kept, gated, weight_dtype):
         assert scatter_(place, y, index, w, gated=gate) is place and torch.equal(place, out), "in place, the same bits"
         whole = scatter(h, y, index, torch.ones_like(w), gated=gate)
         assert torch.equal(whole, h.detach().index_copy(0, index, y)), "exact at weight 1"
-    with use_backend("triton"):                             # nothing to learn: y and h are not kept for the backward pass
+    with use_backend("triton"):                         # nothing to learn: y and h are not kept for the backward pass
         out = scatter(h, y, index, w.detach())
         dh, dy = torch.autograd.grad(out, (h, y), torch.ones_like(out))
     weight = w.double()[:, None].expand_as(y)

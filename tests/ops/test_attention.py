@@ -28,7 +28,8 @@ EVERY = [row for rows in ROWS.values() for row in rows]
 
 def tensors(batch, dtype=torch.double, heads=4, kv_heads=2, width=8):
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(n, len(batch), width, generator=g, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(n, len(batch), width, generator=g, dtype=dtype).requires_grad_()
+            for n in (heads, kv_heads, kv_heads)]
 
 
 def truth(q, k, v, batch, scale=0.3):
@@ -52,7 +53,8 @@ def attend(batch, inputs, memo=None):
 
 def by_runs(batch, inputs, name="slow"):
     """By the calls of a kernel for sequences of different lengths."""
-    return varlen.attend(*inputs, varlen.prepare(batch.mask.lo, batch.mask.hi, batch.lengths, batch.mask.kinds), 0.3, name)
+    plan = varlen.prepare(batch.mask.lo, batch.mask.hi, batch.lengths, batch.mask.kinds)
+    return varlen.attend(*inputs, plan, 0.3, name)
 
 
 def split(batch, inputs):
@@ -97,7 +99,8 @@ def test_masks_are_known_on_the_host_and_outlive_routing_and_moving():
     assert [mask_kind(row.hi) for row in ROWS["degenerate"]] == degenerate and mask_kind(GENERAL.hi) == "general"
     batch = pack(ROWS["showo"])
     smaller = routed(batch, batch.position % 2 == 0)
-    assert len(batch.mask.kinds) == len(batch.lengths) and smaller.mask.kinds == batch.mask.kinds == batch.to("cpu").mask.kinds
+    assert len(batch.mask.kinds) == len(batch.lengths)
+    assert smaller.mask.kinds == batch.mask.kinds == batch.to("cpu").mask.kinds
 
 
 @pytest.mark.parametrize("module", [attention, varlen])
@@ -166,7 +169,8 @@ def test_varlen_is_called_as_this_torch_wants_it(takes, monkeypatch):
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, *, scale=None, window_size=(-1, -1),
                     enable_gqa=False):
         assert enable_gqa or q.shape[1] == k.shape[1]
-        return SlowKernel()(q, k, v, cu_q, cu_k, max_q, is_causal or window_size == (-1, 0), scale or q.shape[2] ** -0.5)
+        causal = is_causal or window_size == (-1, 0)
+        return SlowKernel()(q, k, v, cu_q, cu_k, max_q, causal, scale or q.shape[2] ** -0.5)
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(varlen, "TAKES", frozenset(takes))
@@ -177,7 +181,8 @@ def test_varlen_is_called_as_this_torch_wants_it(takes, monkeypatch):
 
 @pytest.mark.parametrize("module, out", [("flash_attn", lambda x: x), ("flash_attn_interface", lambda x: (x, None))])
 def test_flash_is_called_by_the_names_of_its_arguments(module, out, monkeypatch, no_flash):
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+                               causal):
         longest = max(max_seqlen_q, max_seqlen_k)
         return out(SlowKernel()(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, causal, softmax_scale))
 

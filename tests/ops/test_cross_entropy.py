@@ -65,14 +65,17 @@ def test_a_models_losses_are_the_same_in_chunks(name, monkeypatch):
     model = apply_mod(build_model(name, WORDS, codebook_size=16, grid=(3, 4), text_budget=24), last_half(8))
     codes = torch.arange(12)
     masked = () if model.layout.causal_images else (codes % 2 == 0,)
-    packed = pack([model.layout.t2i("a red circle", codes, *masked), model.layout.mmu(codes, [("is there a circle", "yes")]), model.layout.lm("a red circle")])
+    layout = model.layout
+    batch = pack([layout.t2i("a red circle", codes, *masked), layout.mmu(codes, [("is there a circle", "yes")]),
+                  layout.lm("a red circle")])
     found = []
     for limit in (2**28, 0):
         monkeypatch.setattr("unimod.losses.CHUNKED", limit)
         monkeypatch.setattr(cross_entropy, "LOGITS", 1000)
-        loss = losses(model, packed)
+        loss = losses(model, batch)
         loss.total.backward()
-        found.append((loss.total.detach(), loss.per_task, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.total.detach(), loss.per_task, grads))
         model.zero_grad()
     torch.testing.assert_close(found[0], found[1], equal_nan=True)
     assert all(found[0][1][t] > 0 for t in Task)
@@ -83,7 +86,7 @@ def test_a_head_that_an_adapter_wraps_is_asked_itself(monkeypatch):
 
     model = build_model("emu3-tiny", WORDS, codebook_size=16, grid=(3, 4), text_budget=24)
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False), model.lm)
-    packed = pack([model.layout.t2i("a red circle", torch.arange(12))])
-    whole = losses(model, packed).total
+    batch = pack([model.layout.t2i("a red circle", torch.arange(12))])
+    whole = losses(model, batch).total
     monkeypatch.setattr("unimod.losses.CHUNKED", 0)
-    torch.testing.assert_close(losses(model, packed).total, whole)
+    torch.testing.assert_close(losses(model, batch).total, whole)
