@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -103,6 +104,12 @@ def test_every_path_and_link_exists():
         assert (ROOT / path).exists(), path
     for picture in (ROOT / "notebooks" / "pictures").iterdir():
         assert picture.stat().st_size < 300_000
+
+
+def test_the_pictures_figures_can_be_made():
+    pytest.importorskip("plotly")
+    path = ROOT / "notebooks" / "pictures" / "explorer.py"
+    assert all("Plotly.newPlot" in cell for cell in runpy.run_path(str(path))["figures"]())
 
 
 def test_every_notebook_is_listed_with_its_question():

@@ -9,15 +9,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from PIL import Image
-from playwright.sync_api import sync_playwright
-from unimod.session import load
 
 from unimod import RouterConfig, apply_mod, make_plan
 from unimod.batch import Task
-from unimod.config import Params
 from unimod.experiment import load
 from unimod.gallery import Gallery
+from unimod.params import Params
 from unimod.views.panels import Selection, heads, picture, text
 
 LAYER, SAMPLE = 4, 2
@@ -27,6 +26,7 @@ CELLS = (("tasks", picture, 590), ("routed", picture, 590), ("tasks", heads, 400
 
 def figures():
     """Each cell of the picture as HTML."""
+    torch.manual_seed(0)                                    # of the untrained routers
     params = Params(models=["showo-tiny"])
     routed = load(params, "showo-tiny").model
     apply_mod(routed, make_plan("last_half", layers=len(routed.layers), saving=0.3), RouterConfig())
@@ -41,6 +41,7 @@ def figures():
 
 def main():
     """Draw all cells on one page, take its screenshot and write it with few colours."""
+    from playwright.sync_api import sync_playwright
     from plotly.offline import get_plotlyjs
 
     out = Path(__file__).with_suffix(".png")
