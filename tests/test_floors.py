@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ("config", "params", "batch", "files", "mask", "versions"),
     ("ops",),
-    ("baselines", "plan", "capacity", "router", "seam", "layers", "losses"),
+    ("baselines", "routing", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),
     ("data", "flops", "attention_record", "capture", "generate", "train", "evaluate", "analysis", "presets"),
     ("bench", "experiment", "gallery", "views"),

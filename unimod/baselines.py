@@ -7,7 +7,6 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,7 +16,8 @@ from .batch import Batch, Segment, Task, spread
 from .capacity import LearnedCapacity
 from .config import RouterConfig
 from .ops.select import segment_rank, select
-from .router import LayerPlan, Routing, RoutingState, Selected, TaskRouter, share
+from .router import Selected, TaskRouter, share
+from .routing import LayerPlan, Routing, RoutingState
 
 PRESETS = {
     "unimod": RouterConfig(),
@@ -272,9 +272,9 @@ ROUTERS = {
 FADING = {TaskRouter: FadingRouter, RandomRouter: FadingRandomRouter, AttentionRouter: FadingAttentionRouter}
 
 
-def make_router(width: int, capacity: Mapping[str, float], config: RouterConfig) -> TaskRouter:
-    """The router of a configuration: arguments as for `TaskRouter`."""
-    return ROUTERS[config.score, config.topk_scope, config.decision_scope](width, capacity, config)
+def router_class(config: RouterConfig) -> type[TaskRouter]:
+    """The class that carries out a configuration."""
+    return ROUTERS[config.score, config.topk_scope, config.decision_scope]
 
 
 def fade(router: TaskRouter, learned: LearnedCapacity, row: int) -> None:

@@ -20,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from . import seam
-from .baselines import fade, make_router
+from .baselines import fade, router_class
 from .capacity import LearnedCapacity
 from .config import TASKS, ParameterError, RouterConfig
 from .ops.backend import backend
 from .ops.gather_scatter import gather_norm, scatter, scatter_
 from .plan import CapacityPlan
-from .router import ForwardState, Routing, TaskRouter
+from .router import TaskRouter
+from .routing import ForwardState, Routing
 
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
 
@@ -223,11 +224,13 @@ def stock_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     return (p for name, p in layer.named_parameters() if not name.startswith("router."))
 
 
-def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None) -> nn.Module:
+def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None = None,
+              router: type[TaskRouter] | None = None) -> nn.Module:
     """Route `model.layers` (an nn.ModuleList of decoder layers of width `model.width`) by the plan, in place; returns
     the model.
 
-    Layers that the plan leaves dense stay as they are. Raises `ParameterError` when the plan is for another number of
+    Layers that the plan leaves dense stay as they are. router: a class of your own in place of the configuration's
+    (`router`'s docstring has an example); a saved model does not remember it. Raises `ParameterError` when the plan is for another number of
     layers, when it does not suit a router that looks back at earlier layers, or when the model is routed already.
     """
     if plan.layers != len(model.layers):
@@ -240,16 +243,16 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     suits(plan, config)
     for i in plan.routed():
         old = model.layers[i]
-        router = make_router(model.width, plan.at(i), config).to(next(old.parameters()))
+        made = (router or router_class(config))(model.width, plan.at(i), config).to(next(old.parameters()))
         follows = config.decision_scope == "span" and i - 1 in plan.routed()
-        if follows:
-            router.follows = True
+        if follows:                                         # `baselines.Span` repeats the decision of the layer before
+            made.follows = True
         layer = MLPGatedLayer if config.branch == "mlp" else MoDLayer
-        model.layers[i] = layer(old, router, i).train(old.training)
+        model.layers[i] = layer(old, made, i).train(old.training)
         if config.score == "learned" and (follows or (config.shared_layers and i != plan.routed()[0])):
-            router.proj = model.layers[i - 1 if follows else plan.routed()[0]].router.proj
+            made.proj = model.layers[i - 1 if follows else plan.routed()[0]].router.proj
         if config.predictor and follows:
-            router.predict = model.layers[i - 1].router.predict
+            made.predict = model.layers[i - 1].router.predict
     if config.freeze_backbone:
         model.__dict__["_thaw"] = [p for n, p in model.named_parameters() if p.requires_grad and ".router." not in n]
         train_routers_only(model)

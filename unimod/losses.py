@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import Batch, Task
-from .router import Routing
+from .routing import Routing
 
 
 @dataclass(frozen=True)

@@ -3,137 +3,39 @@
     score -> top-k in each segment (or a threshold) -> gate -> `Routing`
 
 UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (MoD, arXiv 2404.02258) has one. Both are
-the `TaskRouter` of this file, with `shared` off or on; what other methods do otherwise is in `baselines`. What a router
-returns is a `Routing`, the only currency between router, layer, loss and view. What depends on the batch and the
-capacities alone is worked out once per batch and not per layer: `routing_plan`.
+the `TaskRouter` of this file, with `shared` off or on; what other methods do otherwise is in `baselines`. What depends
+on the batch and the capacities alone is worked out once per batch and not per layer: `routing_plan`.
+
+How to add a router: override what it does otherwise, most often `scores`, and name the class when routing a model.
+
+    class ChangeRouter(TaskRouter):
+        '''Prefers tokens that differ from the one before them.'''
+
+        def scores(self, h, batch, state):
+            change = (h - h.roll(1, dims=0)).float().norm(dim=-1)
+            return super().scores(h, batch, state) + change / change.mean()
+
+    model, image_tokenizer = from_pretrained(shipped("showo-tiny"))
+    apply_mod(model, last_half(len(model.layers)), RouterConfig(gate="sigmoid"), router=ChangeRouter)
+
+A published method that users should be able to name goes into `baselines.ROUTERS` and `baselines.PRESETS`, with its
+formula on three tokens in `tests/core/test_routers.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import Batch, Segment, Task, lengths_of, spread
+from .batch import Batch, Segment, Task, spread
 from .config import RouterConfig
-from .mask import IntervalMask
 from .ops.select import prefix_count, select
-
-
-@dataclass(frozen=True)
-class Routing:
-    """A router's decision for one layer and one batch of T tokens, K of them kept."""
-
-    index: Tensor
-    """int64 [K], ascending: the kept tokens."""
-    weight: Tensor
-    """float32 [K]: gate on each kept token's update; exactly 1 for a token that was not eligible."""
-    score: Tensor
-    """float32 [T]: the raw scores."""
-    segments: tuple[Segment, ...]
-    """The segments of the kept tokens, for `Batch.take`."""
-    kth: Tensor
-    """int64 [S]: index of each segment's k-th best token, whose score is the segment's own threshold."""
-    eligible: Tensor
-    """bool [T]: the tokens that the router may drop."""
-    predicted: Tensor | None = None
-    """[T]: logits of the predictor, if there is one, that a token is kept."""
-    skip_scale: Tensor | None = None
-    """[T]: factor on the skipped tokens, where it is not 1 (p-MoD)."""
-    rank: Tensor | None = None
-    """int64 [T + 1]: how many kept tokens lie before each token; for `IntervalMask.take` and the kernels."""
-
-    @property
-    def kept(self) -> Tensor:
-        """bool [T]: the tokens that go through the layer, chosen or always kept."""
-        return torch.zeros_like(self.eligible).index_fill(0, self.index, True)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What routing one layer needs of a batch that no hidden state changes: S segments, T tokens."""
-
-    lengths: tuple[int, ...]
-    """Tokens of each segment: [S]."""
-    kept: tuple[int, ...]
-    """Places in each segment: [S]. All tokens of a segment under a threshold, which are judged one by one."""
-    segments: tuple[Segment, ...]
-    """The segments of the kept tokens."""
-    eligible: Tensor
-    """bool [T]: the tokens that may be dropped."""
-    always: Tensor | None
-    """bool [T]: the tokens that are always kept; None where there are none."""
-    threshold_tasks: frozenset[Task]
-    """Tasks with a segment that is judged by a threshold."""
-
-
-@dataclass
-class RoutingState:
-    """What one forward hands from layer to layer for the methods whose decisions look back (`baselines`)."""
-
-    routing: Routing | None = None
-    """The decision that holds for a span of routed layers."""
-    decision: tuple[Tensor, Tensor] | None = None
-    """The same in a decode step: see `TaskRouter.decode`."""
-    active: Tensor | None = None
-    """bool [T]: the tokens that no layer has dropped so far (early exit); None: all."""
-    received: Tensor | None = None
-    """float32 [T]: attention received in the last layer that processed the token
-    (`ops.attention.attention_received`)."""
-    needs_attention: bool = False
-    """Whether the layer that runs now must fill `received`, because the next one scores by it."""
-
-
-@dataclass
-class ForwardState:
-    """What one forward carries through the decoder layers beside the hidden states, under one keyword: `layer(h,
-    unimod=state)`.
-
-    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes
-    for a parameter of its own never arrives there. So there is one, with our own name, and whatever else has to travel
-    becomes a field here.
-    """
-
-    batch: Batch
-    """The whole batch."""
-    mask: IntervalMask | None = None
-    """Whom the tokens that the layer is given may attend to; default: the batch's own mask."""
-    index: Tensor | None = None
-    """int64 [K]: which tokens of the batch the layer is given; None: all."""
-    segments: tuple[Segment, ...] = ()
-    """The segments of these tokens, where there is an `index`."""
-    plan: Mapping[int, LayerPlan] = field(default_factory=dict)
-    """`routing_plan` of the batch."""
-    routing: RoutingState = field(default_factory=RoutingState)
-    cache: object | None = None
-    """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
-    decode: bool = False
-    """Whether this is a decode step of one size: one further token of every sequence, dropped by a mask, so that
-    nothing waits for the device."""
-    active: Tensor | None = None
-    """bool [B]: in a decode step the sequences whose token is kept in this layer; None: all."""
-    attention: dict = field(default_factory=dict)
-    """What attention worked out from the mask, for the layers that have the same one."""
-    compiled: bool = False
-    """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
-
-    def __post_init__(self) -> None:
-        self.mask = self.batch.mask if self.mask is None else self.mask
-
-    def of_kept(self, routing: Routing) -> ForwardState:
-        """The state for the tokens that a routed layer keeps."""
-        segments = routing.segments
-        mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
-        return replace(self, mask=mask, index=routing.index, segments=segments, attention={})
-
-    def given(self) -> Batch:
-        """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""
-        return self.batch if self.index is None else self.batch.take(self.index, self.segments)
-
+from .routing import LayerPlan, Routing, RoutingState
 
 Selected = tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]
 """`Routing.index`, `.kth`, `.rank` and `.segments`."""

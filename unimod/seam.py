@@ -25,7 +25,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocab
 from .batch import Batch
 from .ops.attention import attention_received, interval_attention
 from .ops.gather_scatter import Norm
-from .router import ForwardState
+from .routing import ForwardState
 from .versions import warn
 
 ATTENTION = "unimod_intervals"

@@ -24,7 +24,7 @@ from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
 from unimod.layers import apply_mod, record_routing
 from unimod.mask import prefix_hi
 from unimod.plan import last_half
-from unimod.router import Routing
+from unimod.routing import Routing
 
 KIND = {"t": Modality.TEXT, "i": Modality.IMAGE, "s": Modality.SPECIAL}
 

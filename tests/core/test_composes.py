@@ -10,7 +10,7 @@ from unimod.config import RouterConfig
 from unimod.layers import apply_mod, record_routing
 from unimod.losses import losses
 from unimod.plan import last_half
-from unimod.router import ForwardState, RoutingState
+from unimod.routing import ForwardState, RoutingState
 
 METHODS = ("gamma-mod", "p-mod", "random", "a-mod", "tread", "early-exit", "layer-drop", "competitive")
 

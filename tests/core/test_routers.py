@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import unimod.router
 from unimod.baselines import PRESETS
 from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
 from unimod.config import KINDS, ParameterError, RouterConfig
@@ -14,7 +15,8 @@ from unimod.flops import count
 from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_only
 from unimod.losses import losses
 from unimod.plan import CapacityPlan, last_half
-from unimod.router import ForwardState, RoutingState, TaskRouter, scorer
+from unimod.router import TaskRouter, scorer
+from unimod.routing import ForwardState, RoutingState
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
 """Three tokens of width 2."""
@@ -339,3 +341,22 @@ def test_scores_of_half_precision_are_summed_in_float32(hidden):
     for a, b in zip(torch.autograd.grad(found, (x, *score.parameters())),
                     torch.autograd.grad(right, (wide, *again.parameters()))):
         torch.testing.assert_close(a.float(), b, atol=0.05 * float(b.abs().max()), rtol=0.05)
+
+
+def test_a_router_is_added_as_the_docstring_says():
+    """The recipe in `unimod.router`, run as written: the model routes by it, trains it, and refuses nothing."""
+    from unimod import CapacityPlan, RouterConfig, apply_mod, from_pretrained, shipped
+    from unimod.plan import last_half
+    lines = [line[4:] for line in unimod.router.__doc__.splitlines() if line.startswith("    ")]
+    recipe = "\n".join(lines[lines.index("class ChangeRouter(TaskRouter):"):])
+    assert len(recipe.splitlines()) < 20
+    scope = {"TaskRouter": TaskRouter, "from_pretrained": from_pretrained, "shipped": shipped, "apply_mod": apply_mod,
+             "last_half": last_half, "RouterConfig": RouterConfig, "CapacityPlan": CapacityPlan}
+    exec(recipe, scope)
+    model = scope["model"]
+    assert type(model.layers[7].router) is scope["ChangeRouter"]
+    packed = pack([model.layout.t2i("a red circle", torch.zeros(model.layout.image_tokens, dtype=torch.long))])
+    with record_routing() as log:
+        model(packed).sum().backward()
+    assert sorted(log) == [4, 5, 6, 7] and model.layers[7].router.proj.weight.grad.abs().sum() > 0
+    assert 0 < len(log[7].index) < len(packed)

@@ -25,7 +25,7 @@ from unimod.losses import losses
 from unimod.models.checkpoint import build_model
 from unimod.models.unified import compile_layers
 from unimod.plan import last_half
-from unimod.router import ForwardState
+from unimod.routing import ForwardState
 
 OURS = {field.name for field in fields(ForwardState)} | {"unimod", "outside", "mask", "plan", "routing", "observer",
                                                          "batch"}

@@ -17,7 +17,7 @@ from unimod.losses import losses
 from unimod.models.checkpoint import build_model
 from unimod.ops.backend import backend, use_backend
 from unimod.plan import CapacityPlan
-from unimod.router import ForwardState
+from unimod.routing import ForwardState
 from unimod.seam import known_norm
 
 HALF = torch.bfloat16

@@ -13,7 +13,7 @@ from unimod.layers import apply_mod, record_routing
 from unimod.losses import budget, losses, membership, prediction
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
-from unimod.router import Routing
+from unimod.routing import Routing
 from unimod.train import TrainConfig, train
 
 DATA = open_data("scenes")

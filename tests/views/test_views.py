@@ -19,7 +19,7 @@ from unimod.batch import Modality, Task, TokenSequence, pack
 from unimod.capture import AttentionRecord, LayerAttention
 from unimod.mask import prefix_hi
 from unimod.plan import last_half
-from unimod.router import Routing
+from unimod.routing import Routing
 from unimod.views import attention, redundancy, routing, runs, style
 from unimod.workbook.run_folder import drawable
 

@@ -35,7 +35,7 @@ from ..layers import apply_mod, record_routing
 from ..losses import losses
 from ..models.unified import UnifiedModel
 from ..plan import CapacityPlan
-from ..router import Routing
+from ..routing import Routing
 from .attention import Patterns, patterns
 from .layers import early_matters, importance, spread
 from .redundancy import Finding, arank, arank_falls, arank_higher, decide, resampled_means

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import interval_attention
-from ..router import ForwardState
+from ..routing import ForwardState
 
 
 class KVCache:

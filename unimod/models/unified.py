@@ -25,7 +25,8 @@ from ..batch import FEATURE, Batch
 from ..config import ParameterError
 from ..layers import MLPGatedLayer, MoDLayer
 from ..ops.cross_entropy import linear_cross_entropy
-from ..router import ForwardState, routing_plan
+from ..router import routing_plan
+from ..routing import ForwardState
 from ..versions import explained
 from .cache import KVCache
 from .layout import Layout

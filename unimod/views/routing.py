@@ -28,7 +28,7 @@ import plotly.graph_objects as go
 
 from ..batch import Batch, Modality
 from ..plan import CapacityPlan
-from ..router import Routing
+from ..routing import Routing
 from .style import (
     CLEAR,
     COLOUR,

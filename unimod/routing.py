@@ -1,0 +1,129 @@
+"""What routing decides and what a forward carries: data only.
+
+    Routing       a router's decision for one layer: the only currency between router, layer, loss and view
+    LayerPlan     what routing one layer needs of a batch, worked out once per batch and not per layer
+    RoutingState  what earlier decisions mean for later layers
+    ForwardState  all that goes through the decoder layers beside the hidden states
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, Segment, Task, lengths_of
+from .mask import IntervalMask
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's decision for one layer and one batch of T tokens, K of them kept."""
+
+    index: Tensor
+    """int64 [K], ascending: the kept tokens."""
+    weight: Tensor
+    """float32 [K]: gate on each kept token's update; exactly 1 for a token that was not eligible."""
+    score: Tensor
+    """float32 [T]: the raw scores."""
+    segments: tuple[Segment, ...]
+    """The segments of the kept tokens, for `Batch.take`."""
+    kth: Tensor
+    """int64 [S]: index of each segment's k-th best token, whose score is the segment's own threshold."""
+    eligible: Tensor
+    """bool [T]: the tokens that the router may drop."""
+    predicted: Tensor | None = None
+    """[T]: logits of the predictor, if there is one, that a token is kept."""
+    skip_scale: Tensor | None = None
+    """[T]: factor on the skipped tokens, where it is not 1 (p-MoD)."""
+    rank: Tensor | None = None
+    """int64 [T + 1]: how many kept tokens lie before each token; for `IntervalMask.take` and the kernels."""
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [T]: the tokens that go through the layer, chosen or always kept."""
+        return torch.zeros_like(self.eligible).index_fill(0, self.index, True)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What routing one layer needs of a batch that no hidden state changes: S segments, T tokens."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each segment: [S]."""
+    kept: tuple[int, ...]
+    """Places in each segment: [S]. All tokens of a segment under a threshold, which are judged one by one."""
+    segments: tuple[Segment, ...]
+    """The segments of the kept tokens."""
+    eligible: Tensor
+    """bool [T]: the tokens that may be dropped."""
+    always: Tensor | None
+    """bool [T]: the tokens that are always kept; None where there are none."""
+    threshold_tasks: frozenset[Task]
+    """Tasks with a segment that is judged by a threshold."""
+
+
+@dataclass
+class RoutingState:
+    """What one forward hands from layer to layer for the methods whose decisions look back (`baselines`)."""
+
+    routing: Routing | None = None
+    """The decision that holds for a span of routed layers."""
+    decision: tuple[Tensor, Tensor] | None = None
+    """The same in a decode step: see `TaskRouter.decode`."""
+    active: Tensor | None = None
+    """bool [T]: the tokens that no layer has dropped so far (early exit); None: all."""
+    received: Tensor | None = None
+    """float32 [T]: attention received in the last layer that processed the token
+    (`ops.attention.attention_received`)."""
+    needs_attention: bool = False
+    """Whether the layer that runs now must fill `received`, because the next one scores by it."""
+
+
+@dataclass
+class ForwardState:
+    """What one forward carries through the decoder layers beside the hidden states, under one keyword: `layer(h,
+    unimod=state)`.
+
+    A layer of transformers passes keywords that it does not know on to its attention; a name that a later release takes
+    for a parameter of its own never arrives there. So there is one, with our own name, and whatever else has to travel
+    becomes a field here.
+    """
+
+    batch: Batch
+    """The whole batch."""
+    mask: IntervalMask | None = None
+    """Whom the tokens that the layer is given may attend to; default: the batch's own mask."""
+    index: Tensor | None = None
+    """int64 [K]: which tokens of the batch the layer is given; None: all."""
+    segments: tuple[Segment, ...] = ()
+    """The segments of these tokens, where there is an `index`."""
+    plan: Mapping[int, LayerPlan] = field(default_factory=dict)
+    """`routing_plan` of the batch."""
+    routing: RoutingState = field(default_factory=RoutingState)
+    cache: object | None = None
+    """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
+    decode: bool = False
+    """Whether this is a decode step of one size: one further token of every sequence, dropped by a mask, so that
+    nothing waits for the device."""
+    active: Tensor | None = None
+    """bool [B]: in a decode step the sequences whose token is kept in this layer; None: all."""
+    attention: dict = field(default_factory=dict)
+    """What attention worked out from the mask, for the layers that have the same one."""
+    compiled: bool = False
+    """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
+
+    def __post_init__(self) -> None:
+        self.mask = self.batch.mask if self.mask is None else self.mask
+
+    def of_kept(self, routing: Routing) -> ForwardState:
+        """The state for the tokens that a routed layer keeps."""
+        segments = routing.segments
+        mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
+        return replace(self, mask=mask, index=routing.index, segments=segments, attention={})
+
+    def given(self) -> Batch:
+        """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""
+        return self.batch if self.index is None else self.batch.take(self.index, self.segments)
