@@ -171,11 +171,7 @@ def collapsed(log: Log, batch: Batch, gate: str) -> list[Collapse]:
         for task in dict.fromkeys(batch.tasks):
             eligible = routing.eligible & (batch.task == task)
             kept = routing.kept & eligible
-<<<<<<< HEAD
             dropping = (_count(eligible, segment) > _count(kept, segment))[segment]
-=======
-            dropping = (_count(eligible, batch) > _count(kept, batch))[batch.segment_numbers()]
->>>>>>> 192cdbb (What routing decides and a forward carries is data in routing.py; a router of one's own, tested as written)
             eligible, kept = eligible & dropping, kept & dropping
             hits = [_constant(routing.score.detach(), segment, eligible)]
             if hits == [None]:
@@ -189,13 +185,8 @@ Hit = tuple[str, float, str] | None
 """Name, figure and sentence of a rule that holds."""
 
 
-<<<<<<< HEAD
 def _constant(score: Tensor, segment: Tensor, eligible: Tensor) -> Hit:
     segments = [score[eligible & (segment == number)].double() for number in segment[eligible].unique()]
-=======
-def _constant(score: Tensor, batch: Batch, eligible: Tensor) -> Hit:
-    segments = [score[eligible & (batch.segment_numbers() == segment)].double() for segment in batch.segment_numbers()[eligible].unique()]
->>>>>>> 192cdbb (What routing decides and a forward carries is data in routing.py; a router of one's own, tested as written)
     if not segments or int(eligible.sum()) < EVIDENCE:
         return None
     # 1e-300: scores that are all 0 differ by nothing
@@ -222,21 +213,12 @@ def _positional(batch: Batch, task: Task, eligible: Tensor, kept: Tensor) -> Hit
                                   f"{excess:.2f} of the way from chance to identity")
 
 
-<<<<<<< HEAD
 def _one_sided(batch: Batch, segment: Tensor, eligible: Tensor, kept: Tensor) -> Hit:
     share = (_count(kept, segment) / _count(eligible, segment))[segment]
     for modality, name in ((Modality.TEXT, "text"), (Modality.IMAGE, "picture")):
         of = batch.modality == modality
         competes = (_count(eligible & of, segment) > 0) & (_count(eligible & ~of, segment) > 0)
         mine = eligible & of & competes[segment]
-=======
-def _one_sided(batch: Batch, eligible: Tensor, kept: Tensor) -> Hit:
-    share = (_count(kept, batch) / _count(eligible, batch))[batch.segment_numbers()]
-    for modality, name in ((Modality.TEXT, "text"), (Modality.IMAGE, "picture")):
-        of = batch.modality == modality
-        competes = (_count(eligible & of, batch) > 0) & (_count(eligible & ~of, batch) > 0)
-        mine = eligible & of & competes[batch.segment_numbers()]
->>>>>>> 192cdbb (What routing decides and a forward carries is data in routing.py; a router of one's own, tested as written)
         if not mine.any():
             continue
         different = len(batch.ids[mine].unique())      # a token that many rows have (a prompt's words) is evidence once
@@ -265,12 +247,6 @@ def _dead(routing: Routing, kept: Tensor) -> Hit:
     return "dead gate", none, f"{none:.0%} of its kept tokens get at most {DEAD} of the layer's update"
 
 
-<<<<<<< HEAD
 def _count(which: Tensor, segment: Tensor) -> Tensor:
     """How many of `which`, bool [T], every segment, int64 [T], has: float64."""
     return torch.bincount(segment, weights=which.double())
-=======
-def _count(which: Tensor, batch: Batch) -> Tensor:
-    """How many of `which`, bool [T], every segment has: float64."""
-    return torch.bincount(batch.segment_numbers(), weights=which.double())
->>>>>>> 192cdbb (What routing decides and a forward carries is data in routing.py; a router of one's own, tested as written)

@@ -129,11 +129,7 @@ def neighbours(log: Log, batch: Batch) -> list[Row]:
             up = first.eligible & second.eligible & (batch.task == task)
             if up.any():
                 rows.append({"layer": layer, "next": following, "task": _name(task),
-<<<<<<< HEAD
                              **_between(first.kept[up], second.kept[up], segment[up])})
-=======
-                             **_between(first.kept[up], second.kept[up], batch.segment_numbers()[up])})
->>>>>>> 192cdbb (What routing decides and a forward carries is data in routing.py; a router of one's own, tested as written)
     return rows
 
 
