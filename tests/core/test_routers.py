@@ -355,7 +355,8 @@ def test_a_router_is_added_as_the_docstring_says():
     exec(recipe, scope)
     model = scope["model"]
     assert type(model.layers[7].router) is scope["ChangeRouter"]
-    packed = pack([model.layout.t2i("a red circle", torch.zeros(model.layout.image_tokens, dtype=torch.long))])
+    codes = torch.zeros(model.layout.image_tokens, dtype=torch.long)
+    packed = pack([model.layout.t2i("a red circle", codes, torch.ones_like(codes, dtype=torch.bool))])
     with record_routing() as log:
         model(packed).sum().backward()
     assert sorted(log) == [4, 5, 6, 7] and model.layers[7].router.proj.weight.grad.abs().sum() > 0
