@@ -24,10 +24,9 @@ from torch import Tensor
 from .batch import Batch, Segment, Task, lengths_of
 from .config import expanded
 from .mask import IntervalMask
-from .ops.attention import attention_mass
+from .ops import attention
+from .ops.attention import attention_mass, attention_weights, within
 
-ENTRIES = 2**23
-"""Map entries held at a time where a map is only an intermediate result (32 MiB in float32)."""
 BINS = 32
 """Side of a pooled map."""
 COLUMNS = ("ids", "row", "position", "task", "modality", "lo", "hi", "target")
@@ -55,18 +54,17 @@ class LayerAttention:
 
     def blocks(self, span: slice, queries: Tensor | None = None, heads: slice = slice(None),
                whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield some queries, int64 [m], and their `weights`, `ENTRIES` at most (`whole`: all of them)."""
+        """Yield some queries, int64 [m], and their `weights`, `attention.ENTRIES` at most (`whole`: all of them)."""
         n = span.stop - span.start
         queries = torch.arange(n) if queries is None else queries
         of_head = torch.arange(len(self.q))[heads] // (len(self.q) // len(self.k))
-        k = self.k[:, span][of_head].float().transpose(1, 2)    # float32 as in kernels' sums: no logit is rounded
+        k = self.k[:, span][of_head].float()                    # float32 as in kernels' sums: no logit is rounded
         j = torch.arange(span.start, span.stop, device=k.device)
-        size = len(queries) if whole else ENTRIES // max(1, len(k) * n)
+        size = len(queries) if whole else attention.ENTRIES // max(1, len(k) * n)
         for some in queries.split(max(1, size)):
             at = some.to(k.device) + span.start
-            visible = (j >= self.batch.mask.lo[at, None]) & (j < self.batch.mask.hi[at, None])
-            logits = (self.q[heads][:, at].float() @ k).mul_(self.scale)
-            yield some, logits.masked_fill_(~visible, -torch.inf).softmax(-1)
+            allow = within(self.batch.mask.lo[at], self.batch.mask.hi[at], j)
+            yield some, attention_weights(self.q[heads][:, at].float(), k, allow, self.scale)
 
     def tile(self, span: slice, queries: slice = slice(None), keys: slice = slice(None), bins: int = BINS,
              heads: slice = slice(None)) -> Tensor:

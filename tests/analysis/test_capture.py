@@ -142,7 +142,7 @@ def test_a_step_after_cached_tokens_is_refused(world):
 
 
 def test_tiles_and_received_weights_are_those_of_the_maps(world, monkeypatch):
-    monkeypatch.setattr("unimod.attention_record.ENTRIES", 4 * 90 * 7)        # several blocks
+    monkeypatch.setattr("unimod.ops.attention.ENTRIES", 4 * 90 * 7)        # several blocks
     model, batches = world["showo-tiny"]
     record = capture_batch(model, batches.held_out("validation", 2))
     whole = record.map(2, 3)
