@@ -22,7 +22,7 @@ from unimod.analysis.tasks import (
     joint_or_single,
     t2i_keeps_more,
 )
-from unimod.baselines import PRESETS, make_router
+from unimod.baselines import PRESETS, BatchRouter
 from unimod.batch import Task
 from unimod.config import MODELS
 from unimod.experiment import load
@@ -63,7 +63,7 @@ def test_gradient_cosine(untouched):
 def test_the_competing_router_keeps_the_best_of_the_whole_batch(world):
     _, batches = world["showo-tiny"]
     batch, width = mixed(batches, 0), 8
-    router = make_router(width, dict.fromkeys(("t2i", "mmu", "lm"), 0.5), PRESETS["competitive"]).eval()
+    router = BatchRouter(width, dict.fromkeys(("t2i", "mmu", "lm"), 0.5), PRESETS["competitive"]).eval()
     h = torch.randn(len(batch), width, generator=torch.Generator().manual_seed(1))
     h[batch.task == Task.T2I] += 1e4 * router.proj.weight[0].detach()       # t2i tokens score higher than any other
     routing = router(h, batch)
