@@ -82,6 +82,14 @@ def test_names_that_the_package_hands_out_exist():
         assert set(names.split(", ")) <= set(unimod.__all__)
 
 
+def test_docstrings_that_it_points_to_say_how_to_add():
+    pointer = README.split("- How to add")[1].split("\n\n")[0]
+    paths = re.findall(r"`(unimod/[\w./]+)`", pointer)
+    assert len(paths) == 4
+    for path in paths:
+        assert "how to add" in (ROOT / path).read_text().lower(), path
+
+
 def test_the_tree_names_every_file():
     """Folders end with a slash and are described by their `__init__.py`."""
     named, folders = set(), []
