@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .batch import Batch, Segment, Task, lengths_of
 from .mask import IntervalMask
+from .ops.attention import KeptOf
+from .ops.select import prefix_count
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ class ForwardState:
         """The state for the tokens that a routed layer keeps."""
         segments = routing.segments
         mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
-        return replace(self, mask=mask, index=routing.index, segments=segments, attention={})
+        rank = prefix_count(routing.index, len(self.batch)) if routing.rank is None else routing.rank
+        kept_of = KeptOf(self.attention, self.batch.mask, routing.index, rank)
+        return replace(self, mask=mask, index=routing.index, segments=segments, attention={"kept_of": kept_of})
 
     def given(self) -> Batch:
         """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""

@@ -13,12 +13,14 @@ intervals once for all layers that share them, and the attention by that plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..mask import IntervalMask
 from .backend import backend, say
 
 ENTRIES = 2**23
@@ -40,8 +42,28 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
         return attend(q, k, v, _kept(memo, prepare, lo, hi, lengths, masks), scale)
     from . import attention_varlen
 
-    plan = _kept(memo, attention_varlen.prepare, lo, hi, lengths, masks)
+    kept_of = memo.get("kept_of") if memo else None
+    if kept_of is None:
+        plan = _kept(memo, attention_varlen.prepare, lo, hi, lengths, masks)
+    else:
+        whole = kept_of.mask
+        plan = _kept(kept_of.memo, attention_varlen.prepare, whole.lo, whole.hi, whole.lengths, whole.kinds)
+        plan = plan.take(kept_of.index, kept_of.rank, lengths)
     return attention_varlen.attend(q, k, v, plan, scale, name)
+
+
+@dataclass(frozen=True)
+class KeptOf:
+    """That a batch is what a routed layer keeps of another one, whose plan then serves it: `memo["kept_of"]`."""
+
+    memo: dict
+    """The memo of the whole batch."""
+    mask: IntervalMask
+    """The mask of the whole batch."""
+    index: Tensor
+    """int64 [K], ascending: the kept tokens."""
+    rank: Tensor
+    """int64 [T + 1]: how many kept tokens lie before each token."""
 
 
 @torch.no_grad()

@@ -54,6 +54,14 @@ class Plan:
     longest: int
     causal: Tensor | None = None
 
+    def take(self, index: Tensor, rank: Tensor, lengths: tuple[int, ...]) -> Plan:
+        """The plan of the tokens `index` (int64 [K], ascending), of which `lengths` lie in each sequence: a bound b is
+        behind rank[b] kept tokens (int64 [T + 1]). Three gathers for a routed layer, in place of `prepare`'s 40 ops."""
+        calls = tuple(Call(call.causal, *(rank.index_select(0, cu).int() for cu in (call.cu_q, call.cu_k)))
+                      for call in self.calls)
+        causal = None if self.causal is None else self.causal.index_select(0, index)
+        return Plan(calls, max(2, *lengths), causal)
+
 
 def refuses(masks: tuple[str, ...], width: int) -> str:
     """Why these kernels cannot run on masks of these kinds with heads of this width; empty when they can."""
