@@ -3,8 +3,8 @@
 def everything(work):                               # the words of a command line, for a working folder
     return unimod("run", "all", "--runs", work)
 
-@pytest.mark.background.with_args(everything)                 # started with the session if this test is selected, once for all
-def test_it(background):
+@pytest.mark.background.with_args(everything)                 # started with the session if this test is selected, once
+for all def test_it(background):
     outcome = background(everything)                # waits for its end
 """
 

@@ -1,4 +1,5 @@
-"""A file imports from its own floor or from floors below, never in a circle, and heavy libraries have their own rooms."""
+"""A file imports from its own floor or from floors below, never in a circle, and heavy libraries have their own
+rooms."""
 
 import ast
 import subprocess

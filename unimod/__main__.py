@@ -97,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
                         "(of one long row's attention), or gpu (all, on released sizes)")
     option("--preset", default="",
            help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
-                "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two (default)")
+                "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two "
+                "(default)")
     option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
     option("--deadline", type=float, default=0.0, metavar="SECONDS",
            help="drop what is not done by then (default: none; 450 for gpu)")

@@ -167,11 +167,11 @@ class Savings:
     """Share of a training step's FLOPs that a plan saves on a batch."""
 
     paper: float
-    """Kept tokens per layer, both tasks weighing the same: quadratic term, head and kept-by-rule tokens ignored (as the
+    """Kept tokens per layer, both tasks weighing the same: quadratic term, head and always kept tokens ignored (as the
     paper counts)."""
     full: float
-    """`count`: attention's quadratic term, routers, head and picture tokenizer included; tokens kept by rule count as
-    kept."""
+    """`count`: attention's quadratic term, routers, head and picture tokenizer included; tokens that are always kept
+    count as kept."""
     measured: float
     """`measured`: torch's counter, forward and backward, on the model and on the picture tokenizer."""
     model: float

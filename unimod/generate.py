@@ -179,7 +179,7 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     uncond); 0 for none (Emu3 calls 1 + w its guidance scale). Default 1.5 for masked decoding, 0 for token-by-token.
     grid: rows and columns of codes, default the layout's. share: with guidance, routed layers judge the picture tokens
     of both branches by the captioned one's scores; else each branch by its own. The same seed gives the same pictures
-    on the same kind of device; `generator` may be given in its place, and a CPU one draws the same lots everywhere.
+    on the same kind of device; `generator` may be given in its place, and a CPU one draws the same samples everywhere.
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the
     others. Token by token only: `top_k`, `temperature` and `static` (see `DecodeSession`). Raises ValueError when codes

@@ -230,8 +230,9 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     the model.
 
     Layers that the plan leaves dense stay as they are. router: a class of your own in place of the configuration's
-    (`router`'s docstring has an example); a saved model does not remember it. Raises `ParameterError` when the plan is for another number of
-    layers, when it does not suit a router that looks back at earlier layers, or when the model is routed already.
+    (`router`'s docstring has an example); a saved model does not remember it. Raises `ParameterError` when the plan is
+    for another number of layers, when it does not suit a router that looks back at earlier layers, or when the model is
+    routed already.
     """
     if plan.layers != len(model.layers):
         raise ParameterError(f"The plan has {plan.layers} layers, the model {len(model.layers)}; make the plan for "

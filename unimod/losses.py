@@ -4,7 +4,7 @@
         loss = losses(model, batch).total
     loss = loss + 0.01 * membership(log) + prediction(log) + budget(log)
 
-A token is a member of its segment's top-k or not; only tokens that were up for choice count.
+A token is a member of its segment's top-k or not; only eligible tokens count.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:
     """Squared difference between the share of tokens that sigmoid(score) would keep and a budget, over all layers
     together.
 
-        (sum sigmoid(score_i) / N - share)^2   over the N tokens up for choice in all layers
+        (sum sigmoid(score_i) / N - share)^2   over the N eligible tokens in all layers
 
     share: default what the layers did keep, i.e. the plan's own. Holds scores where a decision of each token for
     itself, sigmoid(score) > 0.5, costs what was planned, without telling any layer how much of it to spend.

@@ -16,7 +16,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import ARMS, ARTICLE, DATA, DEVICES, IMAGE_TOKENIZERS, LAYERS, LEVELS, MODELS, PATHS, ROUTERS, ParameterError, expanded, one_of  # fmt: skip
+from .config import (  # fmt: skip
+    ARMS,
+    ARTICLE,
+    DATA,
+    DEVICES,
+    IMAGE_TOKENIZERS,
+    LAYERS,
+    LEVELS,
+    MODELS,
+    PATHS,
+    ROUTERS,
+    ParameterError,
+    expanded,
+    one_of,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Decoding with a cache equals the full forward, token for token, whatever router stands before the layers and however it decides."""
+"""Decoding with a cache equals the full forward, token for token, whatever router stands before the layers and however
+it decides."""
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def agree(model, prompts, wholes):
         for got, where, prompt in zip(decoded, pack(wholes).rows(), prompts):
             torch.testing.assert_close(got, full[where][len(prompt.ids):], atol=1e-5, rtol=1e-5)
     for layer, missing in dropped.items():
-        assert int(cache.used[layer].sum()) == len(pack(wholes)) - missing, "the cache holds what the full forward keeps, and no more"
+        assert int(cache.used[layer].sum()) == len(pack(wholes)) - missing, (
+            "the cache holds what the full forward keeps, and no more")
     return dropped
 
 
@@ -69,7 +71,8 @@ def test_answers(model, packed, name):
     prompts = [layout.mmu(c, [*t[:-1], (t[-1][0], "")], open_ended=True) for c, t in zip(codes, turns)]
     wholes = [layout.mmu(c, t, open_ended=True) for c, t in zip(codes, turns)]
     dropped = agree(model, prompts, wholes)
-    assert any(dropped.values()) != (ROUTERS[name].score == "random"), "random routing keeps everything here, all others drop"
+    assert any(dropped.values()) != (ROUTERS[name].score == "random"), (
+        "random routing keeps everything here, all others drop")
 
 
 @pytest.mark.parametrize("name", [n for n, c in ROUTERS.items() if c.predictor or c.score == "learned"])

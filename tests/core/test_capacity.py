@@ -63,7 +63,8 @@ def test_the_gradient_stays_on_the_budget_and_is_exact():
 
 
 def test_the_edge_by_hand():
-    """Half of forty tokens, of which the last four fade; of four tokens, only what is less than one token above the edge."""
+    """Half of forty tokens, of which the last four fade; of four tokens, only what is less than one token above the
+    edge."""
     learned = LearnedCapacity(1, (0,), BOTH, 0.5)
     t2i = torch.zeros(5, dtype=torch.long)
     assert learned.edge(0, t2i, torch.tensor([0, 16, 17, 18, 19]),
@@ -123,7 +124,8 @@ def test_it_is_saved_as_the_plan_it_has_come_to(tmp_path, model, packed):
 
 
 def test_layers_that_do_nothing_give_their_capacity_to_those_that_do(model, packed):
-    """Layers 4 and 6 write nothing. The loss wants the others' updates, so capacity moves there, as fast as the rate allows, at the same total."""
+    """Layers 4 and 6 write nothing. The loss wants the others' updates, so capacity moves there, as fast as the rate
+    allows, at the same total."""
     with torch.no_grad():
         for layer in (model.layers[4], model.layers[6]):
             for name, p in layer.named_parameters():

@@ -1,4 +1,5 @@
-"""A routed layer and the layer it wraps have one set of children: what is replaced, hooked, or saved through either is what runs."""
+"""A routed layer and the layer it wraps have one set of children: what is replaced, hooked, or saved through either is
+what runs."""
 
 import copy
 
@@ -85,7 +86,8 @@ def test_hooks_fire_on_the_layer_and_on_its_children(model, packed, config):
                for part in (layer, layer.router.proj, layer.mlp, layer.self_attn, layer.input_layernorm)]
     hidden(model, packed)
     sizes = dict(seen)
-    assert len(sizes) == 5 and sizes[layer] == len(packed) > sizes[layer.mlp] == sizes[layer.self_attn] == sizes[layer.input_layernorm]
+    assert len(sizes) == 5
+    assert sizes[layer] == len(packed) > sizes[layer.mlp] == sizes[layer.self_attn] == sizes[layer.input_layernorm]
     for handle in handles:
         handle.remove()
 
@@ -120,9 +122,11 @@ def test_what_is_asked_of_a_norm_is_answered_by_the_stock_one(model):
     stock = model.layers[5].input_layernorm
     apply_mod(model, last_half(8), RouterConfig())
     norm = model.layers[5].input_layernorm
-    assert norm is not stock and norm.weight is stock.weight and [*dict(norm.named_parameters())] == [*dict(stock.named_parameters())]
-    assert getattr(norm, "eps", None) == getattr(stock, "eps", None) and getattr(norm, "variance_epsilon",
-                                                                                 0) == getattr(stock, "variance_epsilon", 0)
+    assert norm is not stock
+    assert norm.weight is stock.weight
+    assert [*dict(norm.named_parameters())] == [*dict(stock.named_parameters())]
+    assert getattr(norm, "eps", None) == getattr(stock, "eps", None)
+    assert getattr(norm, "variance_epsilon", 0) == getattr(stock, "variance_epsilon", 0)
     with pytest.raises(AttributeError):
         _ = norm.no_such_thing
     assert copy.deepcopy(norm).stock.weight is not stock.weight

@@ -16,7 +16,8 @@ from unimod.models.unified import compile_layers
 from unimod.plan import last_half
 
 ROWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-"""Whether batches may differ in their number of rows: older compilers look at all that a batch is made of, and begin anew with each number of segments."""
+"""Whether batches may differ in their number of rows: older compilers look at all that a batch is made of, and begin
+anew with each number of segments."""
 
 
 def batches(layout, count=5):

@@ -55,8 +55,8 @@ def test_autocast_and_bf16_weights_run_and_stay_near(model, packed, config):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses(model, packed).total
     mixed.backward()
-    assert mixed.item() == pytest.approx(loss.item(), rel=0.05) and {n for n, p in model.named_parameters()
-                                                                     if p.grad is not None} == grads.keys()
+    assert mixed.item() == pytest.approx(loss.item(), rel=0.05)
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == grads.keys()
     half = losses(copy.deepcopy(model).to(torch.bfloat16), packed).total
     assert half.item() == pytest.approx(loss.item(), rel=0.05)
 

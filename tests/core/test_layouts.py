@@ -71,8 +71,8 @@ def test_emu3_picture_block():
     for n in range(12):
         prompt = EMU3.t2i("a red circle", CODES[:n], prompt=True)
         at = len(prompt.ids) - 1
-        assert torch.equal(prompt.ids, row.ids[: at
-                                               + 1]) and int(row.target[at]) == v[n], "a prompt ends where code n is predicted"
+        assert torch.equal(prompt.ids, row.ids[:at + 1])
+        assert int(row.target[at]) == v[n], "a prompt ends where code n is predicted"
 
 
 def test_masking_noise_by_hand():

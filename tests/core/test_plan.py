@@ -30,7 +30,9 @@ from unimod.plan import (
 
 def test_the_papers_runs_save_what_the_paper_counts():
     showo, emu3 = paper_showo(), paper_emu3()
-    assert showo.saving("mmu") == pytest.approx(0.2) and showo.saving("t2i") == pytest.approx(0.1) and showo.saving("lm") == 0
+    assert showo.saving("mmu") == pytest.approx(0.2)
+    assert showo.saving("t2i") == pytest.approx(0.1)
+    assert showo.saving("lm") == 0
     assert emu3.saving("mmu") == emu3.saving("t2i") == pytest.approx(0.4)
     assert showo.kind(0) == "dense" and showo.kind(12) == "T2I" and showo.kind(23) == "Shared"
     assert showo == last_half_per_task(24, 0.15) and showo.capacity["t2i"][12:] == pytest.approx([0.8] * 12)
@@ -40,11 +42,11 @@ def test_the_papers_runs_save_what_the_paper_counts():
 @given(st.integers(2, 40), st.one_of(st.just(0.0), st.floats(1e-4, 0.3)))
 def test_the_per_task_half_falls_and_saves_twice_as_much_on_understanding(layers, saving):
     plan, half = last_half_per_task(layers, saving), layers // 2
-    assert plan.saving("mmu") == pytest.approx(2 * plan.saving("t2i"), abs=1e-6) and (plan.saving("mmu")
-                                                                                      + plan.saving("t2i")) / 2 == pytest.approx(saving)
-    assert plan.saving("lm") == 0 and max(plan.routed(),
-                                          default=half) >= half > max((i for i in range(half)
-                                                                       if plan.kind(i) != "dense"), default=-1)
+    assert plan.saving("mmu") == pytest.approx(2 * plan.saving("t2i"), abs=1e-6)
+    assert (plan.saving("mmu") + plan.saving("t2i")) / 2 == pytest.approx(saving)
+    assert plan.saving("lm") == 0
+    assert max(plan.routed(), default=half) >= half > max((i for i in range(half) if plan.kind(i) != "dense"),
+                                                          default=-1)
     t2i, mmu = (plan.capacity[task][half:] for task in ("t2i", "mmu"))
     assert len(set(t2i)) == 1 and list(mmu) == sorted(mmu, reverse=True) and min(mmu) >= FLOOR - 1e-9
     steps = {round(a - b, 9) for a, b in zip(mmu, mmu[1:])}
@@ -57,8 +59,9 @@ def test_the_per_task_half_refuses_what_it_cannot_save():
 
 
 def test_the_middle_lies_between_the_outer_quarters():
-    assert middle(24).routed() == tuple(range(6, 18)) and middle(8, 0.2).routed() == (2, 3, 4,
-                                                                                      5) and len(middle(10).routed()) == 5
+    assert middle(24).routed() == tuple(range(6, 18))
+    assert middle(8, 0.2).routed() == (2, 3, 4, 5)
+    assert len(middle(10).routed()) == 5
     with pytest.raises(ParameterError, match="0 of 1 layers"):
         middle(1)
 
@@ -86,8 +89,8 @@ def test_arank_plans_meet_the_budget_in_the_lowest_or_the_highest_half(t2i, mmu,
         assert plan.saving(task) == pytest.approx(saving, abs=1e-6)
         routed = [i for i, c in enumerate(plan.capacity[task]) if c < 1]
         assert len(routed) <= 4
-        assert min(values[i] for i in routed) >= sorted(values)[4] if highest else max(values[i]
-                                                                                       for i in routed) <= sorted(values)[3]
+        chosen = [values[i] for i in routed]
+        assert min(chosen) >= sorted(values)[4] if highest else max(chosen) <= sorted(values)[3]
         order = sorted(routed, key=lambda i: values[i])
         assert all(plan.capacity[task][a] <= plan.capacity[task][b] + 1e-9 for a, b in zip(order, order[1:]))
 
@@ -115,8 +118,8 @@ def test_a_budget_is_solved_for(maker):
 
 def test_lm_is_a_column_like_the_others_and_dense_without_values():
     three, two = from_arank(RANKS, 0.2), from_arank({task: RANKS[task] for task in ("t2i", "mmu")}, 0.2)
-    assert three.saving("lm") == pytest.approx(0.2) and [c < 1 for c in three.capacity["lm"]] == [True, True, False,
-                                                                                                  False]
+    assert three.saving("lm") == pytest.approx(0.2)
+    assert [c < 1 for c in three.capacity["lm"]] == [True, True, False, False]
     assert two.saving("lm") == 0 and two.capacity["mmu"] == three.capacity["mmu"]
 
 
@@ -134,8 +137,8 @@ def test_the_drawing_has_a_bar_per_layer():
 
 
 def test_random_layers_are_settled_by_their_seed():
-    assert random_layers(8, 0.3, 1) == random_layers(8, 0.3, 1) and len({random_layers(8, 0.3, seed).routed()
-                                                                         for seed in range(5)}) > 1
+    assert random_layers(8, 0.3, 1) == random_layers(8, 0.3, 1)
+    assert len({random_layers(8, 0.3, seed).routed() for seed in range(5)}) > 1
 
 
 def test_the_cosine_of_p_mod_by_hand():

@@ -149,7 +149,8 @@ def test_a_token_that_left_early_never_comes_back():
     assert run(stack, three(), 0, state)[1].index.tolist() == [0, 2]
     assert state.active.tolist() == [True, False, True]
     out, routing = run(stack, three(), 1, state)
-    assert routing.score.tolist() == (-SCORES).tolist() and routing.index.tolist() == [0], "the best of those that are still in"
+    assert routing.score.tolist() == (-SCORES).tolist() and routing.index.tolist() == [0], (
+        "the best of those that are still in")
     torch.testing.assert_close(out[0], (X + (1 + 0.2 * math.tanh(-0.5)) * UPDATE)[0])
     assert torch.equal(out[1:], X[1:])
 
@@ -179,16 +180,16 @@ def test_one_router_for_the_whole_batch_by_hand():
     stack = apply_mod(Stack(), CapacityPlan({"t2i": [0.5], "mmu": [0.5]}), PRESETS["competitive"]).eval()
     stack.layers[0].router.proj.weight.data = W[None].clone()
     out, routing = run(stack, packed, x=x)
-    assert routing.index.tolist() == [0, 2, 4] and [s.length for s in routing.segments] == [2,
-                                                                                            1], "the second task wins one place of three"
+    assert routing.index.tolist() == [0, 2, 4]
+    assert [s.length for s in routing.segments] == [2, 1], "the second task wins one place of three"
     assert torch.equal(routing.weight, torch.ones(3)) and torch.equal(out[4], (x + 10 + 2 * x)[4])
     (grad,) = torch.autograd.grad(routing.weight.sum(), routing.score)
     s = torch.sigmoid(torch.tensor([0.5, 0.5, 2.0]))
     torch.testing.assert_close(grad, torch.zeros(6).index_copy(0, routing.index, s * (1 - s)))
     torch.manual_seed(0)
     noisy = torch.stack([run(stack.train(), packed, x=x)[1].score - routing.score for _ in range(300)]).detach()
-    assert abs(noisy.mean()) < 0.2 and noisy.std() == pytest.approx(math.pi / 3**0.5,
-                                                                    rel=0.1), "logistic: two Gumbels' difference"
+    assert abs(noisy.mean()) < 0.2
+    assert noisy.std() == pytest.approx(math.pi / 3**0.5, rel=0.1), "logistic: two Gumbels' difference"
 
 
 @pytest.mark.parametrize("kind, modality, kept", [
@@ -305,7 +306,8 @@ def test_the_names_of_before_are_read_from_a_file_with_a_notice(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "reach is now decision_scope" in line and "save the model again" in line
     assert RouterConfig.stored({"compete": "rows", "score": "random", "gate": "none"}) == PRESETS["layer-drop"]
-    assert RouterConfig.stored({"shared": True}) == RouterConfig(shared=True) and capsys.readouterr().err.count("\n") <= 1
+    assert RouterConfig.stored({"shared": True}) == RouterConfig(shared=True)
+    assert capsys.readouterr().err.count("\n") <= 1
 
 
 @pytest.mark.parametrize("name, rows, words", [

@@ -1,4 +1,5 @@
-"""Several processes: `train` under accelerate, plain DDP and FSDP2, each against one process that averages the same batches' gradients.
+"""Several processes: `train` under accelerate, plain DDP and FSDP2, each against one process that averages the same
+batches' gradients.
 
 The fixture `found` starts two gloo processes once; they only compute, what they computed is judged here.
 """
@@ -88,7 +89,8 @@ def weights(model):
 
 
 def under_accelerate(folder):
-    """A run, the same run broken off and resumed, what a resume with other processes says, and a loss that is nan in one process only."""
+    """A run, the same run broken off and resumed, what a resume with other processes says, and a loss that is nan in
+    one process only."""
     logged, found = [], {}
     whole = fresh().model
     found["records"] = train(whole, batches(whole), CONFIG, folder=folder / "whole", log=logged.append,
@@ -114,7 +116,8 @@ def under_accelerate(folder):
 
 
 def under_ddp(folder):
-    """Loss and gradients of every router, of the second of two passes: DDP would complain then of parameters without a gradient."""
+    """Loss and gradients of every router, of the second of two passes: DDP would complain then of parameters without a
+    gradient."""
     found = {}
     for router in ROUTERS:
         objective = fresh(router, membership=0.1)
@@ -201,8 +204,8 @@ NEAR = {"rtol": 1e-5, "atol": 1e-6}
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_each_process():
-    """What the two processes found is held against this one. More threads add in another order, and Adam divides a gradient near zero by itself: on
-    two threads 2 of 76,160 weights were 4e-6 away after four steps, more than NEAR."""
+    """What the two processes found is held against this one. More threads add in another order, and Adam divides a
+    gradient near zero by itself: on two threads 2 of 76,160 weights were 4e-6 away after four steps, more than NEAR."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -235,9 +238,8 @@ def test_records_are_of_both_processes_and_are_written_and_judged_once(found):
     source = batches(model)
     for step, (record, same) in enumerate(zip(main["records"], other["records"])):
         both = [source.train(WORLD * step + rank) for rank in range(WORLD)]
-        assert record["tokens"] == sum(map(len, both)) and record["flops"] == (1
-                                                                               + BACKWARD) * sum(count(model, p).total
-                                                                                                 for p in both)
+        assert record["tokens"] == sum(map(len, both))
+        assert record["flops"] == (1 + BACKWARD) * sum(count(model, p).total for p in both)
         assert all(record[k] == same[k] for k in same if k != "seconds")
 
 

@@ -41,8 +41,8 @@ def test_the_budget_by_hand():
                                                 - 3 / 4) ** 2), "three of the four that were up for choice were kept"
     assert budget(log, 0.2).item() == pytest.approx((expected - 0.2) ** 2)
     budget(log, 0.2).backward()
-    assert (log[0].score.grad > 0).all() and log[1].score.grad[1:].tolist() == [0,
-                                                                                0], "too much: every score that counts goes down"
+    assert (log[0].score.grad > 0).all()
+    assert log[1].score.grad[1:].tolist() == [0, 0], "too much: every score that counts goes down"
     assert budget({}).item() == 0 == budget({0: decision([1.0, 1.0, 1.0], [0, 1, 2], up=(False,) * 3)}).item()
 
 

@@ -7,7 +7,7 @@
     diagnose(model, batches)                            # all of these at once
 
 `batch` is the batch as the model got it, before any layer. A router is judged by its eligible tokens.
-Tokens kept by rule (answers, modalities that are never dropped, tasks at capacity 1, everything under a random router
+Tokens always kept (answers, modalities that are never dropped, tasks at capacity 1, everything under a random router
 in evaluation) are no evidence of it and count in one column only, `processed` of `kept`. Collapse: `analysis.layers`.
 
 Two choices A and B among the same n tokens, of every pool of competing tokens (a segment; a picture), are compared by
@@ -61,7 +61,7 @@ def kept(log: Log, batch: Batch) -> list[Row]:
     """One row per layer, task and modality that the batch has.
 
     kept: share of the `up` eligible tokens that the router kept (nan for none); processed: share of all `tokens` that
-    go through the layer, those kept by rule included, which is what the layer costs.
+    go through the layer, those always kept included, which is what the layer costs.
     """
     rows = []
     for (layer, routing), task, modality in itertools.product(log.items(), dict.fromkeys(batch.tasks), Modality):

@@ -92,7 +92,8 @@ def source(name: str, record: dict) -> str:
     """One line that says where the figures of a record come from."""
     versions = ", ".join(f"{library} {version}" for library, version in record["versions"].items() if version)
     entered = record.get("source", "")
-    return "; ".join(filter(None, (f"Record: `{name}.json`, commit {_cell(record['commit'])}", record["device"], versions,
+    return "; ".join(filter(None, (f"Record: `{name}.json`, commit {_cell(record['commit'])}", record["device"],
+                                   versions,
                                    f"`{record['command']}`", entered))) + "."
 
 
