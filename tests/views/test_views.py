@@ -186,6 +186,8 @@ def test_every_view_draws(name):
     assert fig.layout.title.text and fig.layout.paper_bgcolor == "rgba(0,0,0,0)" and fig.layout.font.color == style.INK
     for f in fig.frames:
         assert drawable({"data": json.loads(f.to_json())["data"]})
+    fig.for_each_yaxis(lambda axis: pytest.fail(f"{axis.plotly_name}: plotly cannot honour both")
+                       if axis.scaleanchor and axis.matches else None)
 
 
 def test_the_recipe_for_a_further_figure_works_as_written():

@@ -112,7 +112,7 @@ def kept_tokens(data: pd.DataFrame, picture: np.ndarray) -> go.Figure:
                         for v in ("kept", "score"))
             maps[layer].append({"z": z.astype(np.uint8), "customdata": score.round(4)})
     fig = heat_maps("Image tokens that go through the layer", maps, ["the picture", *map(words, tasks)], height=380,
-                    play=True, xgap=1, ygap=1,
+                    play=True, xgap=1, ygap=1, subplots={"shared_yaxes": False},      # squares need axes of their own
                     hover="picture row %{y}, column %{x}<br>kept (1) or skipped (0): %{z}<br>score %{customdata}",
                     coloraxis={"colorscale": VEIL, "reversescale": True, "cmin": 0, "cmax": 1, "showscale": False})
     put_picture(fig, picture, range(1, len(tasks) + 2), (h, w))
