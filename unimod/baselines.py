@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .batch import Batch, Segment, Task, spread
 from .capacity import LearnedCapacity
-from .config import RouterConfig
+from .config import TASKS, ParameterError, RouterConfig
 from .ops.select import segment_rank, select
+from .plan import CapacityPlan
 from .router import Selected, TaskRouter, share
 from .routing import LayerPlan, Routing, RoutingState
 
@@ -140,9 +141,9 @@ class BatchRouter(TaskRouter):
         """Whether a segment's tokens compete at all."""
         return self.capacity[int(segment.task)] < 1
 
-    def plan(self, batch: Batch) -> LayerPlan:
-        """As `TaskRouter.plan`; tokens of dense tasks take places, too, and always get one."""
-        plan = super().plan(batch)
+    def layer_plan(self, batch: Batch) -> LayerPlan:
+        """As `TaskRouter.layer_plan`; tokens of dense tasks take places, too, and always get one."""
+        plan = super().layer_plan(batch)
         return replace(plan, always=~plan.eligible)
 
     def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
@@ -166,8 +167,8 @@ class SequenceRouter(RandomRouter):
         """Whether a segment's sequence may be dropped, whatever the segment's rule."""
         return self.training and self.capacity[int(segment.task)] < 1
 
-    def kept(self, batch: Batch) -> tuple[int, ...]:
-        """As `TaskRouter.kept`, of the first sequences: for counting."""
+    def kept_counts(self, batch: Batch) -> tuple[int, ...]:
+        """As `TaskRouter.kept_counts`, of the first sequences: for counting."""
         return self._kept(batch, drawn=False)
 
     def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
@@ -198,15 +199,15 @@ class Fading:
         self.capacity = self.learned.host(self.row)
         return self.capacity
 
-    def plan(self, batch: Batch) -> LayerPlan:
-        """As `TaskRouter.plan`, for the capacities as they are now."""
+    def layer_plan(self, batch: Batch) -> LayerPlan:
+        """As `TaskRouter.layer_plan`, for the capacities as they are now."""
         self.capacities()
-        return super().plan(batch)
+        return super().layer_plan(batch)
 
     def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
                 plan: LayerPlan | None = None) -> Routing:
         """As `TaskRouter.forward`."""
-        state, plan = state or RoutingState(), plan or self.plan(batch)
+        state, plan = state or RoutingState(), plan or self.layer_plan(batch)
         routing = super().forward(h, batch, state, plan)
         if not self.training:
             return routing
@@ -283,3 +284,26 @@ def fade(router: TaskRouter, learned: LearnedCapacity, row: int) -> None:
     router.__class__ = FADING[type(router)]
     router.learned, router.row = learned, row
     router.capacities()
+
+
+def own_class(router: TaskRouter) -> bool:
+    """Whether a router is of a class that its configuration does not name: `apply_mod(..., router=...)`."""
+    return type(router) not in (router_class(router.config), FADING.get(router_class(router.config)))
+
+
+def suits(plan: CapacityPlan, config: RouterConfig) -> None:
+    """Raise `ParameterError` for a plan that a router which looks back at earlier layers cannot carry out."""
+    routed = plan.routed()
+    if config.score == "attention" and 0 in routed:
+        raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan "
+                             "that leaves it dense.")
+    for task in TASKS:
+        for i, (c, following) in enumerate(zip(plan.capacity[task], plan.capacity[task][1:])):
+            if config.decision_scope == "exit" and following > c:
+                raise ParameterError(f"decision_scope='exit': a token that was dropped never comes back, but {task} "
+                                     f"keeps {c:g} in layer {i} and {following:g} in "
+                                     f"layer {i + 1}; give capacities that do not rise with depth, such as last_half.")
+            if config.decision_scope == "span" and {i, i + 1} <= set(routed) and following != c:
+                raise ParameterError(f"decision_scope='span': one decision holds for neighbouring routed layers, but "
+                                     f"{task} keeps {c:g} in layer {i} and "
+                                     f"{following:g} in layer {i + 1}; give them one capacity, such as last_half does.")

@@ -99,7 +99,7 @@ def count(model: UnifiedModel, batch: Batch, image_tokenizer: ImageTokenizer | N
     flows = _trained(model.embedding) or (model.projector is not None and _trained(model.projector))
     for layer, following in zip(model.layers, [*model.layers[1:], None]):
         routed = isinstance(layer, MoDLayer)
-        segments = list(zip(batch.segments, layer.router.kept(batch) if routed
+        segments = list(zip(batch.segments, layer.router.kept_counts(batch) if routed
                             else [s.length for s in batch.segments]))
         inner = layer.layer if routed else layer
         stack += _layer(inner, segments)

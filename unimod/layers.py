@@ -3,6 +3,18 @@
     apply_mod(model, plan, RouterConfig(shared=False))    # UniMoD; shared=True is MoD
     remove_mod(model)                                     # the stock layers again, untouched
 
+The way of a batch, from `pack` to the loss:
+
+    batch.pack                          sequences behind one another, with an interval mask
+    losses.losses                       asks the model, then the head, of labelled tokens only
+    models.unified.UnifiedModel.forward embeds; works out `router.routing_plan` once; runs the layers
+      layers.MoDLayer.forward           a routed layer:
+        router.TaskRouter.forward         scores, top-k of each segment (ops.select), gates -> Routing
+        routing.ForwardState.of_kept      the kept tokens' mask
+        MoDLayer._gather                  the kept tokens
+        the stock layer                   attention by seam._attend -> ops.attention.interval_attention
+        ops.gather_scatter.scatter        its output back among the skipped tokens
+
 The state dict keeps the backbone's stock keys; router keys stand beside them (`layers.5.router.proj.weight`).
 """
 
@@ -20,9 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from . import seam
-from .baselines import fade, router_class
+from .baselines import fade, router_class, suits
 from .capacity import LearnedCapacity
-from .config import TASKS, ParameterError, RouterConfig
+from .config import ParameterError, RouterConfig
 from .ops.backend import backend
 from .ops.gather_scatter import gather_norm, scatter, scatter_
 from .plan import CapacityPlan
@@ -67,7 +79,9 @@ class MoDLayer(nn.Module):
 
         x + w * (y - x)  =  y + (w - 1) * (y - x)      (UniMoD, section 3; the second form is exact at w = 1)
 
-    for kept tokens and x for all others (w * x where the router scales those that it skips).
+    for kept tokens and x for all others (w * x where the router scales those that it skips). A skipped token is neither
+    query nor key in this layer, keeps its position, is ranked anew in the next routed layer and still counts in the
+    loss where it has a target; its score gets no gradient, since only the gates of kept tokens enter the output.
     """
 
     def __init__(self, layer: nn.Module, router: TaskRouter, number: int) -> None:
@@ -98,8 +112,8 @@ class MoDLayer(nn.Module):
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
         if unimod.decode:
             return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
-        h, state = hidden_states.squeeze(0), unimod.routing      # not [0], whose backward fills a tensor of zeros
-        routing = self.router(h, unimod.batch, state, unimod.plan.get(self.number))
+        h, earlier = hidden_states.squeeze(0), unimod.earlier    # not [0], whose backward fills a tensor of zeros
+        routing = self.router(h, unimod.batch, earlier, unimod.plan.get(self.number))
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
@@ -107,16 +121,16 @@ class MoDLayer(nn.Module):
         skipped = h if scale is None else h * scale[:, None].to(h.dtype)
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
             return skipped[None]
-        received = state.received
+        received = earlier.received
         rotary = tuple(x.index_select(1, index) for x in position_embeddings)
         run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing), position_embeddings=rotary, **kwargs)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             x, y, gated = checkpoint(run, hidden_states, use_reentrant=False)
         else:
             x, y, gated = run(hidden_states)
-        if state.needs_attention:                           # skipped tokens keep what they received last
-            received = state.received.new_zeros(len(h)) if received is None else received
-            state.received = received.index_copy(0, index, state.received)
+        if earlier.needs_attention:                         # skipped tokens keep what they received last
+            received = earlier.received.new_zeros(len(h)) if received is None else received
+            earlier.received = received.index_copy(0, index, earlier.received)
         if scale is None:
             return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)[None]
         # in place without gradients: `skipped` is this layer's own, while the caller may still hold hidden_states
@@ -144,7 +158,7 @@ class MoDLayer(nn.Module):
     def _decode(self, hidden_states: Tensor, state: ForwardState, **kwargs: object) -> Tensor:
         """A decode step: all tokens are computed, and those that the router drops leave no trace, neither here nor in
         the cache."""
-        decision = self.router.decode(hidden_states.squeeze(0), state.batch, state.routing)
+        decision = self.router.decode(hidden_states.squeeze(0), state.batch, state.earlier)
         y, gated = self._layer(hidden_states, unimod=replace(state, active=None if decision is None else decision[0]),
                                **kwargs)
         if decision is None:
@@ -230,7 +244,7 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     the model.
 
     Layers that the plan leaves dense stay as they are. router: a class of your own in place of the configuration's
-    (`router`'s docstring has an example); a saved model does not remember it. Raises `ParameterError` when the plan is
+    (`router`'s docstring has an example). Raises `ParameterError` when the plan is
     for another number of layers, when it does not suit a router that looks back at earlier layers, or when the model is
     routed already.
     """
@@ -240,6 +254,9 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
     if routed := [layer.number for layer in routed_layers(model)]:
         raise ParameterError(f"Layers {', '.join(map(str, routed))} of this model are routed already; call remove_mod "
                              f"first.")
+    if router is not None and not (isinstance(router, type) and issubclass(router, TaskRouter)):
+        raise ParameterError(f"router={router!r} is not a class of routers; give a subclass of "
+                             "unimod.router.TaskRouter.")
     config = config or RouterConfig()
     suits(plan, config)
     for i in plan.routed():
@@ -258,24 +275,6 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
         model.__dict__["_thaw"] = [p for n, p in model.named_parameters() if p.requires_grad and ".router." not in n]
         train_routers_only(model)
     return model
-
-
-def suits(plan: CapacityPlan, config: RouterConfig) -> None:
-    """Raise `ParameterError` for a plan that a router which looks back at earlier layers cannot carry out."""
-    routed = plan.routed()
-    if config.score == "attention" and 0 in routed:
-        raise ParameterError("score='attention' looks at the layer before, so layer 0 cannot be routed; give a plan "
-                             "that leaves it dense.")
-    for task in TASKS:
-        for i, (c, following) in enumerate(zip(plan.capacity[task], plan.capacity[task][1:])):
-            if config.decision_scope == "exit" and following > c:
-                raise ParameterError(f"decision_scope='exit': a token that was dropped never comes back, but {task} "
-                                     f"keeps {c:g} in layer {i} and {following:g} in "
-                                     f"layer {i + 1}; give capacities that do not rise with depth, such as last_half.")
-            if config.decision_scope == "span" and {i, i + 1} <= set(routed) and following != c:
-                raise ParameterError(f"decision_scope='span': one decision holds for neighbouring routed layers, but "
-                                     f"{task} keeps {c:g} in layer {i} and "
-                                     f"{following:g} in layer {i + 1}; give them one capacity, such as last_half does.")
 
 
 def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | None = None) -> LearnedCapacity:

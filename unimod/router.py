@@ -18,6 +18,9 @@ How to add a router: override what it does otherwise, most often `scores`, and n
     model, image_tokenizer = from_pretrained(shipped("showo-tiny"))
     apply_mod(model, last_half(len(model.layers)), RouterConfig(gate="sigmoid"), router=ChangeRouter)
 
+A class without weights of its own goes with RouterConfig(score="random", gate="none"). What it routes is saved as any
+model and loaded by from_pretrained(folder, router=ChangeRouter).
+
 A published method that users should be able to name goes into `baselines.ROUTERS` and `baselines.PRESETS`, with its
 formula on three tokens in `tests/core/test_routers.py`.
 """
@@ -67,7 +70,7 @@ class TaskRouter(nn.Module):
     def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
                 plan: LayerPlan | None = None) -> Routing:
         """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
-        state, plan = state or RoutingState(), plan or self.plan(batch)
+        state, plan = state or RoutingState(), plan or self.layer_plan(batch)
         predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
         score = self.scores(h, batch, state)
         ranked, eligible = self.candidates(score, batch, plan, state)
@@ -91,9 +94,9 @@ class TaskRouter(nn.Module):
         kept = self._above_threshold(_judged(score, batch), _judged(predicted, batch), batch)
         return always | kept, torch.where(always, 1.0, self.gate(score))
 
-    def plan(self, batch: Batch) -> LayerPlan:
+    def layer_plan(self, batch: Batch) -> LayerPlan:
         """What routing this layer needs of a batch, apart from hidden states."""
-        lengths, kept = tuple(s.length for s in batch.segments), self.kept(batch)
+        lengths, kept = tuple(s.length for s in batch.segments), self.kept_counts(batch)
         device, drops = batch.ids.device, [self.may_drop(s) for s in batch.segments]
         eligible = spread(torch.tensor(drops), lengths, device)
         always = batch.of_kind(self.config.always_keep) if self.config.always_keep else None
@@ -108,7 +111,7 @@ class TaskRouter(nn.Module):
         """Capacity of each task."""
         return self.capacity
 
-    def kept(self, batch: Batch) -> tuple[int, ...]:
+    def kept_counts(self, batch: Batch) -> tuple[int, ...]:
         """Tokens of each segment that are processed, before a threshold is applied: [S], on the host."""
         always = batch.count_of_kind(self.config.always_keep)
         return tuple(a + share(self.capacity[int(s.task)], s.length - a)
@@ -116,11 +119,15 @@ class TaskRouter(nn.Module):
                      for s, a in zip(batch.segments, always))
 
     def may_drop(self, segment: Segment) -> bool:
-        """Whether a segment's tokens compete at all."""
+        """Whether a segment's tokens compete at all.
+
+        All that decides who may be dropped: the plan (capacity below 1 for the segment's task in this layer) and the
+        layout (a segment of rule "keep", such as an answer, never is) here; `RouterConfig.always_keep` in `layer_plan`.
+        """
         return self.capacity[int(segment.task)] < 1 and segment.rule != "keep"
 
     def scores(self, h: Tensor, batch: Batch, state: RoutingState) -> Tensor:
-        """One score per token: float32 [T]."""
+        """One score per token: float32 [T]. h: [T, D], all sequences behind one another; `batch.row` tells which."""
         if self.config.normalised:
             h = F.layer_norm(h.to(torch.promote_types(h.dtype, torch.float32)), h.shape[-1:])
         score = self._of_task(self.proj(h), batch)
@@ -147,7 +154,7 @@ class TaskRouter(nn.Module):
         else for those above the threshold. Raises RuntimeError when there is neither."""
         if predicted is None and torch.isnan(self.threshold[list(tasks)]).any():
             raise RuntimeError("Token-by-token generation needs calibrated thresholds: call "
-                               "unimod.generate.calibrate(model, batches) first.")
+                               "unimod.generate.calibrate(model, batch) first.")
         return self._above_threshold(score, predicted, batch)
 
     def flops(self) -> int:
@@ -182,7 +189,7 @@ def routing_plan(routers: Mapping[int, TaskRouter], batch: Batch) -> dict[int, L
     for number, router in routers.items():
         key = type(router), router.config, router.capacities(), router.training
         if key not in made:
-            made[key] = router.plan(batch)
+            made[key] = router.layer_plan(batch)
         found[number] = made[key]
     return found
 

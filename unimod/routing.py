@@ -104,7 +104,8 @@ class ForwardState:
     """The segments of these tokens, where there is an `index`."""
     plan: Mapping[int, LayerPlan] = field(default_factory=dict)
     """`routing_plan` of the batch."""
-    routing: RoutingState = field(default_factory=RoutingState)
+    earlier: RoutingState = field(default_factory=RoutingState)
+    """Decisions of earlier layers, for methods that look back."""
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
     decode: bool = False

@@ -153,10 +153,10 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
         observer(module, q, k, state.given())
-    if state.routing.needs_attention:
+    if state.earlier.needs_attention:
         segment = state.batch.segment_numbers()
         segment = segment if state.index is None else segment[state.index]
-        state.routing.received = attention_received(q, k, mask.lo, mask.hi, segment, mask.lengths, scaling)
+        state.earlier.received = attention_received(q, k, mask.lo, mask.hi, segment, mask.lengths, scaling)
     if state.cache is not None:
         return state.cache.attend(layer_number(module), q, k, v, state, scaling)[None]
     memo = None if torch.compiler.is_compiling() else state.attention

@@ -89,7 +89,7 @@ class Objective(nn.Module):
 
     The losses on routers are weighted as `config` says. The model's own state dict keeps its keys; here they begin with
     "model.". FSDP2: `fully_shard` each of `model.layers`, then this; first, by itself, a scorer that all layers share
-    (`across`). Mixed precision needs `cast_forward_inputs=False`, or rotary angles are rounded too.
+    (`shared_layers`). Mixed precision needs `cast_forward_inputs=False`, or rotary angles are rounded too.
     """
 
     def __init__(self, model: UnifiedModel, config: TrainConfig | None = None) -> None:

@@ -83,11 +83,11 @@ def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
         h = model.embed(packed)[None]
         rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
     arguments = {"position_embeddings": rotary, "attention_mask": None, "position_ids": packed.position[None]}
-    plan = {5: layer.router.plan(packed)}                   # as the model makes it before its layers run
+    plan = {5: layer.router.layer_plan(packed)}                   # as the model makes it before its layers run
     weight, found = layer.mlp.fc1.weight if hasattr(layer.mlp, "fc1") else layer.mlp.up_proj.weight, []
     torch.compiler.reset()
     for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
         state = RoutingState(active=torch.arange(len(packed)) % 7 > 0 if config.decision_scope == "exit" else None)
-        out = run(h, **arguments, unimod=ForwardState(packed, plan=plan, routing=state))
+        out = run(h, **arguments, unimod=ForwardState(packed, plan=plan, earlier=state))
         found.append((out, torch.autograd.grad(out.square().sum(), (weight, layer.router.proj.weight))))
     torch.testing.assert_close(found[0], found[1])

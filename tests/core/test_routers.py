@@ -62,7 +62,7 @@ def routed(config, capacity=2 / 3, layers=1):
 def run(stack, packed, number=0, state=None, x=X):
     nowhere = torch.zeros(1, len(x), 1)
     with record_routing() as log:
-        out = stack.layers[number](x[None], unimod=ForwardState(packed, routing=state or RoutingState()),
+        out = stack.layers[number](x[None], unimod=ForwardState(packed, earlier=state or RoutingState()),
                                    position_embeddings=(nowhere, nowhere))[0]
     return out.detach(), log[number]
 
@@ -168,7 +168,7 @@ def test_layer_dropping_drops_whole_rows_in_training_only():
         assert torch.equal(out.view(4, 3, 2)[[b for b in range(4) if b not in rows]], X.expand(2, 3, 2))
         found.add(rows)
     assert len(found) == 6, "any two of four"
-    assert stack.layers[0].router.kept(packed) == (3, 3, 0, 0), "for counting: as many"
+    assert stack.layers[0].router.kept_counts(packed) == (3, 3, 0, 0), "for counting: as many"
     assert torch.equal(run(stack.eval(), packed, x=x)[0], x + 10 + 2 * x)
 
 
@@ -325,7 +325,7 @@ def test_plans_that_a_router_cannot_carry_out_are_refused(name, rows, words):
 def test_kept_counts_follow_the_batch_to_another_device():
     packed = three(modality=(Modality.IMAGE, Modality.TEXT, Modality.IMAGE))
     router = TaskRouter(2, {"t2i": 1, "mmu": 0.5, "lm": 1}, RouterConfig(always_keep=("text",)))
-    assert router.kept(packed.to("meta")) == router.kept(packed) == (2,)
+    assert router.kept_counts(packed.to("meta")) == router.kept_counts(packed) == (2,)
 
 
 @pytest.mark.parametrize("hidden", [0, 4])
@@ -345,15 +345,14 @@ def test_scores_of_half_precision_are_summed_in_float32(hidden):
         torch.testing.assert_close(a.float(), b, atol=0.05 * float(b.abs().max()), rtol=0.05)
 
 
-def test_a_router_is_added_as_the_docstring_says():
+def test_a_router_is_added_as_the_docstring_says(tmp_path):
     """The recipe in `unimod.router`, run as written: the model routes by it, trains it, and refuses nothing."""
-    from unimod import CapacityPlan, RouterConfig, apply_mod, from_pretrained, shipped
-    from unimod.plan import last_half
+    from unimod.models.checkpoint import CheckpointError, from_pretrained, save_pretrained, shipped
     lines = [line[4:] for line in unimod.router.__doc__.splitlines() if line.startswith("    ")]
     recipe = "\n".join(lines[lines.index("class ChangeRouter(TaskRouter):"):])
     assert len(recipe.splitlines()) < 20
     scope = {"TaskRouter": TaskRouter, "from_pretrained": from_pretrained, "shipped": shipped, "apply_mod": apply_mod,
-             "last_half": last_half, "RouterConfig": RouterConfig, "CapacityPlan": CapacityPlan}
+             "last_half": last_half, "RouterConfig": RouterConfig}
     exec(recipe, scope)
     model = scope["model"]
     assert type(model.layers[7].router) is scope["ChangeRouter"]
@@ -363,3 +362,13 @@ def test_a_router_is_added_as_the_docstring_says():
         model(packed).sum().backward()
     assert sorted(log) == [4, 5, 6, 7] and model.layers[7].router.proj.weight.grad.abs().sum() > 0
     assert 0 < len(log[7].index) < len(packed)
+    save_pretrained(tmp_path, model)
+    again, _ = from_pretrained(tmp_path, router=scope["ChangeRouter"])
+    assert torch.equal(again(packed), model.eval()(packed))
+    with pytest.raises(CheckpointError, match="was routed by the class ChangeRouter; load it with router=ChangeRouter"):
+        from_pretrained(tmp_path)
+    save_pretrained(tmp_path, apply_mod(remove_mod(model), last_half(8)))
+    with pytest.raises(CheckpointError, match="by no class of your own; load it with router=None"):
+        from_pretrained(tmp_path, router=scope["ChangeRouter"])
+    with pytest.raises(ParameterError, match="router='norm' is not a class of routers"):
+        apply_mod(remove_mod(model), last_half(8), router="norm")

@@ -75,7 +75,8 @@ def predicted_seconds(
     The dense model is left as it was.
     """
     with planned(model, plan, config):
-        shares = [sum(x.router.kept(batch)) / len(batch) if isinstance(x, MoDLayer) else None for x in model.layers]
+        shares = [sum(layer.router.kept_counts(batch)) / len(batch) if isinstance(layer, MoDLayer) else None
+                  for layer in model.layers]
     return sum(table.dense if share is None else table.routed(share) for share in shares)
 
 
@@ -141,7 +142,7 @@ def measured(
     steps = {share: (lambda arm=arm: arm(batch).sum().backward()) for share, arm in arms.items()}
     times = time_interleaved(steps, rounds, warmup=2, after=clear)
     seconds = {share: statistics.median(t.wall if device == "cuda" else t.cpu) for share, t in times.items()}
-    kept = {share: sum(arms[share].layers[0].router.kept(batch)) / len(batch) for share in SHARES}
+    kept = {share: sum(arms[share].layers[0].router.kept_counts(batch)) / len(batch) for share in SHARES}
     ascending = sorted(SHARES, key=kept.get)
     return CostTable(
         describe(device), len(batch), seconds[1.0],

@@ -28,10 +28,11 @@ small unified Llama, images as ids of its vocabulary; the stock model has to cal
                     text=lambda config: (config["image_offset"], config["eos_token_id"], "</s>"),
                     build=lambda config, layout, _: UnifiedModel(LlamaForCausalLM(LlamaConfig(**config)), layout))
 
-Put it in a file of its own and FAMILY into `checkpoint.FAMILIES`. Losses, routing, capture, FLOPs, generation,
-`inspect` and saving then work. Masks that are not causal: write `t2i`, `mmu` and `lm` of a `Layout` with `prefix_hi`
-and `suffix_hi` as in showo.py; `parts` cuts a sequence into stretches that compete in a routed layer: `topk` where all
-tokens are known when the layer runs, `keep` for text that is generated, `threshold` for images generated token by
-token. Codes with an embedding and a head of their own: override `embed`, `nll` and `code_logits` of `UnifiedModel`, as
-janus.py does.
+Put it in a file of its own and FAMILY into `checkpoint.FAMILIES`; `tests/models/test_add_a_model.py` builds, routes,
+saves and loads such a model. What `layout` and `build` read has to be in `lm.config`, which is what is saved. Losses,
+routing, capture, FLOPs, generation, `inspect` and saving then work. Masks that are not causal: write `t2i`, `mmu` and
+`lm` of a `Layout` with `prefix_hi` and `suffix_hi` as in showo.py; `parts` cuts a sequence into stretches that compete
+in a routed layer: `topk` where all tokens are known when the layer runs, `keep` for text that is generated, `threshold`
+for images generated token by token. Codes with an embedding and a head of their own: override `embed`, `nll` and
+`code_logits` of `UnifiedModel`, as janus.py does.
 """

@@ -26,9 +26,11 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
+from ..baselines import own_class
 from ..config import MODELS, ParameterError, RouterConfig, expanded
 from ..layers import MoDLayer, apply_mod, routed_layers
 from ..plan import CapacityPlan
+from ..router import TaskRouter
 from ..seam import without_initial_values
 from . import chameleon, emu3, janus, showo
 from .image_tokenizer import CONFIG_FILE, ImageTokenizer, load_image_tokenizer, stock_image_tokenizer, stock_kind
@@ -78,15 +80,15 @@ def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, gri
 
 def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None,
                     image_tokenizer: str | Path | None = None, text_budget: int | None = None,
-                    device: torch.device | str = "cpu",
-                    dtype: torch.dtype | None = None) -> tuple[UnifiedModel, ImageTokenizer | None]:
+                    device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+                    router: type[TaskRouter] | None = None) -> tuple[UnifiedModel, ImageTokenizer | None]:
     """The model in a folder, in eval mode and routed if it was saved routed, and its image tokenizer, or None.
 
     text: a tokenizer, or the folder of transformers' tokenizer; default: the one in the folder, if any.
     image_tokenizer: folder of MAGVIT-v2 or Emu3's vision tokenizer; default: the one inside the folder. text_budget:
     Show-o's T, which its config.json does not give (128; 381 in the released models tuned on LLaVA). dtype: default as
-    stored. Weights are read one tensor at a time, straight to `device`, after a check that they fit its memory. Raises
-    `CheckpointError`.
+    stored. router: the class of a model that was routed by one of your own. Weights are read one tensor at a time,
+    straight to `device`, after a check that they fit its memory. Raises `CheckpointError`.
     """
     folder = Path(expanded(folder))
     family, config = _recognise(folder)
@@ -99,7 +101,7 @@ def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None
     with _empty(device, dtype):
         model = family.build(config, layout, weights.shapes)
     fill(model, weights, family.ours, family.theirs)
-    _load_routers(folder, model)
+    _load_routers(folder, model, router)
     if image_tokenizer is not None or (folder / "image_tokenizer").is_dir():
         found = load_image_tokenizer(image_tokenizer or folder / "image_tokenizer")
     else:
@@ -112,7 +114,12 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
 
     config.json is written last, so a half-written folder does not load.
     """
-    folder, family = Path(expanded(folder)), next(f for f in FAMILIES if f.name == model.layout.kind)
+    folder, family = Path(expanded(folder)), next((f for f in FAMILIES if f.name == model.layout.kind), None)
+    if family is None:
+        raise CheckpointError(f"No family of models is named {model.layout.kind!r}, so nobody could load what is "
+                              f"saved. "
+                              f"Known: {', '.join(f.name for f in FAMILIES)}. Add yours to `checkpoint.FAMILIES` "
+                              "(`unimod.models` says how).")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     # cloned, since routers may share weights and safetensors refuses tensors that share memory
@@ -124,7 +131,9 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
         routers = {k: v for k, v in state.items() if ".router." in k and ".learned." not in k}
         save_file(routers, folder / "routers.safetensors")
         plan_of(model).save(folder / "plan.yaml")
-        (folder / "router.json").write_text(json.dumps(asdict(routed[0].router.config), indent=1), encoding="utf-8")
+        router = routed[0].router
+        settings = asdict(router.config) | ({"class": type(router).__qualname__} if own_class(router) else {})
+        (folder / "router.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     else:
         for name in ("routers.safetensors", "plan.yaml", "router.json"):
             (folder / name).unlink(missing_ok=True)
@@ -289,7 +298,7 @@ def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | 
                               f"{str(error).splitlines()[0]}") from None
 
 
-def _load_routers(folder: Path, model: UnifiedModel) -> None:
+def _load_routers(folder: Path, model: UnifiedModel, router: type[TaskRouter] | None) -> None:
     path = folder / "routers.safetensors"
     if not (folder / "plan.yaml").exists():
         if path.is_file():
@@ -300,8 +309,12 @@ def _load_routers(folder: Path, model: UnifiedModel) -> None:
         raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove "
                               "plan.yaml to load the dense model.")
     try:
-        router = RouterConfig.stored(read_json(folder / "router.json"))
-        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), router)
+        settings = read_json(folder / "router.json")
+        name = settings.pop("class", None)
+        if name != (router and router.__qualname__):
+            raise CheckpointError(f"{folder} was routed by {f'the class {name}' if name else 'no class of your own'}; "
+                                  f"load it with router={name}.")
+        apply_mod(model, CapacityPlan.load(folder / "plan.yaml"), RouterConfig.stored(settings), router)
     except (ParameterError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be routed as its plan.yaml and router.json say: {error}") from None
     layers = enumerate(model.layers)

@@ -111,13 +111,13 @@ class UnifiedModel(nn.Module):
         plan = {} if decode else routing_plan(routers, batch)
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         state = ForwardState(batch, plan=plan, cache=cache, decode=decode, compiled=self.compiled)
-        routing = state.routing
+        earlier = state.earlier
         with explained():
             for layer, following in zip(layers, [*layers[1:], None]):
                 if not isinstance(layer, MoDLayer):         # a span ends at a dense layer
-                    routing.routing = routing.decision = None
+                    earlier.routing = earlier.decision = None
                 scored = isinstance(following, MoDLayer) and following.router.needs_attention
-                routing.needs_attention = scored and (cache is None or cache.fresh)
+                earlier.needs_attention = scored and (cache is None or cache.fresh)
                 h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary,
                                             unimod=state))
         if cache is not None:

@@ -6,8 +6,9 @@ of a block of queries once. What each key receives needs that log-sum-exp, and t
 keys. Sums are float32 and in a fixed order: no atomics, runs repeat bit by bit. A query head reads its group's key head
 in place.
 
-    received_j = sum_i w_i exp(s_ij - lse_i)         with  s = q . k * scale entropy_i  = ln l - t / l
-    with  m = max_j s_ij,  l = sum_j exp(s_ij - m),  t = sum_j exp(s_ij - m) (s_ij - m)
+    received_j = sum_i w_i exp(s_ij - lse_i)         with  s = q . k * scale
+    entropy_i  = ln l - t / l                        with  m = max_j s_ij,  l = sum_j exp(s_ij - m)
+                                                     and   t = sum_j exp(s_ij - m) (s_ij - m)
 
 When a later block raises m to m', every sum shrinks by a = exp(m - m'), and t becomes a (t + (m - m') l).
 """

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: chosen once per device and dtype, reported once with the reason, forced by name
 on request.
 
-    UNIMOD_BACKEND=reference python ...     # or triton; an attention: sdpa, varlen, flash; or one of each:
-    triton,varlen with use_backend("reference", "sdpa"): ...
+    UNIMOD_BACKEND=reference python ...     # or triton; sdpa, varlen, flash; one of each: triton,varlen
+    with use_backend("reference", "sdpa"): ...
 
 Every op has a reference that runs anywhere; the others must give the same numbers.
 """

@@ -1,10 +1,12 @@
 """The two ends of a routed layer: the kept tokens are gathered and normalised, and the layer's output is scattered
 back.
 
-    gather_norm    x = h[index],  n = norm(x) scatter        out = h,  except  out[index] = y + (weight - 1) * (y -
-    h[index])  =  h[index] + weight * (y - h[index])
+    gather_norm    x = h[index],  n = norm(x)
+    scatter        out = h,  except  out[index] = y + (weight - 1) * (y - h[index])
+                                                = h[index] + weight * (y - h[index])
 
-Each function has a Triton kernel of one pass in `kernels_triton` (`backend("kernels", ...)` chooses).
+A routed layer calls `gather_norm` where Triton runs; elsewhere it gathers by `index_select` and leaves the norm to the
+layer. Each function has a Triton kernel of one pass in `kernels_triton` (`backend("kernels", ...)` chooses).
 """
 
 from __future__ import annotations
