@@ -36,7 +36,7 @@ import torch
 from .analysis.layers import collapsed
 from .analysis.redundancy import shares
 from .analysis.routing import figures, routings
-from .baselines import PRESETS
+from .baselines import PRESETS, suits
 from .batch import Task
 from .capacity import LearnedCapacity
 from .config import ARMS, TASKS, ParameterError, RouterConfig
@@ -46,7 +46,7 @@ from .data.sources import Dataset
 from .evaluate import evaluate
 from .files import runs_folder, write
 from .flops import Cost, count
-from .layers import apply_mod, learn_capacity, suits
+from .layers import apply_mod, learn_capacity
 from .models.checkpoint import build_model, from_pretrained, save_pretrained, shipped
 from .models.image_tokenizer import CONFIG_FILE, ImageTokenizer, build_image_tokenizer, load_image_tokenizer
 from .models.unified import UnifiedModel
