@@ -67,7 +67,7 @@ def test_capacity_one_and_identity_layers_change_nothing(model, packed):
 @torch.no_grad()
 @pytest.mark.parametrize("gate", ["tanh", "sigmoid", "raw"])
 def test_only_tokens_that_were_up_for_choice_are_weighted(model, packed, gate):
-    """Text that is kept by rule, and a task that the layer leaves dense, pass as in the dense layer: weight exactly
+    """Text that is always kept, and a task that the layer leaves dense, pass as in the dense layer: weight exactly
     1."""
     apply_mod(model, CapacityPlan({"mmu": [.5] + [1.0] * 7}), RouterConfig(gate=gate, std=0.5))
     with record_routing() as log:
@@ -145,7 +145,7 @@ def test_gradients_reach_every_router_and_only_kept_tokens(routed, packed):
         chosen = routing.index[torch.tensor(free).repeat_interleave(torch.tensor([s.length for s in routing.segments]))]
         assert set(grad.nonzero()[:, 0].tolist()) <= set(chosen.tolist()), "a dropped or an unrouted token has no say"
         assert grad[chosen].abs().sum() > 0
-    # In the last layer every mmu token that predicts something is kept by rule, so what happens to the others there
+    # In the last layer every mmu token that predicts something is always kept, so what happens to the others there
     # cannot reach the loss through their gates: that router is the one that learns nothing.
     loss.backward()
     for number in PLAN.routed():

@@ -220,6 +220,15 @@ def test_training_curves_add_cost_up_and_thin_long_runs():
     assert len(dense.x) <= runs.POINTS and dense.x[0] == pytest.approx(1e9) and dense.x[-1] > 1.9e12
 
 
+def test_a_model_without_the_value_keeps_its_panel_and_the_others_their_colours():
+    """As when runs on data sets with different figures are compared."""
+    data = pd.concat([curves().assign(model="with"), curves().assign(model="without", loss_t2i=np.nan)])
+    both, one = (runs.training_curves(x, "loss_t2i") for x in (data, data[data["model"] == "with"]))
+    assert [a.text for a in both.layout.annotations] == ["with", "without"]
+    first = {t.name: t.line.color for t in one.data}
+    assert all(t.line.color == first[t.name] for t in both.data if t.name in first)
+
+
 def test_the_competition_shows_its_seeds():
     three = {m: [made_competition(seed) for seed in range(3)] for m in MODELS}
     fig = routing.kept_over_steps(style.frame(three, "steps"))

@@ -47,7 +47,10 @@ def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int
     keys = [key for key in ARM_KEYS if key in data]
     data = data.sort_values("step", kind="stable")
     at = data["step"] if x == "step" else data.groupby(keys, sort=False)[x].cumsum()
-    data = data[[*keys, "step"]].assign(at=at, shown=data[value]).dropna(subset="shown")
+    data = data[[*keys, "step"]].assign(at=at, shown=data[value])
+    # steps without the value are left out, but a run that has none keeps a row: its panel, its colour
+    none = data["shown"].isna().groupby([data[key] for key in keys]).transform("all") & ~data.duplicated(keys)
+    data = data[data["shown"].notna() | none]
     data["shown"] = data.groupby(keys, sort=False)["shown"].transform(lambda y: y.rolling(smooth, min_periods=1).mean())
     place = data.groupby(keys[:-1], sort=False)["step"].rank("dense") - 1
     every = place.groupby([data[key] for key in keys[:-1]]).transform("max") // POINTS + 1
