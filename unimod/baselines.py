@@ -280,8 +280,9 @@ def router_class(config: RouterConfig) -> type[TaskRouter]:
 
 def fade(router: TaskRouter, learned: LearnedCapacity, row: int) -> None:
     """Let row `row` of what is learned be the capacities of a router, in place."""
-    # in place: its layer, hooks and optimisers hold this very module
-    router.__class__ = FADING[type(router)]
+    if not isinstance(router, Fading):                      # else a second budget for the same router
+        # in place: its layer, hooks and optimisers hold this very module
+        router.__class__ = FADING[type(router)]
     router.learned, router.row = learned, row
     router.capacities()
 

@@ -134,7 +134,7 @@ class Batch:
     def labelled(self) -> Tensor:
         """The tokens that have a target: int64 [N], ascending, found on the host."""
         where = ((self.host or self).target != IGNORE).nonzero()[:, 0]
-        return where.to(self.ids.device, non_blocking=True)
+        return where.to(self.ids.device, non_blocking=not where.is_cuda)     # to the host it would be read too early
 
     @property
     def target_counts(self) -> tuple[int, ...]:

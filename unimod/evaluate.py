@@ -223,10 +223,11 @@ def agreement(model: UnifiedModel, batch: Batch) -> list[dict[str, object]]:
 def loss_by_decision(model: UnifiedModel, batch: Batch) -> list[dict[str, object]]:
     """One row per task of the batch and way it is `decided` (top-k; alone: per token): `loss` in nats per target and
     the share of token-layers `kept` in the routed layers."""
-    batch, rows = batch.to(model.device), []
-    for way, given in (("top-k", batch), ("alone", per_token(batch))):
+    decisions, rows = {"top-k": batch, "alone": per_token(batch)}, []
+    batch = batch.to(model.device)
+    for way, given in decisions.items():
         with record_routing() as log:
-            per_task = losses(model, given).per_task
+            per_task = losses(model, given.to(model.device)).per_task
         for task in dict.fromkeys(batch.tasks):
             mine = batch.task == task
             kept = sum(int(mine[r.index].sum()) for r in log.values()) / max(1, len(log) * int(mine.sum()))

@@ -110,7 +110,7 @@ def count(model: UnifiedModel, batch: Batch, image_tokenizer: ImageTokenizer | N
             stack += scoring
             backward += scoring * (_trained(layer.router) + flows)
             flows = flows or _trained(layer.router)
-        if isinstance(following, MoDLayer) and following.router.config.score == "attention":
+        if isinstance(following, MoDLayer) and following.router.needs_attention:
             received += _attention(layer, segments) / 2     # the map once more, without the values
         token_layers += sum(k for _, k in segments)
         dense += _layer(inner, [(s, s.length) for s in batch.segments])

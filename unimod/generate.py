@@ -4,7 +4,7 @@
     codes = draw(model, ["a red circle at the top left"], seed=0)    # int64 [B, N]
     codes = draw(model, captions, codes=codes, masked=slots)         # inpainting: only the masked slots are drawn anew
     wider = extend(model, captions, codes.view(-1, 16, 16), "right", 8)
-    calibrate(model, packed)                                         # before draw() on a routed causal model
+    calibrate(model, batch)                                          # before draw() on a routed causal model
 
 Token by token means with a cache of keys and values, in which a routed layer writes the tokens it keeps. Text that is
 generated is kept; pictures generated token by token are routed by a calibrated threshold (see `config.RULES`). Masked

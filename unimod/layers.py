@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from . import seam
-from .baselines import fade, router_class, suits
+from .baselines import RandomRouter, fade, own_class, router_class, suits
 from .capacity import LearnedCapacity
 from .config import ParameterError, RouterConfig
 from .ops.backend import backend
@@ -259,6 +259,10 @@ def apply_mod(model: nn.Module, plan: CapacityPlan, config: RouterConfig | None 
                              "unimod.router.TaskRouter.")
     config = config or RouterConfig()
     suits(plan, config)
+    if router is not None and router_class(config) not in (TaskRouter, RandomRouter, *router.__mro__):
+        raise ParameterError(f"{router.__name__} does not do what the configuration asks of "
+                             f"{router_class(config).__name__}: derive it from that class, or leave score, topk_scope "
+                             "and decision_scope at their defaults.")
     for i in plan.routed():
         old = model.layers[i]
         made = (router or router_class(config))(model.width, plan.at(i), config).to(next(old.parameters()))
@@ -286,11 +290,14 @@ def learn_capacity(model: nn.Module, saving: float, weight: dict[str, float] | N
     choice has no edge to learn from.
     """
     routed = routed_layers(model)
+    if own := [layer for layer in routed if own_class(layer.router)]:
+        raise ParameterError(f"{type(own[0].router).__name__} is a router of your own, and capacities are learned with "
+                             "the package's: call apply_mod without router= first.")
     if not routed or any(layer.router.config.topk_scope != "segment" or layer.router.config.decision_scope != "layer"
                          for layer in routed):
         raise ParameterError("Capacities are learned where each layer chooses for itself among the tokens of a "
-                             "segment: call apply_mod with a "
-                             "router of topk_scope='segment' and decision_scope='layer' first.")
+                             "segment: call apply_mod with a router of topk_scope='segment' and "
+                             "decision_scope='layer' first.")
     learned = LearnedCapacity(len(model.layers), [layer.number for layer in routed], weight or {"t2i": 1.0, "mmu": 1.0},
                               saving)
     learned.to(next(model.parameters()).device)

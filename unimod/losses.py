@@ -94,7 +94,7 @@ def budget(log: Mapping[int, Routing], share: float | None = None) -> Tensor:
 
 
 def _against_members(logits: Tensor, routing: Routing) -> Tensor:
-    """Mean over open tokens, 0 where there is none; their number is not read from the device."""
+    """Mean over eligible tokens, 0 where there is none; their number is not read from the device."""
     each = F.binary_cross_entropy_with_logits(logits.float(), routing.kept.float(), reduction="none")
     return (each * routing.eligible).sum() / routing.eligible.sum().clamp(min=1)
 

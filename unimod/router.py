@@ -18,7 +18,8 @@ How to add a router: override what it does otherwise, most often `scores`, and n
     model, image_tokenizer = from_pretrained(shipped("showo-tiny"))
     apply_mod(model, last_half(len(model.layers)), RouterConfig(gate="sigmoid"), router=ChangeRouter)
 
-A class without weights of its own goes with RouterConfig(score="random", gate="none"). What it routes is saved as any
+A class without weights of its own goes with RouterConfig(score="random", gate="none"). `layer_plan` is worked out once
+for all layers of one class, configuration and capacity. What it routes is saved as any
 model and loaded by from_pretrained(folder, router=ChangeRouter).
 
 A published method that users should be able to name goes into `baselines.ROUTERS` and `baselines.PRESETS`, with its

@@ -31,7 +31,7 @@ class Routing:
     score: Tensor
     """float32 [T]: the raw scores."""
     segments: tuple[Segment, ...]
-    """The segments of the kept tokens, for `Batch.take`."""
+    """The segments of the kept tokens."""
     kth: Tensor
     """int64 [S]: index of each segment's k-th best token, whose score is the segment's own threshold."""
     eligible: Tensor

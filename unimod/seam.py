@@ -1,6 +1,6 @@
 """The seam to transformers: the only file that imports its inside or knows an attribute of its decoder layers.
 
-    layer(h, attention_mask=None, position_ids=position, position_embeddings=(cos, sin), unimod=ForwardState(packed))
+    layer(h, attention_mask=None, position_ids=position, position_embeddings=(cos, sin), unimod=ForwardState(batch))
 
 A stock layer passes keywords that it does not know on to its attention, which is the one function registered here: it
 reads the intervals of the batch in the `ForwardState`. No modelling file is rewritten, no T x T mask is stored.
@@ -169,7 +169,7 @@ AttentionInterface.register(ATTENTION, _packed_attention)
 
 @contextmanager
 def observe_attention(observer: Observer) -> Iterator[None]:
-    """Call `observer(module, q, k, packed)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and
+    """Call `observer(module, q, k, batch)` in every attention, with q [H, T, d] and k [H_kv, T, d] after norm and
     RoPE. Blocks may be nested: each observer is called."""
     outer = _OBSERVER.get()
 

@@ -123,6 +123,13 @@ def test_it_is_saved_as_the_plan_it_has_come_to(tmp_path, model, packed):
     assert tuple(again.layers[6].router.capacity) == pytest.approx(learned.host(2), abs=0)
 
 
+def test_a_second_budget_starts_anew(model, packed):
+    learn_capacity(apply_mod(model, last_half(8), RouterConfig(std=0.5)), 0.2)
+    learned = learn_capacity(model, 0.1)
+    model.train()(packed).sum().backward()
+    assert learned.theta.grad.abs().sum() > 0 and learned.plan().saving("t2i") == pytest.approx(0.1, abs=1e-3)
+
+
 def test_layers_that_do_nothing_give_their_capacity_to_those_that_do(model, packed):
     """Layers 4 and 6 write nothing. The loss wants the others' updates, so capacity moves there, as fast as the rate
     allows, at the same total."""

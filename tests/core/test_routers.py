@@ -12,7 +12,7 @@ from unimod.baselines import PRESETS
 from unimod.batch import IGNORE, Modality, Task, TokenSequence, pack
 from unimod.config import KINDS, ParameterError, RouterConfig
 from unimod.flops import count
-from unimod.layers import apply_mod, record_routing, remove_mod, train_routers_only
+from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod, train_routers_only
 from unimod.losses import losses
 from unimod.plan import CapacityPlan, last_half
 from unimod.router import TaskRouter, scorer
@@ -370,5 +370,10 @@ def test_a_router_is_added_as_the_docstring_says(tmp_path):
     save_pretrained(tmp_path, apply_mod(remove_mod(model), last_half(8)))
     with pytest.raises(CheckpointError, match="by no class of your own; load it with router=None"):
         from_pretrained(tmp_path, router=scope["ChangeRouter"])
+    with pytest.raises(ParameterError, match="ChangeRouter does not do what the configuration asks of EarlyExitRouter"):
+        apply_mod(remove_mod(model), last_half(8), PRESETS["early-exit"], router=scope["ChangeRouter"])
+    apply_mod(model, last_half(8), router=scope["ChangeRouter"])
+    with pytest.raises(ParameterError, match="ChangeRouter is a router of your own"):
+        learn_capacity(model, 0.1)
     with pytest.raises(ParameterError, match="router='norm' is not a class of routers"):
         apply_mod(remove_mod(model), last_half(8), router="norm")

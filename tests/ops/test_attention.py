@@ -182,6 +182,10 @@ def test_the_plan_of_kept_tokens_is_read_off_the_plan_of_the_batch(name, kept, m
         kept_of = KeptOf(memo, whole.mask, index, prefix_count(index, len(whole)))
         same(attend(batch, inputs, {"kept_of": kept_of}), batch, inputs)
     assert len(made) == 1 and kernel.pairs == 2 * int((batch.mask.hi - batch.mask.lo).sum())
+    monkeypatch.setattr(attention, "_implementation", lambda *_: "sdpa")
+    once = {"kept_of": kept_of}
+    same(attend(batch, inputs, once), batch, inputs)
+    assert list(once) == ["kept_of"], "a dense mask of kept tokens serves one layer, and would be held"
 
 
 @pytest.mark.parametrize("takes", [(), ("scale", "window_size"), ("scale", "window_size", "enable_gqa")],

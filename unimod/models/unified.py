@@ -107,16 +107,17 @@ class UnifiedModel(nn.Module):
         h = self.embed(batch)[None]
         position = batch.position[None]
         layers = [layer for i, layer in enumerate(self.layers) if i not in self.skipped]
-        routers = {layer.number: layer.router for layer in layers if isinstance(layer, MoDLayer)}
+        # by attribute: a wrapper around a layer, such as torch's checkpoint_wrapper, hands these through
+        routers = {layer.number: layer.router for layer in layers if hasattr(layer, "router")}
         plan = {} if decode else routing_plan(routers, batch)
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         state = ForwardState(batch, plan=plan, cache=cache, decode=decode, compiled=self.compiled)
         earlier = state.earlier
         with explained():
             for layer, following in zip(layers, [*layers[1:], None]):
-                if not isinstance(layer, MoDLayer):         # a span ends at a dense layer
+                if not hasattr(layer, "router"):            # a span ends at a dense layer
                     earlier.routing = earlier.decision = None
-                scored = isinstance(following, MoDLayer) and following.router.needs_attention
+                scored = hasattr(following, "router") and following.router.needs_attention
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
                 h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary,
                                             unimod=state))

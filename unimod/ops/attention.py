@@ -39,6 +39,8 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, 
     """
     name = _implementation(q.device.type, q.dtype, masks, q.shape[2])
     if name == "sdpa":
+        # kept tokens' masks [B, n, n] serve one layer: a memo that a recomputed layer holds would keep them all
+        memo = None if memo and "kept_of" in memo else memo
         return attend(q, k, v, _kept(memo, prepare, lo, hi, lengths, masks), scale)
     from . import attention_varlen
 

@@ -21,8 +21,8 @@ def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> tu
     score: float [T]; lengths, keep: host sizes per segment, lengths adding up to T and 0 <= keep[s] <= lengths[s]. Ties
     go to the earlier token; a NaN of either sign counts as the best score, and -0 equals 0. Returns `index` (int64 [K],
     ascending), `last` (int64 [S]: the k-th best token of each segment; its best for keep[s] = 0; any token where the
-    segment is empty) and `rank` (int64 [T + 1], the prefix count of index, from which `Batch.take` reads the new
-    intervals). Raises ValueError on sizes that do not fit.
+    segment is empty) and `rank` (int64 [T + 1], the prefix count of index, from which `IntervalMask.take` reads the
+    new intervals). Raises ValueError on sizes that do not fit.
     """
     if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
         raise ValueError(f"select: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
