@@ -133,6 +133,7 @@ class Batch:
     @property
     def labelled(self) -> Tensor:
         """The tokens that have a target: int64 [N], ascending, found on the host."""
+        # nonzero on a device waits for it, since its size is a host number
         where = ((self.host or self).target != IGNORE).nonzero()[:, 0]
         return where.to(self.ids.device, non_blocking=not where.is_cuda)     # to the host it would be read too early
 
@@ -193,6 +194,7 @@ class Batch:
 
         tensors = {f.name: move(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
         mask = replace(self.mask, lo=move(self.mask.lo), hi=move(self.mask.hi))
+        # not a field of __init__, so that replace cannot carry it on to a batch with other tokens
         moved = replace(self, **tensors, mask=mask)
         object.__setattr__(moved, "host", self.host or self)
         return moved
@@ -221,6 +223,7 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
     if not sequences:
         raise ValueError("pack() needs at least one sequence.")
     lengths = tuple(len(s.ids) for s in sequences)
+    # no padding: rows of 90 to 1,155 tokens lie behind one another, and linear layers see one [1, T, D]
     size = torch.tensor(lengths)
     start = spread(size.cumsum(0) - size, lengths)
     features = [s.features for s in sequences if s.features is not None]
@@ -240,6 +243,7 @@ def pack(sequences: Sequence[TokenSequence]) -> Batch:
 
 def spread(values: Tensor, lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """One value per run (host tensor [S]), repeated for each of its tokens: [T] on `device`, without waiting for it."""
+    # on the host, then up: repeat_interleave on a device would ask it for the size
     found = torch.repeat_interleave(values, torch.tensor(lengths), output_size=sum(lengths))
     return found.to(device, non_blocking=True)
 

@@ -52,6 +52,7 @@ class LearnedCapacity(nn.Module):
     def fractions(self) -> Tensor:
         """Keep fractions [R, tasks], differentiable in theta and on the budget."""
         mu, _ = self._solved()
+        # d c / d mu of c = FLOOR + (1 - FLOOR) sigmoid: (c - FLOOR)(1 - c) / (1 - FLOOR)
         slope = self._at(mu).detach()
         slope = ((slope - FLOOR) * (1 - slope) / (1 - FLOOR) * self.share).sum()
         total = (self._at(mu) * self.share).sum()
@@ -90,6 +91,7 @@ class LearnedCapacity(nn.Module):
 
     def _solved(self) -> tuple[Tensor, list[tuple[float, ...]]]:
         """`_solve` for the present theta, once per change of it."""
+        # an optimiser writes in place, which moves the version; load_state_dict and .to may bring another tensor
         state = id(self.theta), self.theta._version
         if self._seen is None or self._seen[0] != state or self._seen[1].device != self.theta.device:
             self._seen = (state, *self._solve(self.target))
@@ -98,7 +100,9 @@ class LearnedCapacity(nn.Module):
     @torch.no_grad()
     def _solve(self, target: float) -> tuple[Tensor, list[tuple[float, ...]]]:
         """mu for a mean fraction, by bisection, and the fractions that it gives."""
+        # sigmoid is flat beyond 30 in float32, so the root lies within
         low, high = -30 - self.theta.max(), 30 - self.theta.min()
+        # 60 / 2^50 is below float32's resolution of mu
         for _ in range(50):
             mu = (low + high) / 2
             over = (self._at(mu) * self.share).sum() > target

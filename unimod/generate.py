@@ -46,6 +46,7 @@ class DecodeSession:
             raise ValueError(f"static=True takes rows of one task and rule; these are of {len(kinds)}. Decode them "
                              f"apart, or with static=False.")
         self.model, self.rows, self.score_source, self.static = model, rows, score_source, static
+        # one more place where steps are static: a dropped token is written there and then overwritten
         self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new + static)
         batch = pack(rows)
         self.position = torch.stack([r.position[-1] for r in rows]) + 1
@@ -66,6 +67,7 @@ class DecodeSession:
 
     def _next(self, ids: Tensor, active: list[int]) -> Batch:
         """The batch of one further token of each active sequence."""
+        # a batch of one token per sequence: each sees itself here, and the cache what came before
         row, n = torch.tensor(active), torch.arange(len(active))
         segments = tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in active)
         task, modality = torch.tensor([self.rows[i].task for i in active]), self.model.layout.modality(ids)
@@ -140,8 +142,7 @@ def _sample(logits: Tensor, top_k: int, temperature: float, generator: torch.Gen
 
 @torch.no_grad()
 def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, top_k: int = 1,
-           temperature: float = 1.0, seed: int = 0,
-           static: bool = False) -> list[str]:
+           temperature: float = 1.0, seed: int = 0, static: bool = False) -> list[str]:
     """Answers to open-ended understanding rows, at most `max_new` tokens each.
 
     top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding. static: see `DecodeSession`.
@@ -168,11 +169,9 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
 
 @torch.no_grad()
 def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: float | None = None, steps: int = 8, *,
-         negative: str = "",
-         codes: Tensor | None = None, masked: Tensor | None = None, grid: tuple[int, int] | None = None,
-         top_k: int = 2048,
-         temperature: float = 1.0, share: bool = False, static: bool = False,
-         generator: torch.Generator | None = None) -> Tensor:
+         negative: str = "", codes: Tensor | None = None, masked: Tensor | None = None,
+         grid: tuple[int, int] | None = None, top_k: int = 2048, temperature: float = 1.0, share: bool = False,
+         static: bool = False, generator: torch.Generator | None = None) -> Tensor:
     """Pictures for captions: codes int64 [B, N].
 
     guidance: weight w of the captioned branch over the one with the text `negative`, score = uncond + (1 + w)(cond -
@@ -208,8 +207,7 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
 
 
 def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float,
-                 negative: str, share: bool,
-                 steps: int, known: tuple[Tensor, Tensor] | None) -> Tensor:
+                 negative: str, share: bool, steps: int, known: tuple[Tensor, Tensor] | None) -> Tensor:
     """MaskGIT decoding as Show-o does it: sample every slot, keep the confident ones, mask the rest again.
 
     logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps))
@@ -234,6 +232,7 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
         probability = logits.softmax(-1)
         sampled = torch.multinomial(probability.flatten(0, 1), 1, generator=generator).view(count, n)
         sampled = torch.where(unknown, sampled, codes)
+        # known slots get the largest number, so they are never the ones masked again
         confidence = probability.gather(-1, sampled[..., None])[..., 0].masked_fill(~unknown,
                                                                                     torch.finfo(probability.dtype).max)
         gumbel = -(-torch.rand(count, n, generator=generator, device=at).clamp(min=1e-20).log()).clamp(min=1e-20).log()
@@ -248,8 +247,7 @@ def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], gener
 
 
 def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float,
-                 negative: str, share: bool,
-                 top_k: int, temperature: float, static: bool) -> Tensor:
+                 negative: str, share: bool, top_k: int, temperature: float, static: bool) -> Tensor:
     """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over
     log-probabilities."""
     n, count = layout.image_tokens, len(captions)

@@ -90,6 +90,7 @@ class MoDLayer(nn.Module):
             raise ParameterError(f"{type(layer).__name__} already has a 'router'; call remove_mod before routing it "
                                  f"again.")
         self.__dict__["layer"] = layer
+        # one set of children, not a child `layer`: stock keys, and model.layers[5].mlp = X is what runs
         self._parameters, self._buffers, self._modules = layer._parameters, layer._buffers, layer._modules
         self._non_persistent_buffers_set = layer._non_persistent_buffers_set
         self.router = router
@@ -122,8 +123,10 @@ class MoDLayer(nn.Module):
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
             return skipped[None]
         received = earlier.received
+        # gathered, not computed anew: cos and sin of the kept tokens' own positions, in float32
         rotary = tuple(x.index_select(1, index) for x in position_embeddings)
         run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing), position_embeddings=rotary, **kwargs)
+        # the router stays outside: its decision is needed to scatter, and costs 2 D FLOPs a token
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             x, y, gated = checkpoint(run, hidden_states, use_reentrant=False)
         else:
@@ -131,6 +134,7 @@ class MoDLayer(nn.Module):
         if earlier.needs_attention:                         # skipped tokens keep what they received last
             received = earlier.received.new_zeros(len(h)) if received is None else received
             earlier.received = received.index_copy(0, index, earlier.received)
+        # the usual end: skipped tokens are h itself, which nobody may write to
         if scale is None:
             return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)[None]
         # in place without gradients: `skipped` is this layer's own, while the caller may still hold hidden_states

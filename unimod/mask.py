@@ -37,6 +37,7 @@ class IntervalMask:
         before each token; without it the same numbers are searched in `index`.
         """
         ends = (self.lo.index_select(0, index), self.hi.index_select(0, index))
+        # rank is at hand where tokens were selected: two gathers in place of two binary searches
         lo, hi = (torch.searchsorted(index, x) if rank is None else rank.index_select(0, x) for x in ends)
         return IntervalMask(lo, hi, lengths, self.kinds)
 

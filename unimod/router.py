@@ -72,6 +72,7 @@ class TaskRouter(nn.Module):
                 plan: LayerPlan | None = None) -> Routing:
         """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
         state, plan = state or RoutingState(), plan or self.layer_plan(batch)
+        # detached: the predictor learns what the router decides and must not move what it decides from (MoD, 3.5 b)
         predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
         score = self.scores(h, batch, state)
         ranked, eligible = self.candidates(score, batch, plan, state)
@@ -80,7 +81,9 @@ class TaskRouter(nn.Module):
             passes = self.passes(ranked, _judged(predicted, batch), batch, plan.threshold_tasks)
             index, segments = self._apply_threshold(passes, index, batch, plan)
             rank = prefix_count(index, len(batch))
+        # 1, not the gate, where there was no choice: such a token goes through the layer as in the dense model
         gate = torch.where(eligible, self.gate(score), 1.0)
+        # index_select below: the backward of gate[index] sorts its indices, 11 kernels where this takes 2
         skip_scale = gate if self.config.scale_skipped else None
         return Routing(index, gate.index_select(0, index), score, segments, kth, eligible, predicted, skip_scale, rank)
 
@@ -100,6 +103,7 @@ class TaskRouter(nn.Module):
         lengths, kept = tuple(s.length for s in batch.segments), self.kept_counts(batch)
         device, drops = batch.ids.device, [self.may_drop(s) for s in batch.segments]
         eligible = spread(torch.tensor(drops), lengths, device)
+        # None, not a mask of False: most methods always keep nothing, and every mask costs each layer two kernels
         always = batch.of_kind(self.config.always_keep) if self.config.always_keep else None
         tasks = frozenset(s.task for s, may in zip(batch.segments, drops) if may and s.rule == "threshold")
         if tasks and "labelled" in self.config.always_keep:
@@ -132,6 +136,7 @@ class TaskRouter(nn.Module):
         if self.config.normalised:
             h = F.layer_norm(h.to(torch.promote_types(h.dtype, torch.float32)), h.shape[-1:])
         score = self._of_task(self.proj(h), batch)
+        # the logistic is the difference of two Gumbel variables: keep against drop, as in the paper's competition
         if self.training and self.config.noise:
             score = score + self.config.noise * torch.rand_like(score).clamp(1e-6, 1 - 1e-6).logit()
         return score
@@ -139,6 +144,7 @@ class TaskRouter(nn.Module):
     def candidates(self, score: Tensor, batch: Batch, plan: LayerPlan, state: RoutingState) -> tuple[Tensor, Tensor]:
         """What is ranked, float [T] without a gradient and inf for tokens that are always kept, and which tokens are
         eligible, bool [T]."""
+        # top-k has no slope: what is ranked carries no gradient, the gate does
         ranked = _judged(score.detach(), batch)
         return ranked if plan.always is None else ranked.masked_fill(plan.always, torch.inf), plan.eligible
 
@@ -174,6 +180,7 @@ class TaskRouter(nn.Module):
                          plan: LayerPlan) -> tuple[Tensor, tuple[Segment, ...]]:
         """Drop the tokens of threshold segments that do not pass; the sizes are read from the device."""
         passes = passes if plan.always is None else passes | plan.always
+        # a threshold keeps as many as pass: the one place in this class that waits for the device
         stay, segments, at = torch.ones_like(index, dtype=torch.bool), [], 0
         for s, n in zip(batch.segments, plan.kept):
             if s.rule == "threshold" and self.may_drop(s):
@@ -188,6 +195,7 @@ def routing_plan(routers: Mapping[int, TaskRouter], batch: Batch) -> dict[int, L
     made: dict[tuple, LayerPlan] = {}
     found = {}
     for number, router in routers.items():
+        # 24 routed layers of Show-o at one capacity: one plan and one upload in place of 24
         key = type(router), router.config, router.capacities(), router.training
         if key not in made:
             made[key] = router.layer_plan(batch)
@@ -197,6 +205,8 @@ def routing_plan(routers: Mapping[int, TaskRouter], batch: Batch) -> dict[int, L
 
 def share(capacity: float, n: int) -> int:
     """How many of n tokens a capacity keeps: rounded half up, at least one of any."""
+    # at least one: a segment without a token would leave its router without a gradient; half up, since Python's round
+    # sends 0.5 to 0 and 1.5 to 2
     return min(n, max(1, math.floor(capacity * n + 0.5)))
 
 

@@ -124,6 +124,7 @@ class ForwardState:
     def of_kept(self, routing: Routing) -> ForwardState:
         """The state for the tokens that a routed layer keeps."""
         segments = routing.segments
+        # positions are not taken: kept tokens keep their rotary angles (gamma-MoD numbers them anew)
         mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
         rank = prefix_count(routing.index, len(self.batch)) if routing.rank is None else routing.rank
         kept_of = KeptOf(self.attention, self.batch.mask, routing.index, rank)

@@ -179,6 +179,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
         if (record := flush()) and main:                   # of the step before: while this one runs
             log(record)
         pending.append((step, began, _async_copy(accelerator.gather(mine[None]))))
+        # on CUDA the metrics are read a step later, while the next one runs: reading them now would wait for the device
         if accelerator.device.type == "cuda" and not (judged or saved or last):
             continue
         record = flush()
@@ -229,6 +230,7 @@ def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:
 def _save(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict,
           records: list[dict]) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings, "records": records}
+    # written beside and renamed: a run killed while saving finds the checkpoint before it
     torch.save(state, folder / "last.pt.part")
     os.replace(folder / "last.pt.part", folder / "last.pt")
 

@@ -42,6 +42,7 @@ class KVCache:
         first = layer not in self.keys
         if first:
             for store in (self.keys, self.values):
+                # when the layer first runs: it alone knows its heads, width and dtype
                 store[layer] = k.new_zeros(self.rows, k.shape[0], self.room, k.shape[2])
             self.used[layer] = torch.zeros(self.rows, dtype=torch.long, device=k.device)
         if state.decode:
@@ -51,6 +52,7 @@ class KVCache:
         if not first and max(mask.lengths) > 1:
             raise RuntimeError(f"Rows of {max(mask.lengths)} tokens cannot follow cached ones; append one token per "
                                f"row at a time.")
+        # a routed layer's tokens lie without gaps: its lo is the first kept token of the sequence
         place = used[row] + torch.arange(len(row), device=row.device) - mask.lo if first else used[row]
         self.keys[layer][row, :, place] = k.transpose(0, 1)
         self.values[layer][row, :, place] = v.transpose(0, 1)
@@ -60,6 +62,7 @@ class KVCache:
             return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scale, mask.kinds, state.attention)
         # known on the host, at least what any row holds
         most = self._most[layer] = min(self._most[layer] + 1, self.room)
+        # a slice is a view; indexing by sequence copies the cache, which only sequences that have ended cost
         whole = len(row) == self.rows
         keys, values = (store[layer][:, :, :most] if whole else store[layer][row, :, :most]
                         for store in (self.keys, self.values))

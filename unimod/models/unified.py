@@ -110,6 +110,7 @@ class UnifiedModel(nn.Module):
         # by attribute: a wrapper around a layer, such as torch's checkpoint_wrapper, hands these through
         routers = {layer.number: layer.router for layer in layers if hasattr(layer, "router")}
         plan = {} if decode else routing_plan(routers, batch)
+        # once for all layers; in bfloat16 angles beyond position 256 would be whole radians apart
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
         state = ForwardState(batch, plan=plan, cache=cache, decode=decode, compiled=self.compiled)
         earlier = state.earlier
