@@ -114,7 +114,7 @@ class MoDLayer(nn.Module):
         if unimod.decode:
             return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
         h, earlier = hidden_states.squeeze(0), unimod.earlier    # not [0], whose backward fills a tensor of zeros
-        routing = self.router(h, unimod.batch, earlier, unimod.plan.get(self.number))
+        routing = self.router(h, unimod.batch, earlier, unimod.plan.layers.get(self.number))
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing

@@ -4,7 +4,7 @@
 
 UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (MoD, arXiv 2404.02258) has one. Both are
 the `TaskRouter` of this file, with `shared` off or on; what other methods do otherwise is in `baselines`. What depends
-on the batch and the capacities alone is worked out once per batch and not per layer: `routing_plan`.
+on the batch and the capacities alone is worked out once per batch, on the host: `routing_plan`.
 
 How to add a router: override what it does otherwise, most often `scores`, and name the class when routing a model.
 
@@ -38,8 +38,9 @@ from torch import Tensor, nn
 
 from .batch import Batch, Segment, Task, spread
 from .config import RouterConfig
-from .ops.select import prefix_count, select
+from .ops.select import prefix_count, segment_sizes, select
 from .routing import LayerPlan, Routing, RoutingState
+from .upload import upload
 
 Selected = tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]
 """`Routing.index`, `.kth`, `.rank` and `.segments`."""
@@ -71,7 +72,7 @@ class TaskRouter(nn.Module):
     def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
                 plan: LayerPlan | None = None) -> Routing:
         """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
-        state, plan = state or RoutingState(), plan or self.layer_plan(batch)
+        state, plan = state or RoutingState(), plan or self.plan_of(batch)
         # detached: the predictor learns what the router decides and must not move what it decides from (MoD, 3.5 b)
         predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
         score = self.scores(h, batch, state)
@@ -98,11 +99,15 @@ class TaskRouter(nn.Module):
         kept = self._above_threshold(_judged(score, batch), _judged(predicted, batch), batch)
         return always | kept, torch.where(always, 1.0, self.gate(score))
 
+    def plan_of(self, batch: Batch) -> LayerPlan:
+        """`layer_plan` on the device of the batch."""
+        return upload(self.layer_plan(batch.host or batch), batch.ids.device)
+
     def layer_plan(self, batch: Batch) -> LayerPlan:
-        """What routing this layer needs of a batch, apart from hidden states."""
+        """What routing this layer needs of a batch on the host, apart from hidden states."""
         lengths, kept = tuple(s.length for s in batch.segments), self.kept_counts(batch)
-        device, drops = batch.ids.device, [self.may_drop(s) for s in batch.segments]
-        eligible = spread(torch.tensor(drops), lengths, device)
+        drops = [self.may_drop(s) for s in batch.segments]
+        eligible = spread(torch.tensor(drops), lengths, batch.ids.device)
         # None, not a mask of False: most methods always keep nothing, and every mask costs each layer two kernels
         always = batch.of_kind(self.config.always_keep) if self.config.always_keep else None
         tasks = frozenset(s.task for s, may in zip(batch.segments, drops) if may and s.rule == "threshold")
@@ -110,7 +115,8 @@ class TaskRouter(nn.Module):
             raise RuntimeError("always_keep='labelled' asks for targets, which a token that is generated has not; "
                                "generate with another kind or none.")
         segments = tuple(replace(s, length=k) for s, k in zip(batch.segments, kept))
-        return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks)
+        return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks,
+                         segment_sizes(lengths, kept))
 
     def capacities(self) -> tuple[float, ...]:
         """Capacity of each task."""
@@ -191,7 +197,8 @@ class TaskRouter(nn.Module):
 
 
 def routing_plan(routers: Mapping[int, TaskRouter], batch: Batch) -> dict[int, LayerPlan]:
-    """The `LayerPlan` of every routed layer, by layer number; layers of the same router and capacity share one."""
+    """The `LayerPlan` of every routed layer for a batch on the host, by layer number; layers of the same router and
+    capacity share one."""
     made: dict[tuple, LayerPlan] = {}
     found = {}
     for number, router in routers.items():

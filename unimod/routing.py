@@ -1,7 +1,8 @@
 """What routing decides and what a forward carries: data only.
 
     Routing       a router's decision for one layer: the only currency between router, layer, loss and view
-    LayerPlan     what routing one layer needs of a batch, worked out once per batch and not per layer
+    LayerPlan     what routing one layer needs of a batch
+    BatchPlan     all that is worked out once per batch and not per layer: routing, attention, targets
     RoutingState  what earlier decisions mean for later layers
     ForwardState  all that goes through the decoder layers beside the hidden states
 """
@@ -14,9 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .batch import Batch, Segment, Task, lengths_of
-from .mask import IntervalMask
-from .ops.attention import KeptOf
+from .batch import Batch, Segment, Targets, Task, lengths_of
+from .mask import IntervalMask, KeptMask
 from .ops.select import prefix_count
 
 
@@ -65,6 +65,21 @@ class LayerPlan:
     """bool [T]: the tokens that are always kept; None where there are none."""
     threshold_tasks: frozenset[Task]
     """Tasks with a segment that is judged by a threshold."""
+    sizes: Tensor
+    """int32 [S, 4]: `ops.select.segment_sizes` of lengths and kept."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a forward needs of a batch that no weight or hidden state changes; `UnifiedModel.plan` makes it on the host
+    and moves it in one copy."""
+
+    layers: Mapping[int, LayerPlan] = field(default_factory=dict)
+    """By number, of each routed layer."""
+    attention: dict = field(default_factory=dict)
+    """`ops.attention.prepared` of the batch's mask."""
+    targets: Targets | None = None
+    """What the losses ask for; None where nothing is labelled."""
 
 
 @dataclass
@@ -96,14 +111,14 @@ class ForwardState:
 
     batch: Batch
     """The whole batch."""
-    mask: IntervalMask | None = None
+    mask: IntervalMask | KeptMask | None = None
     """Whom the tokens that the layer is given may attend to; default: the batch's own mask."""
     index: Tensor | None = None
     """int64 [K]: which tokens of the batch the layer is given; None: all."""
     segments: tuple[Segment, ...] = ()
     """The segments of these tokens, where there is an `index`."""
-    plan: Mapping[int, LayerPlan] = field(default_factory=dict)
-    """`routing_plan` of the batch."""
+    plan: BatchPlan = field(default_factory=BatchPlan)
+    """What was worked out from the batch beforehand."""
     earlier: RoutingState = field(default_factory=RoutingState)
     """Decisions of earlier layers, for methods that look back."""
     cache: object | None = None
@@ -114,21 +129,19 @@ class ForwardState:
     active: Tensor | None = None
     """bool [B]: in a decode step the sequences whose token is kept in this layer; None: all."""
     attention: dict = field(default_factory=dict)
-    """What attention worked out from the mask, for the layers that have the same one."""
+    """What attention works out from the batch's mask, for all layers: `plan.attention`, and what that lacks."""
     compiled: bool = False
     """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
 
     def __post_init__(self) -> None:
         self.mask = self.batch.mask if self.mask is None else self.mask
 
-    def of_kept(self, routing: Routing) -> ForwardState:
-        """The state for the tokens that a routed layer keeps."""
-        segments = routing.segments
+    def of_kept(self, routing: Routing, bounds: Tensor | None = None, flags: Tensor | None = None) -> ForwardState:
+        """The state for the tokens that a routed layer keeps. bounds, flags: as in `KeptMask`."""
         # positions are not taken: kept tokens keep their rotary angles (gamma-MoD numbers them anew)
-        mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
         rank = prefix_count(routing.index, len(self.batch)) if routing.rank is None else routing.rank
-        kept_of = KeptOf(self.attention, self.batch.mask, routing.index, rank)
-        return replace(self, mask=mask, index=routing.index, segments=segments, attention={"kept_of": kept_of})
+        mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments), bounds, flags)
+        return replace(self, mask=mask, index=routing.index, segments=routing.segments)
 
     def given(self) -> Batch:
         """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""
