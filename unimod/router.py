@@ -38,8 +38,9 @@ from torch import Tensor, nn
 
 from .batch import Batch, Segment, Task, spread
 from .config import RouterConfig
+from .ops.route import GATE, Scorer, route_gather
 from .ops.select import prefix_count, segment_sizes, select
-from .routing import LayerPlan, Routing, RoutingState
+from .routing import Gather, LayerPlan, Routing, RoutingState
 from .upload import upload
 
 Selected = tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]
@@ -69,10 +70,17 @@ class TaskRouter(nn.Module):
         """`capacity.LearnedCapacity`, where capacities are learned."""
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
 
-    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
-                plan: LayerPlan | None = None) -> Routing:
-        """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None,
+                gather: Gather | None = None) -> Routing:
+        """Route h: [T, D]. gather: also gather the kept tokens in the same op, where `fuses` says so. Raises
+        RuntimeError for a threshold segment before `generate.calibrate` was called."""
         state, plan = state or RoutingState(), plan or self.plan_of(batch)
+        if gather is not None:
+            scorer = Scorer(self.proj.weight, self.proj.bias, self.config.gate, self.config.gain)
+            found = route_gather(h, scorer, batch.task, plan.eligible, plan.lengths, plan.kept, plan.sizes, gather.norm,
+                                 gather.rotary, gather.bounds, gather.flags)
+            return Routing(found.index, found.weight, found.score, plan.segments, found.kth, plan.eligible,
+                           rank=found.rank, gathered=found)
         # detached: the predictor learns what the router decides and must not move what it decides from (MoD, 3.5 b)
         predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
         score = self.scores(h, batch, state)
@@ -87,6 +95,14 @@ class TaskRouter(nn.Module):
         # index_select below: the backward of gate[index] sorts its indices, 11 kernels where this takes 2
         skip_scale = gate if self.config.scale_skipped else None
         return Routing(index, gate.index_select(0, index), score, segments, kth, eligible, predicted, skip_scale, rank)
+
+    def fuses(self, batch: Batch, plan: LayerPlan) -> bool:
+        """Whether a linear score and its top-k are all that decides here: then `route_gather` does in three kernels
+        what takes about 30 ops otherwise."""
+        c = self.config
+        other = c.hidden or c.normalised or c.predictor or c.scale_skipped or (c.noise and self.training)
+        held = batch.score_source is not None or plan.always is not None or plan.threshold_tasks
+        return type(self) is TaskRouter and type(self.proj) is Float32Linear and not other and not held
 
     def decode(self, h: Tensor, batch: Batch, state: RoutingState) -> tuple[Tensor, Tensor] | None:
         """Route a decode step, one token of every sequence, at one size and without waiting for the device: which
@@ -156,7 +172,7 @@ class TaskRouter(nn.Module):
 
     def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
         """Top-k of every segment."""
-        return *select(ranked, plan.lengths, plan.kept), plan.segments
+        return *select(ranked, plan.lengths, plan.kept, plan.sizes), plan.segments
 
     def gate(self, score: Tensor) -> Tensor:
         """What multiplies the update, by score: [T]."""
@@ -220,21 +236,6 @@ def share(capacity: float, n: int) -> int:
 def _judged(score: Tensor | None, batch: Batch) -> Tensor | None:
     """The score by which each token is judged: its own, or that of its score source."""
     return score if score is None or batch.score_source is None else score[batch.score_source]
-
-
-def _straight_through(score: Tensor, gain: float) -> Tensor:
-    soft = torch.sigmoid(score)
-    return 1 + (soft - soft.detach())
-
-
-GATE = {
-    "tanh": lambda score, gain: 1 + gain * torch.tanh(score),
-    "sigmoid": lambda score, gain: torch.sigmoid(score),
-    "raw": lambda score, gain: score.clone(),
-    "none": lambda score, gain: torch.ones_like(score),
-    "straight-through": _straight_through,
-}
-"""The gates of `config.GATES`: float32 [T] scores -> float32 [T] factors on the update."""
 
 
 class Float32Linear(nn.Linear):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .batch import Batch, Segment, Targets, Task, lengths_of
 from .mask import IntervalMask, KeptMask
+from .ops.gather_scatter import Norm
+from .ops.route import Routed
 from .ops.select import prefix_count
 
 
@@ -41,7 +43,9 @@ class Routing:
     skip_scale: Tensor | None = None
     """[T]: factor on the skipped tokens, where it is not 1 (p-MoD)."""
     rank: Tensor | None = None
-    """int64 [T + 1]: how many kept tokens lie before each token; for `IntervalMask.take` and the kernels."""
+    """int64 [T + 1]: how many kept tokens lie before each token; for masks and kernels."""
+    gathered: Routed | None = None
+    """The kept tokens, where one op scored, chose and gathered them."""
 
     @property
     def kept(self) -> Tensor:
@@ -67,6 +71,17 @@ class LayerPlan:
     """Tasks with a segment that is judged by a threshold."""
     sizes: Tensor
     """int32 [S, 4]: `ops.select.segment_sizes` of lengths and kept."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What the kept tokens of a layer bring along: the arguments of `ops.route.route_gather` that are not the
+    router's."""
+
+    norm: Norm
+    rotary: Tensor
+    bounds: Tensor
+    flags: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,9 @@ class ForwardState:
     """What was worked out from the batch beforehand."""
     earlier: RoutingState = field(default_factory=RoutingState)
     """Decisions of earlier layers, for methods that look back."""
+    rotary: Tensor | None = None
+    """float32 [T, R]: cosines and sines of the batch's positions side by side, gathered by routed layers; None: as the
+    layer is given them."""
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
     decode: bool = False
@@ -136,11 +154,13 @@ class ForwardState:
     def __post_init__(self) -> None:
         self.mask = self.batch.mask if self.mask is None else self.mask
 
-    def of_kept(self, routing: Routing, bounds: Tensor | None = None, flags: Tensor | None = None) -> ForwardState:
-        """The state for the tokens that a routed layer keeps. bounds, flags: as in `KeptMask`."""
+    def of_kept(self, routing: Routing) -> ForwardState:
+        """The state for the tokens that a routed layer keeps."""
         # positions are not taken: kept tokens keep their rotary angles (gamma-MoD numbers them anew)
         rank = prefix_count(routing.index, len(self.batch)) if routing.rank is None else routing.rank
-        mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments), bounds, flags)
+        found = routing.gathered
+        mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments),
+                        *((found.bounds, found.flags) if found else ()))
         return replace(self, mask=mask, index=routing.index, segments=routing.segments)
 
     def given(self) -> Batch:

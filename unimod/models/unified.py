@@ -131,9 +131,11 @@ class UnifiedModel(nn.Module):
         if plan is None:                                    # a cache that grows by a token has no use for the mask
             plan = BatchPlan() if decode else self.plan(batch, cache is None or cache.fresh, targets=False)
         # once for all layers; in bfloat16 angles beyond position 256 would be whole radians apart
-        rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
-        state = ForwardState(batch, plan=plan, cache=cache, decode=decode, attention=dict(plan.attention),
-                             compiled=self.compiled)
+        angles = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
+        # side by side, so that a routed layer gathers both at once
+        rotary = torch.cat(angles, -1)
+        state = ForwardState(batch, plan=plan, rotary=rotary.squeeze(0), cache=cache, decode=decode,
+                             attention=dict(plan.attention), compiled=self.compiled)
         layers, earlier = self._live(), state.earlier
         with explained():
             for layer, following in zip(layers, [*layers[1:], None]):
@@ -142,7 +144,7 @@ class UnifiedModel(nn.Module):
                     earlier.routing = earlier.decision = None
                 scored = hasattr(following, "router") and following.router.needs_attention
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
-                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=rotary,
+                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=rotary.chunk(2, -1),
                                             unimod=state))
         if cache is not None:
             cache.fresh = False

@@ -202,6 +202,11 @@ def _maps(q: Tensor, k: Tensor, padded: Padded, low: Tensor, high: Tensor,
         yield some, allow, attention_weights(query[:, :, some], key, allow[:, None], scale)
 
 
+def attention_runs(memo: dict) -> object | None:
+    """The `attention_varlen.Plan` of a batch in a memo; None where attention goes another way."""
+    return memo.get(_key("runs"))
+
+
 def _kept(memo: dict | None, what: object, make: Callable[[], object]) -> object:
     """What `make` returns, from `memo` where it is there."""
     if memo is None:
