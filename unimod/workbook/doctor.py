@@ -29,15 +29,11 @@ class Diagnosis:
 
     python: str
     platform: str
-    versions: dict[str, dict[str, object]] = field(default_factory=dict)
-    """By library: installed, locked (None: no lock or not in it), tested (a range), fits."""
+    versions: dict[str, dict] = field(default_factory=dict)     # by library: installed, locked, tested (a range), fits
     device: str = ""
-    backends: dict[str, dict[str, object]] = field(default_factory=dict)
-    """By family of ops: name, and for each preferred one that cannot run here the reason."""
-    missing: list[str] = field(default_factory=list)
-    """What is not here and what that costs, a sentence each."""
-    wrong: list[str] = field(default_factory=list)
-    """What has to be mended before the package can be relied on, a sentence each."""
+    backends: dict[str, dict] = field(default_factory=dict)     # by family of ops: name; not: why preferred ones cannot
+    missing: list[str] = field(default_factory=list)            # what is not here and what that costs, a sentence each
+    wrong: list[str] = field(default_factory=list)              # what has to be mended first, a sentence each
 
     def __str__(self) -> str:
         lines = [f"Python {self.python} on {self.platform}", f"{'':15s}{'installed':>14s}{'locked':>12s}  tested"]
@@ -62,31 +58,29 @@ def diagnose(runs: str = "runs") -> Diagnosis:
     """Examine this machine and installation; nothing is written."""
     found = Diagnosis(platform.python_version(), platform.platform())
     for name in (*CORE, *NOTEBOOKS, "triton"):
-        need = tested().get(name)
         found.versions[name] = {"installed": installed(name), "locked": locked().get(name),
-                                "tested": str(need.specifier) if need else "", "fits": fits(name)}
-    lacking = [name for name in CORE if installed(name) is None]
-    if lacking:
-        found.wrong.append(f"{', '.join(lacking)} not installed, and nothing runs without. Install: {remedy()}.")
+                                "tested": str(tested()[name].specifier) if name in tested() else "", "fits": fits(name)}
+    core, notebooks = ([name for name in names if installed(name) is None] for names in (CORE, NOTEBOOKS))
+    if core:
+        found.wrong.append(f"{', '.join(core)} not installed, and nothing runs without. Install: {remedy()}.")
     if advice():
         found.wrong.append(advice())
-    lacking = [name for name in NOTEBOOKS if installed(name) is None]
-    if lacking:
-        found.missing.append(f"{', '.join(lacking)}: no notebooks and no report; models, training and benchmarks run "
-                             "without. Install: pip install 'unimod[notebooks]', in a checkout "
-                             "pip install -e '.[notebooks]'.")
-    if not any(folder.is_dir() for folder in notebook_folders()):
-        found.missing.append("the notebooks: this installation carries none. They lie in the folder notebooks/ of a "
-                             "checkout; call from there.")
-    if not locked():
-        found.missing.append(f"requirements.lock: not in {CHECKOUT}, so versions are held against the tested ranges "
-                             "alone.")
-    if not any(map(shutil.which, BROWSERS)):
-        found.missing.append("a Chromium browser: only the tests that drive JupyterLab and the report are skipped.")
     try:
         writable(runs_folder(runs))
     except (SetupError, ParameterError) as error:
         found.wrong.append(str(error))
+    for lacks, sentence in (
+        (notebooks, f"{', '.join(notebooks)}: no notebooks and no report; models, training and benchmarks run without. "
+                    "Install: pip install 'unimod[notebooks]', in a checkout pip install -e '.[notebooks]'."),
+        (not any(folder.is_dir() for folder in notebook_folders()),
+         "the notebooks: this installation carries none. They lie in the folder notebooks/ of a checkout; call from "
+         "there."),
+        (not locked(), f"requirements.lock: not in {CHECKOUT}, so versions are held against the tested ranges alone."),
+        (not any(map(shutil.which, BROWSERS)),
+         "a Chromium browser: only the tests that drive JupyterLab and the report are skipped."),
+    ):
+        if lacks:
+            found.missing.append(sentence)
     if found.versions["torch"]["installed"]:
         _examine_device(found)
     return found
@@ -98,19 +92,16 @@ def _examine_device(found: Diagnosis) -> None:
     from ..ops.backend import FAMILIES, choice
 
     cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda else torch.float32
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     found.device = f"cuda, {torch.cuda.get_device_name()}" if cuda else describe_cpu()
+    if "OMP_NUM_THREADS" in os.environ:
+        found.device += f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
     if not cuda:
-        found.missing.append("a CUDA device" + ("" if torch.backends.cuda.is_built() else " and a torch with CUDA")
-                             + ": everything runs on the CPU, which is enough for the tiny models.")
+        also = "" if torch.backends.cuda.is_built() else " and a torch with CUDA"
+        found.missing.append(f"a CUDA device{also}: everything runs on the CPU, which is enough for the tiny models.")
+    elif find_spec("triton") is None:
+        found.missing.append("triton: routed layers gather and scatter in plain torch, slower and with more memory.")
     try:
-        for family in FAMILIES:
-            name, reasons = choice(family, "cuda" if cuda else "cpu", dtype)
-            found.backends[family] = {"name": name, "not": reasons}
+        found.backends = {family: dict(zip(("name", "not"), choice(family, device, dtype))) for family in FAMILIES}
     except ParameterError as error:                             # UNIMOD_BACKEND names one that cannot run here
         found.wrong.append(str(error))
-    if cuda and find_spec("triton") is None:
-        found.missing.append("triton: routed layers gather and scatter in plain torch, slower and with more memory.")
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads:
-        found.device += f", OMP_NUM_THREADS={threads}"
