@@ -58,7 +58,7 @@ def list_notebooks(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Check all that a run would check before its first kernel, and print what it would do."""
-    for step in Request.of(args.notebook, args.file, args.param, args.runs).steps(args.force):
+    for step in Request(args.notebook, args.file, args.param, args.runs).steps(args.force):
         state = "waits for an earlier notebook"
         if step.folder is not None:
             state = f"{'done before' if step.done and not args.force else 'to run'}, {step.folder}"
@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    request = Request.of(args.notebook, args.file, args.param, args.runs)
+    request = Request(args.notebook, args.file, args.param, args.runs)
     print(f"report: {runner.run(request, args.force, args.timeout)}")
 
 
@@ -164,12 +164,12 @@ def train_tiny(args: argparse.Namespace) -> None:
 
 def show_diagnosis(args: argparse.Namespace) -> None:
     """Print how this installation stands, then raise `SetupError` when something has to be mended."""
-    from .workbook.doctor import diagnose
+    from .workbook import doctor
 
-    found = diagnose(args.runs)
-    print(json.dumps(asdict(found), indent=1) if args.json else found)
-    if found.wrong:
-        raise SetupError("not ready: " + " ".join(found.wrong))
+    found = doctor.diagnose(args.runs)
+    print(json.dumps(found, indent=1) if args.json else doctor.in_words(found))
+    if found["wrong"]:
+        raise SetupError("not ready: " + " ".join(found["wrong"]))
 
 
 def option(*words: str, **settings: object) -> tuple[tuple[str, ...], dict[str, object]]:

@@ -33,21 +33,17 @@ class Params:
     level: str = "default"      # with data=scenes: how hard the pictures are
     image_tokenizer: str = "dictionary"     # what turns pictures into codes
     checkpoint: str = ""        # folder of a saved model to start from; empty: the shipped checkpoint of each model
-    routed: str = ""            # 01: folder of a saved routed model (07 leaves one per arm) to look at beside the dense
-    #                             one; empty: fresh routers
+    routed: str = ""            # 01: folder of a saved routed model, such as 07 leaves per arm; empty: fresh routers
     seed: int = 0               # of data order, noise and sampling
-    seeds: list[int] = field(default_factory=lambda: [0])   # 02 draws batches, 04 runs the competition and 07 trains
-    #                             every arm once per seed
-    samples: int = 16           # sequences per task in the analyses, and behind the ARank of 07's lowest_arank and
-    #                             highest_arank
+    seeds: list[int] = field(default_factory=lambda: [0])   # 02 draws, 04 competes and 07 trains once per seed
+    samples: int = 16           # sequences per task in the analyses, and behind the plans that 07 makes by ARank
     layer: int = 4              # layer shown first (0 is the first layer)
     head: int = 0               # head shown first
     tolerance: float = 1.0e-2   # ARank: singular values below tolerance * the largest do not count
     plan: str = "last_half"     # capacity plan of the UniMoD arm: a maker's name or a YAML file written by notebook 03
     saving: float = 0.3         # share of the stack's token computations that a maker's plan saves (0.3 = 30 %)
     arms: list[str] = field(default_factory=lambda: list(ARMS[:3]))     # 07 compares these: `ARMS`, or ROUTER.LAYERS
-    steps: int = 60             # 04: of the one router for both tasks. 07: of the dense arm; routed arms get as many as
-    #                             the same FLOPs pay for
+    steps: int = 60             # 04: of the one router; 07: of the dense arm, others get what the same FLOPs pay for
     batch: int = 16             # sequences per task in a training step
     lr: float = 8.0e-4          # peak learning rate; routers get router_lr times it
     router_lr: float = 5.0      # factor on the learning rate for the routers

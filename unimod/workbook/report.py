@@ -49,25 +49,12 @@ def write_page(folders: Sequence[Path], page: Path) -> Path:
     environment.filters |= {"cell": _cell, "words": _words, "markdown": _markdown,
                             "literal": lambda value: json.dumps(value, ensure_ascii=False)}
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    about = _about(read_json(folders[0] / "run.json", {}), len(folders), len(figures))
-    text = template.render(about=about, runs=runs, figures=figures)
+    text = template.render(runs=runs, figures=figures)
     page.parent.mkdir(parents=True, exist_ok=True)
     plotly = importlib.resources.files("plotly") / "package_data" / "plotly.min.js"
     shutil.copyfile(str(plotly), page.parent / "plotly.min.js")
     write(page, text)
     return page
-
-
-def _about(facts: Mapping, notebooks: int, figures: int) -> str:
-    """The line below the page's title, from a run.json (a run in JupyterLab has none)."""
-    counts = f"{notebooks} notebook{'s' * (notebooks != 1)}, {figures} figure{'s' * (figures != 1)}"
-    parts = [counts, facts.get("start", "")[:10]]
-    if facts:
-        sha = (facts["git"]["sha"] or "")[:10]
-        parts.append(f"commit {sha}{' with changes' * facts['git']['dirty']}" if sha else "")
-        versions = [(name, facts["versions"].get(name)) for name in ("torch", "transformers")]
-        parts += [f"{name} {version}" for name, version in versions if version]
-    return " · ".join(filter(None, parts))
 
 
 def _run(folder: Path, base: Path) -> dict[str, object]:
@@ -80,13 +67,11 @@ def _run(folder: Path, base: Path) -> dict[str, object]:
         if not drawable(figure["figure"]):
             raise RunError(f"Figure {figure['name']!r} of {name} would be blank: none of its visible traces holds "
                            "data.", 4)
-    params = folder / "params.yaml"
+    record, params = read_json(folder / "run.json", {}), folder / "params.yaml"     # a run in JupyterLab has no record
     files = [f"{name}.ipynb", "results.json", "run.json", "params.yaml", "log.txt", *done["files"]]
-    finished = done["finished"][:16].replace("T", " ")
     return {
-        "name": name, "number": number, "folder": folder, "figures": figures,
-        "title": read_json(folder / "run.json", {}).get("title") or words.replace("_", " ").capitalize(),
-        "facts": f"{done['seconds']:.0f} s on {done['device']} · finished {finished} UTC",
+        "name": name, "number": number, "title": record.get("title") or words.replace("_", " ").capitalize(),
+        "folder": folder, "done": done, "record": record, "figures": figures,
         "intro": _intro(read_json(folder / f"{name}.ipynb", {"cells": []})["cells"]),
         "params": yaml.safe_load(params.read_text(encoding="utf-8")) if params.exists() else {},
         "results": _results(read_json(folder / "results.json", [])),

@@ -1,6 +1,6 @@
 """What is asked of the runner, read and checked without a kernel: notebooks, parameters, run folders.
 
-    request = Request.of("all", files=["params/smoke.yaml"], sets=["seed=1"], runs="runs")
+    request = Request("all", files=["params/smoke.yaml"], sets=["seed=1"], runs="runs")
     for step in request.steps():
         print(step.book.name, step.folder, step.done)
 
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,37 +33,27 @@ WIRES = {"07_training": ("plan", "03_token_redundancy"), "08_compare_runs": ("co
 INPUTS = ("plan", "checkpoint", "routed", "folder")     # may name a file or folder whose content belongs to the key
 
 
-@dataclass(frozen=True)
 class Notebook:
-    """What is known of a notebook without a kernel: its question, measured minutes, parameters and source."""
+    """What is known of a notebook without a kernel: title (its question), measured minutes, defaults of its parameters.
 
-    path: Path
-    title: str
-    minutes: float
-    defaults: Mapping[str, object]
-    source: str
+    Raises `ParameterError` when its parameters cell does not hold literals with known names.
+    """
 
-    @property
-    def name(self) -> str:
-        """The file's stem, such as 03_token_redundancy."""
-        return self.path.stem
-
-    @classmethod
-    def read(cls, path: Path) -> Notebook:
-        """Read a notebook. Raises `ParameterError` when its parameters cell does not hold literals with known names."""
-        cells, metadata = _parse(path)
-        prose = "\n".join(text for kind, text, _ in cells if kind == "markdown").splitlines()
-        title = next((line.lstrip("# ") for line in prose if line.startswith("#")), path.stem)
-        tagged = _tagged(cells)
+    def __init__(self, path: Path) -> None:
+        cells, tagged, metadata = _parse(path)
+        prose = "\n".join(text for kind, text in cells if kind == "markdown").splitlines()
+        self.path, self.name = path, path.stem
+        self.title = next((line.lstrip("# ") for line in prose if line.startswith("#")), path.stem)
+        self.minutes: float = metadata.get("unimod", {}).get("minutes", 1.0)
+        self.source = json.dumps([cells, tagged])
         if len(tagged) != 1:
             raise ParameterError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; a notebook of the "
                                  "workbook has exactly one.")
-        defaults = _literals(tagged[0], path.name)
-        missing = [name for name in ("interactive", "run_dir") if name not in defaults]
+        self.defaults = _literals(tagged[0], path.name)
+        missing = [name for name in ("interactive", "run_dir") if name not in self.defaults]
         if missing:
             raise ParameterError(f"{path.name} has no {' and no '.join(missing)} in its parameters cell, and the "
                                  "runner has to set them.")
-        return cls(path, title, metadata.get("unimod", {}).get("minutes", 1.0), defaults, json.dumps(cells))
 
 
 @dataclass(frozen=True)
@@ -86,30 +76,35 @@ class Step:
         return {name: getattr(self.params, name) for name in self.book.defaults if name not in RUN_PARAMS}
 
 
-@dataclass(frozen=True)
 class Request:
-    """One call of the runner: which notebooks, the values asked of them, and where the runs go."""
+    """One call of the runner: its notebooks (`books`), the values that are `given`, and the folder of all `runs`.
 
-    books: tuple[Notebook, ...]
-    given: Mapping[str, object]
-    runs: Path
+    Raises `ParameterError` for a name that no notebook declares, `SetupError` where there are no notebooks or runs
+    cannot be written; `steps` checks the values.
+    """
 
-    @classmethod
-    def of(cls, which: str, files: Sequence[str] = (), sets: Sequence[str] = (), runs: str | Path = "runs") -> Request:
-        """Find the notebooks and gather the values; `steps` then checks them.
-
-        Raises `ParameterError` for a name that no notebook declares, `SetupError` where there are no notebooks or runs
-        cannot be written.
-        """
-        books = find(which)
-        known = books if which.endswith(".ipynb") else notebooks()      # a notebook given by its path needs no others
+    def __init__(self, which: str, files: Sequence[str] = (), sets: Sequence[str] = (),
+                 runs: str | Path = "runs") -> None:
+        self.books = find(which)
+        known = self.books if which.endswith(".ipynb") else notebooks()     # one given by its path needs no others
         from_files = {name: value for file in files for name, value in _read_yaml(file).items()}
         from_line = dict(map(_assignment, sets))
-        _refuse_undeclared(from_files, known, books, known)             # one file serves all notebooks
-        _refuse_undeclared(from_line, books, books, known)
-        folder = runs_folder(runs)
-        writable(folder)
-        return cls(books, from_files | from_line, folder)
+        for values, allowed in ((from_files, known), (from_line, self.books)):      # one file serves all notebooks
+            declared = {name for book in allowed for name in book.defaults} - set(RUN_PARAMS)
+            for name in values:
+                if name in RUN_PARAMS:
+                    raise ParameterError(f"{name} is set by the runner. To choose the folder of all runs use --runs "
+                                         "DIR.")
+                Params.refuse_unknown([name])
+                if name not in declared:
+                    who = "No notebook declares"
+                    if len(self.books) == 1:
+                        who = f"{self.books[0].name} does not declare"
+                    owners = ", ".join(book.name for book in known if name in book.defaults)
+                    belongs = f" It belongs to {owners}." if owners else ""
+                    raise ParameterError(f"{who} {name!r}.{belongs} Declared: {', '.join(sorted(declared))}.")
+        self.given, self.runs = from_files | from_line, runs_folder(runs)
+        writable(self.runs)
 
     def step(self, book: Notebook, made: Mapping[str, Path]) -> Step:
         """A notebook with its resolved parameters; `made`: by name, the folders of this call's finished runs."""
@@ -160,7 +155,7 @@ def notebooks() -> tuple[Notebook, ...]:
     for place in notebook_folders():
         found = {path: _of_the_workbook(path) for path in sorted(place.glob("[0-9][0-9]_*.ipynb"))}
         if True in found.values():
-            return tuple(Notebook.read(path) for path, ours in found.items() if ours is not False)
+            return tuple(Notebook(path) for path, ours in found.items() if ours is not False)
     raise SetupError("This installation of unimod carries no notebooks, and there are none in the folder notebooks/ "
                      "here. They come with a checkout of the project, and with an installation made from one (pip "
                      "install PATH/TO/CHECKOUT): call from the checkout, or install anew. A notebook of your own runs "
@@ -170,7 +165,7 @@ def notebooks() -> tuple[Notebook, ...]:
 def find(which: str) -> tuple[Notebook, ...]:
     """Notebooks by number (3 or 03), name, path, or all of them. Raises `ParameterError` when there is none such."""
     if which.endswith(".ipynb"):
-        return (Notebook.read(Path(expanded(which))),)
+        return (Notebook(Path(expanded(which))),)
     books = notebooks()
     number = f"{int(which):02d}_" if which.isdecimal() else None
     found = tuple(book for book in books if which in ("all", book.name) or (number and book.name.startswith(number)))
@@ -181,27 +176,24 @@ def find(which: str) -> tuple[Notebook, ...]:
     return found
 
 
-def _parse(path: Path) -> tuple[list[tuple[str, str, list[str]]], dict]:
-    """Type, source and tags of every cell, and the notebook's metadata; nbformat's import alone takes 0.3 s."""
+def _parse(path: Path) -> tuple[list[tuple[str, str]], list[str], dict]:
+    """Type and source of every cell, the sources of those tagged 'parameters', and the notebook's metadata."""
     try:
-        content = read_json(path)
-        return ([(cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
-                 for cell in content["cells"]], content["metadata"])
+        content = read_json(path)                       # nbformat's import alone takes 0.3 s
+        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in content["cells"]]
+        tags = [cell["metadata"].get("tags", []) for cell in content["cells"]]
+        return cells, [text for (_, text), own in zip(cells, tags) if "parameters" in own], content["metadata"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParameterError(f"{path} cannot be read as a notebook ({type(error).__name__}: {error}).") from None
-
-
-def _tagged(cells: Iterable[tuple[str, str, list[str]]]) -> list[str]:
-    return [text for _, text, tags in cells if "parameters" in tags]
 
 
 def _of_the_workbook(path: Path) -> bool | None:
     """Whether a notebook is one of the workbook's by its own account; None when it cannot be read."""
     try:
-        cells, metadata = _parse(path)
+        _, tagged, metadata = _parse(path)
     except ParameterError:
         return None
-    return "unimod" in metadata or any("run_dir" in text for text in _tagged(cells))
+    return "unimod" in metadata or any("run_dir" in text for text in tagged)
 
 
 def _literals(source: str, where: str) -> dict[str, object]:
@@ -222,21 +214,6 @@ def _literals(source: str, where: str) -> dict[str, object]:
     except ParameterError as error:
         raise ParameterError(f"{where}: {error}") from None
     return values
-
-
-def _refuse_undeclared(values: Iterable[str], allowed: Iterable[Notebook], asked: Sequence[Notebook],
-                       known: Iterable[Notebook]) -> None:
-    """Raise `ParameterError` for a name that none of the `allowed` notebooks declares."""
-    declared = {name for book in allowed for name in book.defaults} - set(RUN_PARAMS)
-    for name in values:
-        if name in RUN_PARAMS:
-            raise ParameterError(f"{name} is set by the runner. To choose the folder of all runs use --runs DIR.")
-        Params.refuse_unknown([name])
-        if name not in declared:
-            who = f"{asked[0].name} does not declare" if len(asked) == 1 else "No notebook declares"
-            owners = ", ".join(book.name for book in known if name in book.defaults)
-            raise ParameterError(f"{who} {name!r}." + (f" It belongs to {owners}." if owners else "")
-                                 + f" Declared: {', '.join(sorted(declared))}.")
 
 
 def _read_yaml(path: str) -> dict[str, object]:

@@ -5,8 +5,7 @@
     run.figure(fig, "rank_by_layer", caption="What to see in it.", alt="What is drawn, for those who cannot see it.")
     run.finish()
 
-Notebook packages are imported when first needed: a figure is anything with `to_json`, a table anything with
-`to_parquet`. """
+A figure is anything with `to_json`, a table anything with `to_parquet`: notebook packages are not imported here. """
 
 from __future__ import annotations
 
@@ -191,10 +190,9 @@ def records_folder() -> Path:
     return next(filter(Path.is_dir, places), places[0])
 
 
-def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+def progress(items: Iterable, label: str) -> Iterator:
     """Iterate over `items` and show how far it is: a bar where there is a front end, else a line every few seconds."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
+    total = len(items) if hasattr(items, "__len__") else None
     if has_front_end():
         from tqdm.notebook import tqdm
 

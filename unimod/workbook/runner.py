@@ -3,8 +3,7 @@
     python -m unimod run 03 -p data=digits -p samples=8
     python -m unimod run all -f params/default.yaml
 
-What is asked is checked by `unimod.workbook.request` before any kernel starts; what is done is not done again. Exit
-codes: 0 ok, 2 parameters, 3 environment, 4 error in a notebook, 124 timeout, 130 interrupted, 138 kernel died.
+What is asked is checked by `unimod.workbook.request` before any kernel starts; what is done is not done again.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .run_folder import RunError
 HEARTBEAT = 15.0        # seconds between two signs of life of a running cell
 START = 180             # seconds a kernel may take to start
 STATUS = {0: "ok", 1: "error", 2: "parameters", 3: "environment", 4: "notebook", 124: "timeout", 130: "interrupted",
-          138: "kernel died"}
+          138: "kernel died"}   # by exit code
 NEEDED = ("papermill", "nbclient", "ipykernel", "plotly", "pandas", "pyarrow", "mistune", "jinja2")
 DISK = "|".join(map(str, (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EDQUOT)))
 
@@ -147,7 +146,7 @@ def _execute(step: Step, timeout: float | None) -> None:
                 shutdown_kernel="immediate",
                 timeout_func=(lambda cell: max(0.1, end - time.monotonic())) if end else None)
         except papermill.exceptions.PapermillExecutionError as error:
-            raise _failed(name, error.exec_count, error.ename, error.evalue, error.traceback, where) from None
+            raise _failed(name, error.exec_count, error, where) from None
         except CellTimeoutError:
             raise RunError(f"{name} took longer than --timeout {timeout:g} s, in cell {log.where}. {where}",
                            124) from None
@@ -162,24 +161,24 @@ def _execute(step: Step, timeout: float | None) -> None:
     for cell in executed.cells:
         for out in cell.get("outputs", []):
             if out.output_type == "error":              # papermill lets sys.exit(0) pass, though later cells never ran
-                raise _failed(name, cell.execution_count, out.ename, out.evalue, out.traceback, where)
+                raise _failed(name, cell.execution_count, out, where)
     if not (step.folder / "done.json").exists():
         raise RunError(f"{name} ran to its end but never called run.finish(), so nothing tells that its results are "
                        f"complete. {where}", 4)
 
 
-def _failed(name: str, cell: int | None, ename: str, evalue: str, traceback: list[str], where: str) -> RunError:
-    """A failed cell as a paragraph: which, at what line, why, and what helps."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
+def _failed(name: str, cell: int | None, error, where: str) -> RunError:
+    """A failed cell as a paragraph: which, at what line, why, and what helps; `error` is the cell's or papermill's."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     line = re.search(r"^-+> *(\d+) (.*)$", plain, re.MULTILINE)
     at = f", line {line[1]} ({line[2].strip()})" if line else ""
-    code = {"ParameterError": 2, "ModuleNotFoundError": 3, "SetupError": 3}.get(ename, 4)
-    if re.match(rf"\[Errno ({DISK})\]", evalue):        # a disk that refuses is the machine's fault, not the notebook's
+    code = {"ParameterError": 2, "ModuleNotFoundError": 3, "SetupError": 3}.get(error.ename, 4)
+    if re.match(rf"\[Errno ({DISK})\]", error.evalue):  # a disk that refuses is the machine's fault, not the notebook's
         code = 3
     hint = f"\n{advice()}" if code == 4 and advice() else ""
-    if ename == "ModuleNotFoundError":
-        hint = f" {_extra(evalue)}"
-    return RunError(f"{name} failed in cell {cell}{at}.\n{ename}: {evalue}{hint}\n{where}", code)
+    if error.ename == "ModuleNotFoundError":
+        hint = f" {_extra(error.evalue)}"
+    return RunError(f"{name} failed in cell {cell}{at}.\n{error.ename}: {error.evalue}{hint}\n{where}", code)
 
 
 @contextmanager
