@@ -29,7 +29,7 @@ class Params:
     models: list[str] = field(default_factory=lambda: list(MODELS))     # tiny models to run, one after the other
     data: str = "scenes"        # scenes (drawn, exact truth), digits (real handwriting), folder (your pictures)
     folder: str = ""            # with data=folder: the folder that holds data.jsonl and the pictures
-    strict: bool = False        # with data=folder: refuse it on the first broken entry instead of skipping it by name
+    strict: bool = False        # with data=folder: refuse it for a broken entry instead of naming and skipping that
     level: str = "default"      # with data=scenes: how hard the pictures are
     image_tokenizer: str = "dictionary"     # what turns pictures into codes
     checkpoint: str = ""        # folder of a saved model to start from; empty: the shipped checkpoint of each model

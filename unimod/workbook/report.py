@@ -44,12 +44,12 @@ def write_page(folders: Sequence[Path], page: Path) -> Path:
 
     runs = [_run(folder, page.parent) for folder in folders]
     figures = [figure["figure"] for run in runs for figure in run["figures"]]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"cell": _cell, "words": _words, "markdown": _markdown,
                             "literal": lambda value: json.dumps(value, ensure_ascii=False)}
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    text = template.render(runs=runs, figures=figures)
+    text = template.render(runs=runs, figures=figures, ROWS=ROWS)
     page.parent.mkdir(parents=True, exist_ok=True)
     plotly = importlib.resources.files("plotly") / "package_data" / "plotly.min.js"
     shutil.copyfile(str(plotly), page.parent / "plotly.min.js")
