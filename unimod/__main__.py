@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")            # a terminal that cannot show a bar's character ends nothing
-    args = parser().parse_args(argv)
+    args = TOP.parse_args(argv)
     try:
         args.action(args)
     except BaseException as error:
@@ -39,25 +39,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands; each sets `action`, a function of the parsed arguments."""
-    top = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (action, what, *options) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        command.set_defaults(action=action)
+def command(name: str, *options: tuple) -> Callable:
+    """Make a function of the parsed arguments a command; its docstring is the command's help."""
+    def register(action: Callable) -> Callable:
+        what = action.__doc__
+        made = COMMANDS.add_parser(name, help=f"{what[0].lower()}{what[1:-1]}", description=what)
+        made.set_defaults(action=action)
         for words, settings in options:
-            command.add_argument(*words, **settings)
-    return top
+            made.add_argument(*words, **settings)
+        return action
+    return register
 
 
+def option(*words: str, **settings: object) -> tuple[tuple[str, ...], dict[str, object]]:
+    """What `add_argument` is called with."""
+    return words, settings
+
+
+TOP = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
+COMMANDS = TOP.add_subparsers(dest="command", required=True, metavar="command")
+JSON = option("--json", action="store_true", help="as one JSON object")
+REQUEST = (
+    option("notebook", help="number (03), name, path, or all"),
+    option("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins"),
+    option("-p", "--param", action="append", default=[], metavar="NAME=VALUE",
+           help="one parameter; wins over every file"),
+    option("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"),
+    option("--force", action="store_true", help="run again what is done already, from scratch"))
+SAVINGS = {
+    "paper": "kept tokens, as the paper counts",
+    "full": "a training step: attention's quadratic term, routers, head, text that is always kept, the image tokenizer",
+    "measured": "torch's counter, forward and backward, on the same step",
+    "model": "as full, without the image tokenizer",
+}
+
+
+@command("list")
 def list_notebooks(args: argparse.Namespace) -> None:
+    """The notebooks, what each asks and how long it takes."""
     for book in notebooks():
         print(f"{book.name:24s} {book.minutes:4g} min  {book.title}")
 
 
+@command("check", *REQUEST)
 def check(args: argparse.Namespace) -> None:
-    """Check all that a run would check before its first kernel, and print what it would do."""
+    """Resolve and print the parameters, and run nothing."""
     for step in Request(args.notebook, args.file, args.param, args.runs).steps(args.force):
         state = "waits for an earlier notebook"
         if step.folder is not None:
@@ -67,17 +93,23 @@ def check(args: argparse.Namespace) -> None:
             print(f"    {name} = {value!r}")
 
 
+@command("run", *REQUEST, option("--timeout", type=float, metavar="SECONDS",
+                                 help="at most so long per notebook (default: no limit)"))
 def run(args: argparse.Namespace) -> None:
+    """Run notebooks headlessly and write the report."""
     request = Request(args.notebook, args.file, args.param, args.runs)
     print(f"report: {runner.run(request, args.force, args.timeout)}")
 
 
+@command("report", option("runs", type=expanded, help="folder of all runs, or of one run"))
 def write_report(args: argparse.Namespace) -> None:
+    """Write the report of runs that are done."""
     print(f"report: {report.write_report(args.runs)}")
 
 
+@command("inspect", option("folder", type=expanded, help="folder with config.json and the weights"), JSON)
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a folder holds, then raise `ParameterError` when its weights do not fit its configuration."""
+    """What a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing."""
     from .models.checkpoint import inspect as examine
 
     found = examine(args.folder)
@@ -87,15 +119,27 @@ def inspect(args: argparse.Namespace) -> None:
                              "above).")
 
 
+@command(
+    "plan",
+    option("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and "
+                        "plan-highest.yaml"),
+    option("--model", required=True, type=expanded,
+           help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder"),
+    option("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)"),
+    option("--count", choices=("paper", "full", "time"), default="paper",
+           help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the "
+                "stack's time on this machine, predicted from measured layers (default paper)"),
+    option("--router", default="unimod",
+           help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)"), JSON)
 def show_plan(args: argparse.Namespace) -> None:
-    """Print a plan and its savings. Raises `ParameterError`, for what depends on no model before one is built."""
+    """A capacity plan and what it saves on a model, counted three ways."""
     from .baselines import PRESETS
     from .batch import pack
     from .bench.costs import costs, predicted_seconds
     from .flops import count, planned, savings
     from .presets import picture_tokenizer, preset
 
-    make = maker_of(args.plan)
+    make = maker_of(args.plan)              # what depends on no model is refused before one is built
     countable = [name for name, config in PRESETS.items() if config.topk_scope == "segment"]
     if args.router not in countable:
         raise ParameterError(f"--router {args.router} is not known, or needs many rows where one of each task is "
@@ -130,17 +174,28 @@ def show_plan(args: argparse.Namespace) -> None:
     print(plan, f"kinds  {' '.join(kinds)}", plan.draw(), sep="\n")
     sizes = " and one of ".join(f"{n} {task} tokens" for task, n in tokens.items())
     print(f"on {args.model}, routers {args.router}, one row of {sizes}:")
-    said = dict(SAVINGS)
-    if table:
-        saved["time"] = time
-        said["time"] = (f"of the stack's predicted time, forward and backward of {table.tokens} tokens on "
-                        f"{table.device}")
-    for name, what in said.items():
+    for name, what in SAVINGS.items():
         print(f"  {name:9s} {saved[name]:6.1%} saved   {what}")
+    if table:
+        print(f"  time      {time:6.1%} saved   of the stack's predicted time, forward and backward of {table.tokens} "
+              f"tokens on {table.device}")
 
 
+@command(
+    "bench",
+    option("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture "
+                        "(of one long row's attention), or gpu (all, on released sizes)"),
+    option("--preset", default="",
+           help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
+                "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two "
+                "(default)"),
+    option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)"),
+    option("--deadline", type=float, default=0.0, metavar="SECONDS",
+           help="drop what is not done by then (default: none; 450 for gpu)"), JSON,
+    option("--out", metavar="FILE", type=expanded,
+           help="also write the JSON object there, such as notebooks/records/bench-h200.json"))
 def run_bench(args: argparse.Namespace) -> None:
-    """Measure, write the record and print it. Raises `ParameterError`, before anything is measured."""
+    """What routing saves in time and memory on this machine, measured in turn with the dense model."""
     from .bench.record import bench, table
 
     if args.out and Path(args.out).is_dir():
@@ -153,8 +208,11 @@ def run_bench(args: argparse.Namespace) -> None:
     print(text if args.json else f"{found['device']}, {found['command']}\n\n{table(found)}", end="")
 
 
+@command("train-tiny", option("name", choices=MODELS),
+         option("--out", required=True, metavar="DIR", type=expanded,
+                help="folder for the checkpoint; an interrupted training there goes on"))
 def train_tiny(args: argparse.Namespace) -> None:
-    """Train, evaluate on the test split and print how good it is."""
+    """Train a tiny checkpoint from scratch, the way the shipped ones were made."""
     from .experiment import train_tiny as make
 
     quality = make(args.name, args.out)["quality"]
@@ -162,8 +220,10 @@ def train_tiny(args: argparse.Namespace) -> None:
     print(f"{args.out}: questions right {questions:.3f}, pictures right {pictures:.3f}")
 
 
+@command("doctor", option("--runs", default="runs", metavar="DIR",
+                          help="folder of all runs, which has to be writable (default: runs)"), JSON)
 def show_diagnosis(args: argparse.Namespace) -> None:
-    """Print how this installation stands, then raise `SetupError` when something has to be mended."""
+    """Versions against the tested ones, device, backends and why, what is missing and what that costs."""
     from .workbook import doctor
 
     found = doctor.diagnose(args.runs)
@@ -171,72 +231,6 @@ def show_diagnosis(args: argparse.Namespace) -> None:
     if found["wrong"]:
         raise SetupError("not ready: " + " ".join(found["wrong"]))
 
-
-def option(*words: str, **settings: object) -> tuple[tuple[str, ...], dict[str, object]]:
-    """What `add_argument` is called with."""
-    return words, settings
-
-
-SAVINGS = {
-    "paper": "kept tokens, as the paper counts",
-    "full": "a training step: attention's quadratic term, routers, head, text that is always kept, the image tokenizer",
-    "measured": "torch's counter, forward and backward, on the same step",
-    "model": "as full, without the image tokenizer",
-}
-JSON = option("--json", action="store_true", help="as one JSON object")
-REQUEST = (
-    option("notebook", help="number (03), name, path, or all"),
-    option("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins"),
-    option("-p", "--param", action="append", default=[], metavar="NAME=VALUE",
-           help="one parameter; wins over every file"),
-    option("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"),
-    option("--force", action="store_true", help="run again what is done already, from scratch"))
-COMMANDS = {
-    "list": (list_notebooks, "the notebooks, what each asks and how long it takes"),
-    "check": (check, "resolve and print the parameters, and run nothing", *REQUEST),
-    "run": (run, "run notebooks headlessly and write the report", *REQUEST,
-            option("--timeout", type=float, metavar="SECONDS",
-                   help="at most so long per notebook (default: no limit)")),
-    "report": (write_report, "write the report of runs that are done",
-               option("runs", type=expanded, help="folder of all runs, or of one run")),
-    "inspect": (inspect, "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing",
-                option("folder", type=expanded, help="folder with config.json and the weights"), JSON),
-    "plan": (
-        show_plan, "a capacity plan and what it saves on a model, counted three ways",
-        option("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and "
-                            "plan-highest.yaml"),
-        option("--model", required=True, type=expanded,
-               help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder"),
-        option("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)"),
-        option("--count", choices=("paper", "full", "time"), default="paper",
-               help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or "
-                    "the stack's time on this machine, predicted from measured layers (default paper)"),
-        option("--router", default="unimod",
-               help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)"), JSON),
-    "bench": (
-        run_bench, "what routing saves in time and memory on this machine, measured in turn with the dense model",
-        option("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, "
-                            "capture (of one long row's attention), or gpu (all, on released sizes)"),
-        option("--preset", default="",
-               help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu "
-                    "for these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last "
-                    "two (default)"),
-        option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)"),
-        option("--deadline", type=float, default=0.0, metavar="SECONDS",
-               help="drop what is not done by then (default: none; 450 for gpu)"), JSON,
-        option("--out", metavar="FILE", type=expanded,
-               help="also write the JSON object there, such as notebooks/records/bench-h200.json")),
-    "train-tiny": (
-        train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made",
-        option("name", choices=MODELS),
-        option("--out", required=True, metavar="DIR", type=expanded,
-               help="folder for the checkpoint; an interrupted training there goes on")),
-    "doctor": (
-        show_diagnosis,
-        "versions against the tested ones, device, backends and why, what is missing and what that costs",
-        option("--runs", default="runs", metavar="DIR",
-               help="folder of all runs, which has to be writable (default: runs)"), JSON),
-}
 
 if __name__ == "__main__":
     sys.exit(main())
