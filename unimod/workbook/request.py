@@ -97,9 +97,8 @@ class Request:
                                          "DIR.")
                 Params.refuse_unknown([name])
                 if name not in declared:
-                    who = "No notebook declares"
-                    if len(self.books) == 1:
-                        who = f"{self.books[0].name} does not declare"
+                    one = len(self.books) == 1
+                    who = f"{self.books[0].name} does not declare" if one else "No notebook declares"
                     owners = ", ".join(book.name for book in known if name in book.defaults)
                     belongs = f" It belongs to {owners}." if owners else ""
                     raise ParameterError(f"{who} {name!r}.{belongs} Declared: {', '.join(sorted(declared))}.")

@@ -148,15 +148,14 @@ def _execute(step: Step, timeout: float | None) -> None:
         except papermill.exceptions.PapermillExecutionError as error:
             raise _failed(name, error.exec_count, error, where) from None
         except CellTimeoutError:
-            raise RunError(f"{name} took longer than --timeout {timeout:g} s, in cell {log.where}. {where}",
-                           124) from None
+            message = f"{name} took longer than --timeout {timeout:g} s, in cell {log.where}. {where}"
+            raise RunError(message, 124) from None
         except DeadKernelError:
             raise RunError(f"The kernel of {name} died in cell {log.where}. Most often the memory did not suffice: "
                            f"lower batch or samples. {where}", 138) from None
         except (RuntimeError, TimeoutError) as error:
-            what = f"did not start; try {sys.executable} -m ipykernel --version"
-            if log.number:
-                what = f"stopped answering in cell {log.where}"
+            what = (f"stopped answering in cell {log.where}" if log.number
+                    else f"did not start; try {sys.executable} -m ipykernel --version")
             raise SetupError(f"The kernel of {name} {what} ({error}). {where}") from None
     for cell in executed.cells:
         for out in cell.get("outputs", []):
@@ -215,6 +214,7 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w", encoding="utf-8")
+        self.flush = self.file.flush                    # papermill calls it after each piece
         self.start = self.cell_start = time.monotonic()
         self.number, self.where, self.rest, self.over = 0, "?", "", threading.Event()
 
@@ -236,10 +236,6 @@ class _Log:
             shown = line.rstrip("\r").rsplit("\r", 1)[-1]
             _print(f"    {shown}")
             self._note(shown)
-
-    def flush(self) -> None:
-        """Called by papermill after each piece."""
-        self.file.flush()
 
     def cell(self, cell: dict, cell_index: int) -> None:
         """Called before each cell; it is named by its first line of code."""
