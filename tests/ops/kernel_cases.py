@@ -16,8 +16,8 @@ from unimod.seam import known_norm
 
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Relative error allowed: a few roundings of the dtype; for float32 of a sum."""
-SHAPES = {"one token": (1, 16, (0,)), "none kept": (9, 33, ()), "one kept": (23, 64, (22,)),
-          "all kept": (17, 40, tuple(range(17))), "ragged": (61, 100, (*range(0, 20, 3), 40, 41, 42, 60))}
+SHAPES = {"one token": (1, 16, (0,)), "none kept": (4, 33, ()), "one kept": (7, 64, (6,)),
+          "all kept": (5, 40, tuple(range(5))), "ragged": (17, 100, (0, 3, 6, 10, 11, 12, 16))}
 """Tokens, width, and the tokens that are kept."""
 ROUTES = {"one token": ((1,), (1,), 16), "none kept": ((3, 2), (0, 0), 17), "all kept": ((4, 2), (4, 2), 20),
           "ragged": ((6, 0, 5, 3), (2, 0, 3, 0), 33)}
@@ -179,7 +179,8 @@ def check_route(device, dtype, lengths, kept, width, *, kind="layer", gate="tanh
     there = torch.tensor(lengths) > 0
     assert torch.equal(ours.kth.cpu()[there], truth.kth.cpu()[there])
     for name in FLOATS:
-        near([getattr(ours, name).detach()], [getattr(truth, name).detach()], dtype, [name])
+        summed = torch.float32 if name in ("weight", "score") else dtype
+        near([getattr(ours, name).detach()], [getattr(truth, name).detach()], summed, [name])
     assert ours.weight.dtype == ours.score.dtype == torch.float32 and ours.normed.dtype == dtype
     again = both(run, [leaves[name] for name in learned], 60)[0]
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[0], again)), "runs repeat bit by bit"

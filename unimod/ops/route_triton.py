@@ -17,8 +17,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .backend import launch
 from .kernels_triton import gate_slope, launch_select, row_block
 
-PROGRAMS = 512
-"""Programs of the backward, at most: about four per multiprocessor of an H200."""
+PROGRAMS = 264
+"""Programs of the backward, at most: two for each of an H200's 132 multiprocessors, as many as its registers hold at a
+width of 2,048 (128 a thread). Each leaves up to 6 rows of float32 sums, 49 kB."""
 LINES, COLUMNS = 32, 64
 """The tile by which the programs' sums are added up."""
 
@@ -84,7 +85,8 @@ def gather_kernel(h, index, weight, bias, rotary, flags, bounds, rank, x, n, rot
 @triton.jit
 def route_backward_kernel(h, rank, weight, grad_h, grad_x, grad_n, score, task, eligible, scorer, grad_factor,
                           grad_score, dh, sums, T, D, eps, gain, CENTRED: tl.constexpr, BIAS: tl.constexpr,
-                          NORM: tl.constexpr, SCORER: tl.constexpr, GATE: tl.constexpr, TASKS: tl.constexpr, BLOCK: tl.constexpr):
+                          NORM: tl.constexpr, SCORER: tl.constexpr, GATE: tl.constexpr, TASKS: tl.constexpr,
+                          BLOCK: tl.constexpr):
     """dh [T, D], and in `sums` (float32 [programs, rows, D]) what each program's tokens add to the gradients of norm
     weight, norm bias, scorer weights and, as first entries of the last row, scorer biases. A few programs go through
     all tokens in turn. A gradient that is None has nobody asked for."""
@@ -116,11 +118,12 @@ def route_backward_kernel(h, rank, weight, grad_h, grad_x, grad_n, score, task, 
         if grad_h is not None:
             out += tl.load(grad_h + at, mask=inside, other=0).to(tl.float32)
         if kept:
+            if grad_n is not None:
+                g = tl.load(grad_n + small, mask=inside, other=0).to(tl.float32)
             if grad_x is not None:
                 out += tl.load(grad_x + small, mask=inside, other=0).to(tl.float32)
             if grad_n is not None:
                 v, s = standard(x, inside, D, eps, CENTRED)
-                g = tl.load(grad_n + small, mask=inside, other=0).to(tl.float32)
                 if NORM:
                     sum_weight += g * v
                     if BIAS:
@@ -275,9 +278,12 @@ def launch_backward(h: Tensor, rank: Tensor, weight: Tensor, bias: Tensor | None
     ahead = (1 if bias is None else 2) if norm else 0
     rows, programs = ahead + (tasks + 1 if scores else 0), min(T, PROGRAMS)
     dh, sums = torch.empty_like(h), h.new_empty(programs, rows, D, dtype=torch.float32)
+    # twice the warps of the other kernels: the sums of three tasks would take all 255 registers of a thread
+    block = row_block(D)
+    block["num_warps"] = min(16, 2 * block["num_warps"])
     launch(route_backward_kernel, (programs,), h, rank, weight, *grads[:3], score, task, eligible, scorer, *grads[3:],
            dh, sums, T, D, eps, gain, CENTRED=centred, BIAS=bias is not None, NORM=norm, SCORER=scores, GATE=gate,
-           TASKS=tasks, **row_block(D))
+           TASKS=tasks, **block)
     if not rows:
         return dh, None, None, None, None
     made = [torch.empty_like(tensor) if there and tensor is not None else None
