@@ -85,7 +85,7 @@ def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, leng
     gate = torch.where(eligible, GATE[scorer.gate](score, scorer.gain), 1.0)
     x = h.index_select(0, index)
     return Routed(h, x, reference_norm(x, norm), gate.index_select(0, index), score, index, kth, rank,
-                  rotary.index_select(0, index), rank.index_select(0, bounds).to(torch.int32),
+                  rotary.index_select(0, index), None if bounds is None else rank.index_select(0, bounds).to(torch.int32),
                   None if flags is None else flags.index_select(0, index))
 
 
