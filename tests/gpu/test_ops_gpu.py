@@ -5,7 +5,6 @@ import torch
 from ops.kernel_cases import (
     ROUTES,
     SHAPES,
-    check_gather,
     check_route,
     check_scatter,
     check_select,
@@ -33,13 +32,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.
 @pytest.mark.parametrize("shape", REAL)
 def test_scatter(shape, dtype, gated):
     check_scatter("cuda", dtype, *REAL[shape], gated, torch.float32)
-
-
-@DTYPES
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-@pytest.mark.parametrize("shape", REAL)
-def test_gather(shape, dtype, kind):
-    check_gather("cuda", dtype, *REAL[shape], kind)
 
 
 @DTYPES

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimod.batch import Segment, Task, TokenSequence, pack
 from unimod.ops.backend import backend, count_launches, meta_as, use_backend
-from unimod.ops.gather_scatter import gather_norm, scatter, scatter_
+from unimod.ops.gather_scatter import reference_norm, scatter, scatter_
 from unimod.ops.route import GATE, Scorer, route_gather
-from unimod.ops.select import prefix_count, reference_select, segment_rank, segment_sizes, select
+from unimod.ops.select import reference_select, segment_rank, segment_sizes, select
 from unimod.seam import known_norm
 
 HERE = Path(__file__).parent
@@ -69,13 +69,6 @@ def test_scatter_in_half_precision_is_rounded_once():
     h, y, gated = (torch.full((1, 1), x, dtype=torch.bfloat16) for x in (0.0, 1.0, 64.0))
     out = scatter(h, y, torch.tensor([0]), torch.tensor([1.001]), gated=gated)
     assert out.item() == torch.tensor(1 + 0.064).bfloat16().item()
-
-
-def test_gather_reference_is_the_gather_and_the_module():
-    h, index = torch.randn(5, 8), torch.tensor([0, 3])
-    module = torch.nn.LayerNorm(8)
-    x, n = gather_norm(h, index, known_norm(module), prefix_count(index, 5))
-    assert torch.equal(x, h[index]) and torch.equal(n, module(h[index]))
 
 
 def test_the_prefix_count_gives_the_intervals():
@@ -144,6 +137,13 @@ def test_a_routed_layer_launches_seven_kernels_and_no_other_op(kind, dtype):
                              norm=known_norm(norm_module(kind, 16, "cpu", dtype)),
                              **route_inputs("cpu", (6, 0, 8), (2, 0, 3)))
     assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in known]
+
+
+@pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_the_module(kind, dtype):
+    x, module = torch.randn(5, 8, dtype=dtype), norm_module(kind, 8, "cpu", dtype)
+    assert torch.equal(reference_norm(x, known_norm(module)), module(x))
 
 
 def test_gates_by_hand():
