@@ -190,6 +190,13 @@ def total_kernel(sums, weight, bias, scorer, shift, programs, D, ROWS: tl.conste
         tl.store(shift + d, out, mask=inside & (own == TASKS))
 
 
+def backward_block(width: int) -> dict[str, int]:
+    """As `row_block`, for the backward: twice the warps, since the sums of three tasks beside a norm's would take 254
+    registers of each thread, and here take 128."""
+    block = row_block(width)
+    return block | {"num_warps": min(16, 2 * block["num_warps"])}
+
+
 class RouteGather(torch.autograd.Function):
     """`route.route_gather`, 3 launches forward and 2 backward. Outputs as `route.Routed` has them. `kept`: tokens kept
     in all; `longest`: tokens of the longest segment."""
@@ -232,12 +239,9 @@ class RouteGather(torch.autograd.Function):
         ahead = (1 if bias is None else 2) if norm else 0
         rows, programs = ahead + (tasks + 1 if scores else 0), min(T, PROGRAMS)
         dh, sums = torch.empty_like(h), h.new_empty(programs, rows, D, dtype=torch.float32)
-        # twice the warps of the other kernels: the sums of three tasks would take all 255 registers of a thread
-        block = row_block(D)
-        block["num_warps"] = min(16, 2 * block["num_warps"])
         launch(route_backward_kernel, (programs,), h, rank, weight, grad_h, grad_x, grad_n, score, task, eligible,
                scorer, grad_factor, grad_score, dh, sums, T, D, eps, gain, CENTRED=centred, BIAS=bias is not None,
-               NORM=norm, SCORER=scores, GATE=gate, TASKS=tasks, **block)
+               NORM=norm, SCORER=scores, GATE=gate, TASKS=tasks, **backward_block(D))
         made = [torch.empty_like(tensor) if there and tensor is not None else None
                 for tensor, there in ((scorer, scores), (shift, scores), (weight, norm), (bias, norm))]
         if rows:
