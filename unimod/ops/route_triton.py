@@ -206,12 +206,13 @@ class RouteGather(torch.autograd.Function):
                 task: Tensor, eligible: Tensor, sizes: Tensor, rotary: Tensor, bounds: Tensor | None,
                 flags: Tensor | None, gate: str, gain: float, eps: float, centred: bool, longest: int,
                 kept: int) -> tuple[Tensor | None, ...]:
-        stream, (T, D), block = h.contiguous(), h.shape, row_block(h.shape[1])
+        stream, (T, D), block = h.contiguous(), h.shape[-2:], row_block(h.shape[-1])
         score, factor = (h.new_empty(n, dtype=torch.float32) for n in (T, kept))
         launch(score_kernel, (T,), stream, task, scorer, shift, score, D, TASKS=len(scorer), **block)
         index, kth, rank = launch_select(score, longest, kept, sizes, eligible=eligible, factor=factor, gate=gate,
                                          gain=gain)
-        x, normed, angles = h.new_empty(kept, D), h.new_empty(kept, D), rotary.new_empty(kept, rotary.shape[1])
+        x, normed = (h.new_empty(*h.shape[:-2], kept, D) for _ in range(2))
+        angles = rotary.new_empty(kept, rotary.shape[1])
         edges = None if bounds is None else torch.empty_like(bounds)
         marks = None if flags is None else flags.new_empty(kept)
         C = 0 if bounds is None else len(bounds)
@@ -232,7 +233,7 @@ class RouteGather(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         h, rank, weight, bias, score, task, eligible, scorer, shift = ctx.saved_tensors
         eps, centred, gate, gain = ctx.constants
-        (T, D), tasks, wanted = h.shape, len(scorer), ctx.needs_input_grad[1:5]
+        (T, D), tasks, wanted = h.shape[-2:], len(scorer), ctx.needs_input_grad[1:5]
         grad_h, grad_x, grad_n, grad_factor, grad_score = (None if g is None else g.contiguous() for g in grads[:5])
         norm = grad_n is not None and any(wanted[2:])
         scores = any(wanted[:2]) and not (grad_factor is None and grad_score is None)
