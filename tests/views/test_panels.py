@@ -105,10 +105,11 @@ def test_names_of_tokens_are_no_markup():
     a = made()
     named = replace(a, model="saved: <b>",
                     overview=replace(a.overview, tokens=("<s>", *a.overview.tokens[1:-1], "<i>long one</i>")))
-    text, row = (view.figure([named], Selection(0)) for view in (panels.text, panels.row))
+    text, sequence = (view.figure([named], Selection(0)) for view in (panels.text, panels.sequence))
     assert text.data[0].text[0][0] == "&lt;s&gt;" and text.data[0].text[-1][8] == "&lt;i&gt;long…"
     assert text.layout.annotations[0].text.startswith("saved: &lt;b&gt;")
-    assert row.data[2].customdata[0] == "&lt;s&gt;" and row.data[0].customdata[-1] == "&lt;i&gt;long one&lt;/i&gt;"
+    assert sequence.data[2].customdata[0] == "&lt;s&gt;"
+    assert sequence.data[0].customdata[-1] == "&lt;i&gt;long one&lt;/i&gt;"
 
 
 def test_a_layers_frame_is_the_figure_at_that_layer():

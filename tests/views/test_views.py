@@ -211,7 +211,7 @@ def test_a_slider_shows_the_frame_it_stands_on():
 def test_both_tasks_share_one_range_and_differences_sit_around_zero():
     fig = VIEWS["heads"]()
     assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis"
-    assert fig.layout.coloraxis2.cmin == -fig.layout.coloraxis2.cmax
+    assert fig.data[2].coloraxis == "coloraxis2" and fig.layout.coloraxis2.cmid == 0
 
 
 def test_training_curves_add_cost_up_and_thin_long_runs():
@@ -276,8 +276,10 @@ def test_routers_over_training_are_means_over_seeds_and_leave_dense_out():
 
 
 def test_colours_and_dashes_mean_the_same_in_every_figure():
-    dashes = {t.name.partition(", ")[2]: t.line.dash for t in VIEWS["modality_mass"]().data}
-    assert dashes == {"measured": "solid", "if spread evenly": "dash"}
+    mass = VIEWS["modality_mass"]()
+    dashes = {t.name.partition(", ")[2]: t.line.dash for t in mass.data}
+    assert dashes == {"": "solid", "if spread evenly": "dash"}
+    assert "(dashed: if spread evenly)" in mass.layout.title.text
     assert VIEWS["gradient_angles"]().data[0].line.color == style.OKABE_ITO[0], "the palette starts at its first colour"
     assert [t.line.color for t in VIEWS["layer_order"]().data if t.showlegend] == style.shades(24)
     assert {t.line.color for t in VIEWS["skip_one_layer"]().data} == {style.TASK["t2i"], style.TASK["mmu"]}

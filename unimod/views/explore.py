@@ -24,7 +24,7 @@ from ..config import ParameterError
 from ..gallery import OWN, TASKS, Gallery, Side
 from . import panels
 from .attention import HEAD_VALUES
-from .panels import COLUMNS, VIEWS, Filled, Selection, same, title
+from .panels import COLUMNS, VIEWS, Selection, title
 from .style import words
 
 ONE = "one"
@@ -32,8 +32,6 @@ KINDS = {Modality.IMAGE: "image tokens", Modality.TEXT: "text tokens", Modality.
 QUERIES = (("what the task predicts", OWN), ("image tokens", Modality.IMAGE), ("text tokens", Modality.TEXT),
            ("special tokens", Modality.SPECIAL), ("one token: click it", ONE))
 HINT = "Click a patch of the picture or a word to select it as the query, and a square of layers and heads to go there."
-CONTROLS = ("model", "task", "compare", "sample", "query", "value", "layer", "head", "upload", "prompt", "show",
-            "folder", "open", "message")
 
 
 def explore(gallery: Gallery, run, layer: int = 0, head: int | None = None) -> object:
@@ -86,11 +84,11 @@ def notes(sides: Sequence[Side], selection: Selection) -> list[str]:
             lines.append(f'{name} has no token that corresponds to "{wanted}" at place {selection.query}.')
             continue
         values, kept = side.attention(layer, selection.head, query), found.kept[found.layers.index(layer)]
-        one = None if isinstance(query, Modality) else query
-        tokens = KINDS[query] if one is None else f"{found.tokens[one]!r} (token {one})"
+        kind = isinstance(query, Modality)
+        tokens = KINDS[query] if kind else f"{found.tokens[query]!r} (token {query})"
         line = f"{name}: {tokens}, layer {layer}, {head}"
         if values.isnan().all():
-            line += ": no such token in this layer" if one is None else ": the router skips this token here"
+            line += ": no such token in this layer" if kind else ": the router skips this token here"
         elif not math.prod(found.grid):
             line += ": a sequence without a picture"
         elif not (values[found.modality == Modality.IMAGE] > 0).any():
@@ -110,7 +108,6 @@ class Explorer:
         self.gallery, self.token, self.quiet, self.lock = gallery, 0, False, threading.RLock()
         self.sides: list[Side] = []
         self.figures: dict[str, go.FigureWidget] = {}
-        self.sent: dict[str, Filled] = {}
         names = list(gallery.models)
         first = gallery.side(names[0], Task.T2I, 0).overview
         layer, head = min(layer, first.layers[-1]), "mean" if head is None else min(head, first.heads - 1)
@@ -133,19 +130,19 @@ class Explorer:
         self.open = w.Button(description="Open")
         self.message = w.HTML()
         self.boxes = {view.name: w.VBox() for view in VIEWS}
-        for name, control in ({name: getattr(self, name) for name in CONTROLS} | self.boxes).items():
+        lines = (("model", "task", "compare"), ("sample", "query", "value"), ("layer", "head", "play"),
+                 ("upload", "prompt", "show"), ("folder", "open"), ("message",))
+        controls = {name: getattr(self, name) for line in lines for name in line}
+        for name, control in (controls | self.boxes).items():
             control.add_class(f"unimod-{name}")
-        rows = [(self.model, self.task, self.compare), (self.sample, self.query, self.value),
-                (self.layer, self.head, self.play), (self.upload, self.prompt, self.show), (self.folder, self.open)]
-        lines = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
-        self.root = w.VBox([*lines, self.message, *self.boxes.values()])
+        boxes = [w.HBox([controls[name] for name in line], layout={"flex_flow": "row wrap"}) for line in lines]
+        self.root = w.VBox([*boxes, *self.boxes.values()])
         self.root.add_class("unimod-explorer")
-        handlers = {self._new_sides: (self.model, self.task, self.compare, self.sample),
-                    self._confirm: (self.upload, self.prompt, self.folder),
-                    self._moved: (self.layer, self.head, self.query, self.value)}
-        for handler, controls in handlers.items():
-            for control in controls:
-                control.observe(self._one_at_a_time(handler), "value")
+        handlers = {self._new_sides: "model task compare sample", self._confirm: "upload prompt folder",
+                    self._moved: "layer head query value"}
+        for handler, names in handlers.items():
+            for name in names.split():
+                controls[name].observe(self._one_at_a_time(handler), "value")
         self.play.observe(lambda change: setattr(self.layer, "index", min(change["new"], len(self.layer.options) - 1)),
                           "value")
         self.show.on_click(lambda _: self._own())
@@ -189,27 +186,22 @@ class Explorer:
                 self.head.value = head if head == "mean" or head < found.heads else "mean"
                 self.play.max = len(found.layers) - 1
             for view in VIEWS:
-                old, filled = self.figures.get(view.name), view.fill(self.sides, self.selection)
-                fig = go.FigureWidget(view.figure(self.sides, self.selection, filled).update_layout(autosize=True))
-                self.figures[view.name], self.boxes[view.name].children, self.sent[view.name] = fig, [fig], filled
+                old = self.figures.get(view.name)
+                fig = go.FigureWidget(view.figure(self.sides, self.selection).update_layout(autosize=True))
+                self.figures[view.name], self.boxes[view.name].children = fig, [fig]
                 if old is not None:
                     old.close()
             self._make_clickable()
 
     def _moved(self) -> None:
-        """Another place in the same sequences: of the figures' data only what changes is sent."""
+        """Another place in the same sequences: plotly sends of the figures' data only what changes."""
         with self._reported():
             for view in VIEWS:
-                fig, (had, shown) = self.figures[view.name], self.sent[view.name]
-                data, layout = view.fill(self.sides, self.selection)
-                new = [{key: value for key, value in part.items() if not same(value, old[key])}
-                       for part, old in zip(data, had)]
-                if any(new) or layout != shown:
-                    with fig.batch_update():
-                        for trace, part in zip(fig.data, new, strict=True):
-                            trace.update(part)
-                        fig.update_layout({key: value for key, value in layout.items() if value != shown.get(key)})
-                self.sent[view.name] = data, layout
+                fig, (data, layout) = self.figures[view.name], view.fill(self.sides, self.selection)
+                with fig.batch_update():
+                    for trace, part in zip(fig.data, data, strict=True):
+                        trace.update({key: part[key] for key in ("x", "y", "z") if key in part})
+                    fig.update_layout(layout)
 
     def _make_clickable(self) -> None:
         """A click on a patch or a word selects it as the query; one on the layers and heads goes there."""
