@@ -22,7 +22,7 @@ import plotly.graph_objects as go
 from ..attention_record import edges
 from ..batch import Modality
 from ..capture import AttentionRecord
-from .style import DASH, DIFFERENCE, MODALITY, facets, heat_maps, legend_below, plain, require, words
+from .style import DIFFERENCE, MODALITY, facets, heat_maps, legend_below, plain, require, words
 
 HEAD_VALUES = {
     "to_image": "attention to image tokens",
@@ -82,8 +82,7 @@ def spread_and_sink(data: pd.DataFrame) -> go.Figure:
     shown = data.groupby(["variable", "model", "task", "layer"], sort=False)["value"].agg(["mean", "std"]).reset_index()
     shown["variable"] = shown["variable"].map(names)
     return legend_below(facets(px.line, shown, "layer", "mean", panel="variable", color="task", line_dash="model",
-                               line_dash_map=DASH, sd="std", markers=True, free=True, labels={"mean": ""},
-                               title="How attention is spread"))
+                               sd="std", markers=True, free=True, labels={"mean": ""}, title="How attention is spread"))
 
 
 def head_maps(record: AttentionRecord, row: int, head: int, name: Callable[[int], str], active: int = 0) -> go.Figure:

@@ -215,11 +215,10 @@ def _picture_fill(sides: Sequence[Side], selection: Selection) -> Filled:
     return [*data, _mark(len(maps), 0, 0, size=0)], _ranges(maps)
 
 
-def _tiles(side: Side) -> list[list[int | None]]:
-    """The indices of the text tokens in lines of COLUMNS, the last one filled up with None."""
+def _tiles(side: Side) -> np.ndarray:
+    """The indices of the text tokens in lines of COLUMNS, the last one filled up with -1."""
     places = side.text_places
-    places += [None] * (-len(places) % COLUMNS)
-    return [places[i: i + COLUMNS] for i in range(0, len(places), COLUMNS)]
+    return np.pad(places, (0, -len(places) % COLUMNS), constant_values=-1).reshape(-1, COLUMNS)
 
 
 def _short(token: str) -> str:
@@ -241,12 +240,11 @@ def _text_fill(sides: Sequence[Side], selection: Selection) -> Filled:
     data, grids = [], []
     for n, (side, values) in enumerate(zip(sides, _attention(sides, selection))):
         tiles, query = _tiles(side), _query(side, sides, selection)
-        grid = np.array([[np.nan if i is None else values[i] for i in line] for line in tiles])
-        names = [["" if i is None else _short(side.overview.tokens[i]) for i in line] for line in tiles]
-        places = [[-1 if i is None else i for i in line] for line in tiles]
+        grid = np.where(tiles < 0, np.nan, values[tiles])
+        names = [["" if i < 0 else _short(side.overview.tokens[i]) for i in line] for line in tiles]
         one = not isinstance(query, Modality) and query in side.text_places
         y, x = divmod(side.text_places.index(query), COLUMNS) if one else (None, None)
-        data += [_heat(n, grid, "%{text} (token %{customdata}): %{z:.4f}", text=names, customdata=places,
+        data += [_heat(n, grid, "%{text} (token %{customdata}): %{z:.4f}", text=names, customdata=tiles,
                        texttemplate="%{text}", textfont={"size": 11}, xgap=2, ygap=2), _mark(n, x, y)]
         grids.append(grid)
     return data, _ranges(grids)

@@ -17,7 +17,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from .runs import bars
-from .style import COLOUR, DASH, INK, POWERS, SYMBOL, facets, require, words
+from .style import COLOUR, INK, POWERS, facets, require, words
 
 FLOOR = 1e-4
 """Smallest rise of a loss (nats) that a log axis shows."""
@@ -57,7 +57,7 @@ def proxy(data: pd.DataFrame) -> go.Figure:
     """Cheap proxy (1 - cosine of a layer's input and output) against what skipping it costs, a mark per layer."""
     data = require(data, "model", "task", "layer", "damage", "cosine")
     data = data.assign(distance=1 - data["cosine"], damage=data["damage"].clip(lower=FLOOR))
-    fig = facets(px.scatter, data, "distance", "damage", color="task", symbol="model", symbol_map=SYMBOL, text="layer",
+    fig = facets(px.scatter, data, "distance", "damage", color="task", symbol="model", text="layer",
                  title="Does the cheap proxy tell?",
                  labels={"distance": "1 - cosine between a layer's input and output",
                          "damage": "rise of the loss without it (nats)"})
@@ -103,7 +103,7 @@ def sensitivity(data: pd.DataFrame) -> go.Figure:
     data.loc[by_tolerance, ["low", "high"]] = float("nan")      # the interval is over samples: no bars on the left
     data = data.sort_values("varied", ascending=False, kind="stable")
     found = data.groupby(["varied", "model", "task", "at"], sort=False)[["share", "low", "high"]].mean().reset_index()
-    fig = facets(px.line, found, "at", "share", panel="varied", color="task", line_dash="model", line_dash_map=DASH,
+    fig = facets(px.line, found, "at", "share", panel="varied", color="task", line_dash="model",
                  low="low", high="high", markers=True, title="How far the number depends on choices",
                  labels={"at": "samples", "share": "ARank / tokens, mean over layers"})
     return fig.update_xaxes(title_text="share of the largest value that still counts", **POWERS, col=1)

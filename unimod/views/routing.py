@@ -206,7 +206,7 @@ def kept_over_steps(data: pd.DataFrame) -> go.Figure:
     thick one for their mean."""
     data = require(data, "model", "seed", "step", "task", "kept")
     return over_seeds(data, "step", "kept", "step", ["model", "task"], color="task", line_dash="model",
-                      line_dash_map=style.DASH, range_y=[0, 1], labels={"kept": "share of tokens kept"},
+                      range_y=[0, 1], labels={"kept": "share of tokens kept"},
                       title="Which task keeps its tokens while the router learns?")
 
 

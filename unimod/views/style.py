@@ -31,7 +31,6 @@ ARM = {"dense": "#999999", "mod": "#D55E00", "unimod": "#0072B2", "unimod-last-h
 OUTCOME = {"yes": "#009E73", "undecided": "#999999", "no": "#D55E00"}
 COLOUR = {**ARM, **MODALITY, **OUTCOME, **TASK, **{TASK_WORDS[task]: colour for task, colour in TASK.items()}}
 DASH = {"showo-tiny": "solid", "emu3-tiny": "dot"}
-SYMBOL = {"showo-tiny": "circle", "emu3-tiny": "diamond"}
 AMOUNT, SHARE, DIFFERENCE = "Viridis", "Cividis", "RdBu"
 OVERLAY = [[0, "rgba(68,1,84,0.30)"], [0.25, "rgba(59,82,139,0.45)"], [0.5, "rgba(33,145,140,0.62)"],
            [0.75, "rgba(94,201,98,0.8)"], [1, "rgba(253,231,37,0.95)"]]
@@ -80,8 +79,8 @@ def shades(count: int) -> list[str]:
 def paper(title: str, x: str = "", y: str = "", panels: Sequence[str] = ("",), rows: int = 1, height: int = 0,
           **options: object) -> go.Figure:
     """An empty figure of panels, axes named at the left and at the bottom; options: of `make_subplots`."""
-    fig = make_subplots(rows=rows, cols=-(-len(panels) // rows), subplot_titles=panels if any(panels) else None,
-                        **options)
+    options = {"vertical_spacing": 0.3 / rows} | options
+    fig = make_subplots(rows, -(-len(panels) // rows), subplot_titles=panels if any(panels) else None, **options)
     return on_paper(fig, title, rows, height).update_xaxes(title_text=x, row=rows).update_yaxes(title_text=y, col=1)
 
 
@@ -134,6 +133,8 @@ def facets(plot: Callable, data: pd.DataFrame, x: str, y: str, *, title: str, co
         level = data.assign(line=meaning, **{y: data[reference]}, **({sd: np.nan} if sd else {}))
         data, title = pd.concat([data.assign(line="measured"), level]), f"{title} (dashed: {meaning})"
         options |= {"line_dash": "line", "line_dash_map": {"measured": "solid", meaning: "dash"}}
+    if options.get("line_dash") == "model":
+        options |= {"line_dash_map": DASH}
     if plot is not px.bar:
         options |= {"render_mode": "svg"}               # a page has few WebGL contexts, and a report many figures
     if "panel" in data:
@@ -146,7 +147,8 @@ def facets(plot: Callable, data: pd.DataFrame, x: str, y: str, *, title: str, co
     fig = plot(data, x=x, y=y, color=color, color_discrete_map=chosen, labels=labels, template="none", **options)
     fig.for_each_annotation(lambda note: note.update(text=plain(note.text.partition("=")[2])))
     fig.update_traces(error_y={"thickness": 1, "width": 3}, selector=lambda trace: "error_y" in trace)
-    fig.update_traces(mode="lines", selector={"line_dash": "dash"})     # a reference, without marks
+    if options.get("line_dash") == "line":              # references have no marks
+        fig.update_traces(mode="lines", selector={"line_dash": "dash"})
     if reference:                                       # shown and hidden with the measured line of its colour
         fig.for_each_trace(lambda trace: trace.update(legendgroup=trace.line.color,
                                                       name=trace.name.removesuffix(", measured")))
