@@ -45,7 +45,6 @@ class Side:
     model: str
     overview: Overview
     record: AttentionRecord | None = None
-    row: int = 0
 
     def has(self, layer: int, head: int | None) -> bool:
         """Whether there are this layer and head (None: mean over heads)."""
@@ -78,7 +77,7 @@ class Side:
         kept = found.kept[found.layers.index(layer)]
         out = torch.full((len(kept),), torch.nan)
         if kept[query]:
-            out[kept] = self.record.row_weights(self.row, layer, head, int(kept[:query].sum())).cpu()
+            out[kept] = self.record.row_weights(0, layer, head, int(kept[:query].sum())).cpu()
         return out
 
     def head_values(self, value: str) -> np.ndarray:

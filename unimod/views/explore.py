@@ -28,8 +28,7 @@ from .style import words
 
 ONE = "one"
 KINDS = {Modality.IMAGE: "image tokens", Modality.TEXT: "text tokens", Modality.SPECIAL: "special tokens"}
-QUERIES = (("what the task predicts", OWN), ("image tokens", Modality.IMAGE), ("text tokens", Modality.TEXT),
-           ("special tokens", Modality.SPECIAL), ("one token: click it", ONE))
+QUERIES = (("what the task predicts", OWN), *zip(KINDS.values(), KINDS), ("one token: click it", ONE))
 HINT = "Click a patch of the picture or a word to select it as the query, and a square of layers and heads to go there."
 CONTROLS = ("model task compare", "sample query value", "layer head play", "upload prompt show", "folder open")
 """The controls, line by line."""
@@ -252,10 +251,9 @@ class Explorer:
 
     def _go(self, layer: int, head: int) -> None:
         with self._silent():
-            if layer in self.layer.options:
-                self.layer.value = layer
-            if head in self.head.options:
-                self.head.value = head
+            for control, value in ((self.layer, layer), (self.head, head)):
+                if value in control.options:
+                    control.value = value
         self._moved()
 
     def _confirm(self) -> None:

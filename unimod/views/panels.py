@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import plotly.graph_objects as go
@@ -115,20 +116,18 @@ def as_bytes(data: list[dict], layout: dict) -> Filled:
     return coarse, layout | axes
 
 
-def _paper(heading: str, sides: Sequence[Side], x: str = "", y: str = "", difference: bool = True, more: tuple = (),
-           unit: str = "share", scale: str | list = AMOUNT, **options: object) -> go.Figure:
-    """Panels with axes; the colour axes of A and B and of A - B. Two sides are named below the title."""
-    names = [plain(title(side)) for side in sides]
-    two = len(sides) == 2
-    panels = ["A", "B", "A - B"][: 2 + difference] if two else names
-    fig = paper(heading, x, y, [*panels, *more], **options)
-    bar = {"title_text": unit, "x": 1, "thickness": 14}
-    fig.update_layout(coloraxis={"colorscale": scale, "colorbar": bar}, margin_r=90)
-    if two:
+def _paper(heading: str, sides: Sequence[Side], x: str = "", y: str = "", stacked: bool = False, more: tuple = (),
+           rows: int = 1, unit: str = "share", scale: str | list = AMOUNT, **options: object) -> go.Figure:
+    """Axes and colour axes. stacked: A above B and no A - B. Two sides are named below the title."""
+    panels = names = [plain(title(side)) for side in sides]
+    if len(sides) == 2:
+        panels = ["A", "B"] if stacked else ["A", "B", "A - B"]
+    fig = paper(heading, x, y, [*panels, *more], len(sides) if stacked else rows, **options)
+    for axis, colours, text, at in (("coloraxis", scale, unit, 1), ("coloraxis2", DIFFERENCE, "A - B", 1.12)):
+        fig.layout[axis] = {"colorscale": colours, "colorbar": {"title_text": text, "x": at, "thickness": 14}}
+    fig.update_layout(margin_r=170 if len(panels) == 3 else 90)
+    if len(sides) == 2:
         fig.update_layout(title_subtitle_text=f"A: {names[0]} &nbsp; B: {names[1]}", margin_t=105)
-    if two and difference:
-        bar = {"title_text": "A - B", "x": 1.12, "thickness": 14}
-        fig.update_layout(coloraxis2={"colorscale": DIFFERENCE, "colorbar": bar}, margin_r=170)
     return fig
 
 
@@ -228,7 +227,7 @@ def _short(token: str) -> str:
 
 def _text_axes(sides: Sequence[Side]) -> go.Figure:
     count = [len(_tiles(side)) for side in sides]
-    fig = _paper("Attention to the text", sides, difference=False, rows=len(sides), row_heights=count,
+    fig = _paper("Attention to the text", sides, stacked=True, row_heights=count,
                  height=130 + sum(50 + 32 * max(n, 2) for n in count))
     fig.update_xaxes(range=[-0.5, COLUMNS - 0.5], visible=False)
     for n, lines in enumerate(count, 1):
@@ -266,10 +265,6 @@ def _heads_fill(sides: Sequence[Side], selection: Selection) -> Filled:
                        x=list(range(side.overview.heads)), y=list(side.overview.layers)),
                  _mark(n, selection.head, None if selection.head is None else selection.layer)]
     return data, {"title_text": f"Every head: {HEAD_VALUES[selection.value]}", **_ranges(maps, from_zero=False)}
-
-
-def _sequence_axes(sides: Sequence[Side]) -> go.Figure:
-    return _paper("Attention over the sequence", sides, "place in the sequence", "share", False, rows=len(sides))
 
 
 def _sequence_fill(sides: Sequence[Side], selection: Selection) -> Filled:
@@ -312,7 +307,8 @@ heads = View(
     "how much of each head's attention goes to image tokens; the third panel is the difference, around 0.",
     "Layers against heads, coloured by the share of attention to image tokens, for both sides and their difference.")
 sequence = View(
-    "row", _sequence_axes, _sequence_fill, "every bar is a token of the sequence; its height is the share of attention "
+    "row", partial(_paper, "Attention over the sequence", x="place in the sequence", y="share", stacked=True),
+    _sequence_fill, "every bar is a token of the sequence; its height is the share of attention "
     "that it gets. Colours are kinds of tokens.",
     "Bars over the places of both sequences, coloured by kind of token, with a slider over layers.")
 blocks = View(

@@ -41,18 +41,17 @@ def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int
     data: arm, seed, step, the value, for x other than step that column per step (FLOPs, seconds, tokens; summed up
     here), and model if there are several. smooth: steps of a running mean. At most POINTS per line are drawn.
     """
-    data = require(data, "arm", "seed", "step", value, x).sort_values("step", kind="stable")
-    keys = [key for key in ARM_KEYS if key in data]
-    by = keys[:-1]
-    at = data["step"] if x == "step" else data.groupby(keys, sort=False)[x].cumsum()
-    data = data[[*keys, "step"]].assign(at=at, shown=data[value])
+    data = _with_model(require(data, "arm", "seed", "step", value, x)).sort_values("step", kind="stable")
+    runs = data.groupby(ARM_KEYS, sort=False)
+    data = data.assign(at=data["step"] if x == "step" else runs[x].cumsum(), shown=data[value])
     # steps without the value are left out, but a run that has none keeps a row: its panel, its colour
-    none = data["shown"].isna().groupby([data[key] for key in keys]).transform("all") & ~data.duplicated(keys)
+    none = (runs[value].transform("count") == 0) & ~data.duplicated(ARM_KEYS)
     data = data[data["shown"].notna() | none]
-    data["shown"] = data.groupby(keys, sort=False)["shown"].transform(lambda y: y.rolling(smooth, min_periods=1).mean())
-    place = data.groupby(by, sort=False)["step"].rank("dense") - 1
-    every = place.groupby([data[key] for key in by]).transform("max") // POINTS + 1
-    return over_seeds(data[place % every == 0], "at", "shown", "step", by, panel="model", color="arm",
+    data["shown"] = data.groupby(ARM_KEYS, sort=False)["shown"].transform(
+        lambda y: y.rolling(smooth, min_periods=1).mean())
+    place = data.groupby(ARM_KEYS[:2], sort=False)["step"].rank("dense") - 1
+    every = place.groupby([data["model"], data["arm"]]).transform("max") // POINTS + 1
+    return over_seeds(data[place % every == 0], "at", "shown", "step", ARM_KEYS[:2], panel="model", color="arm",
                       colours=_colours(data), title=f"Training: {value.replace('_', ' ')}",
                       labels={"at": AXES.get(x, x), "shown": value.replace("_", " ")})
 
@@ -60,21 +59,16 @@ def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int
 def quality_against_flops(data: pd.DataFrame, value: str, cost: str = "flops", dense: str = "dense") -> go.Figure:
     """Quality against cost, a small mark per seed and a large one for each arm's mean with its spread; the dense arm's
     mean as a line. data: arm, seed, the value, the cost, and model if there are several."""
-    data = require(data, "arm", "seed", value, cost)
-    keys = [key for key in ARM_KEYS[:2] if key in data]
-    words_of_value = value.replace("/", ", ").replace("_", " ")
-    options = {"panel": "model", "color": "arm", "colours": _colours(data),
-               "title": f"Quality against cost: {words_of_value}"}
-    shown = data.groupby(keys, sort=False).agg(cost=(cost, "mean"), mean=(value, "mean"), sd=(value, "std"),
-                                               seeds=("seed", "nunique")).reset_index()
+    data, name = _with_model(require(data, "arm", "seed", value, cost)), value.replace("/", ", ").replace("_", " ")
+    options = {"panel": "model", "color": "arm", "colours": _colours(data), "title": f"Quality against cost: {name}"}
+    shown = data.groupby(ARM_KEYS[:2], sort=False).agg(cost=(cost, "mean"), mean=(value, "mean"), sd=(value, "std"),
+                                                       seeds=("seed", "nunique")).reset_index()
     fig = facets(px.scatter, shown, "cost", "mean", sd="sd", hover_data={"seeds": True, "mean": ":.3f"},
-                 labels={"cost": cost.replace("_", " "), "mean": words_of_value}, **options)
-    fig.update_traces(marker_size=14)
+                 labels={"cost": cost.replace("_", " "), "mean": name}, **options).update_traces(marker_size=14)
     seeds = facets(px.scatter, data, cost, value, hover_data={"seed": True, value: ":.3f"}, **options)
     fig.add_traces(seeds.update_traces(marker={"size": 6, "opacity": 0.5}, showlegend=False).data)
-    panels = [part for _, part in data.groupby("model", sort=False)] if "model" in data else [data]
-    for n, part in enumerate(panels, 1):
-        level = part[part["arm"] == dense][value]
+    for n, model in enumerate(data["model"].unique(), 1):
+        level = data[(data["model"] == model) & (data["arm"] == dense)][value]
         if len(level):
             fig.add_hline(y=level.mean(), line={"color": INK, "dash": "dash"}, annotation_text=dense, row=1, col=n)
     return fig
@@ -106,11 +100,10 @@ def final_frame(results: list[dict]) -> pd.DataFrame:
 
 
 def summary(final: pd.DataFrame, timing: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Mean over seeds with the smallest and largest value, per model and arm; `timing` adds the measured time of a
-    step.
+    """Mean over seeds with the smallest and largest value, per model and arm.
 
     tokens: token-layer computations relative to dense (the paper's counting); step FLOPs: everything, head included.
-    timing: model, arm, ms, ratio (to dense, same batch, interleaved).
+    timing: a step's measured time: model, arm, ms, ratio (to dense, same batch, interleaved).
     """
     rows = []
     for (model, arm), part in require(final, *ARM_KEYS, *FIGURES).groupby(["model", "arm"], sort=False):
@@ -144,6 +137,10 @@ def table_of_findings(record: dict) -> str:
     found["cell"] = [cell(f) for f in found.itertuples()]
     table = found.pivot(index="finding", columns="model", values="cell")
     return markdown(table.loc[found["finding"].unique(), found["model"].unique()].reset_index())
+
+
+def _with_model(data: pd.DataFrame) -> pd.DataFrame:
+    return data if "model" in data else data.assign(model="")
 
 
 def _colours(data: pd.DataFrame) -> dict[str, str]:

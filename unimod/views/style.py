@@ -209,10 +209,8 @@ def heat_maps(title: str, frames: Mapping[object, Sequence[dict]], panels: Seque
 
 
 def slider(fig: go.Figure, frames: Sequence[go.Frame], active: int = 0) -> go.Figure:
-    """A slider over layers, where there are several, and buttons that run through them; both need no kernel.
-
-    The figure shows the frame `active` already. A frame holds all of its traces, or names those that it holds.
-    """
+    """A slider over layers, where there are several, and buttons that run through them; both need no kernel. The figure
+    shows the frame `active` already; a frame that names no traces has all of them."""
     if len(frames) < 2:
         return fig
     for one in frames:
