@@ -177,9 +177,9 @@ def _heat(n: int, values: np.ndarray, hover: str, axis: str = "", **options: obj
             "hovertemplate": f"{hover}<extra></extra>", **_axes(n), **options}
 
 
-def _mark(n: int, x: int | None, y: int | None, size: int = 20) -> dict:
+def _mark(n: int, x: int | None, y: int | None) -> dict:
     """An open square on what is selected."""
-    marker = {"symbol": "square-open", "size": size, "color": "#ff2d9b", "line": {"width": 3}}
+    marker = {"symbol": "square-open", "size": 20, "color": "#ff2d9b", "line": {"width": 3}}
     return {"type": "scatter", "mode": "markers", "x": [x], "y": [y], "marker": marker, "hoverinfo": "skip",
             "showlegend": False, **_axes(n)}
 
@@ -211,7 +211,7 @@ def _picture_fill(sides: Sequence[Side], selection: Selection) -> Filled:
                  {"type": "heatmap", "z": veil, "colorscale": VEIL, "zmin": 0, "zmax": 1, "showscale": False,
                   "hoverinfo": "skip", **_axes(n)}, _mark(n, x, y)]
     # the picture alone: plotly draws no axes without a trace
-    return [*data, _mark(len(maps), 0, 0, size=0)], _ranges(maps)
+    return [*data, _mark(len(maps), 0, 0) | {"opacity": 0}], _ranges(maps)
 
 
 def _tiles(side: Side) -> np.ndarray:

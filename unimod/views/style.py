@@ -118,7 +118,7 @@ def facets(plot: Callable, data: pd.DataFrame, x: str, y: str, *, title: str, co
     deviation. reference: a column drawn dashed in the place of y, with its `meaning` in words. A layer as colour is
     dark (first) to bright (last); other values that `colours` lacks take the palette's.
     """
-    columns = [panel] if isinstance(panel, str) else panel
+    columns = [name for name in ([panel] if isinstance(panel, str) else panel) if name in data]
     data, panels, across = in_panels(data, *columns)
     rows, palette = -(-len(panels) // across), OKABE_ITO
     if color == "layer":
