@@ -116,8 +116,7 @@ class MoDLayer(nn.Module):
             return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
         earlier, plan = unimod.earlier, unimod.plan.layers.get(self.number)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        rotary = torch.cat(position_embeddings, -1).squeeze(0) if unimod.rotary is None else unimod.rotary
-        gather = None if recompute or plan is None else self._gather(hidden_states, rotary, unimod, plan)
+        gather = None if recompute or plan is None else self._gather(hidden_states, position_embeddings, unimod, plan)
         if gather is None:
             routing = self.router(hidden_states.squeeze(0), unimod.batch, earlier, plan)
         else:
@@ -132,9 +131,9 @@ class MoDLayer(nn.Module):
             return skipped
         received = earlier.received
         # gathered, not computed anew: cos and sin of the kept tokens' own positions, in float32
-        angles = rotary.index_select(0, index) if found is None else found.rotary
+        angles = [x.index_select(1, index) for x in position_embeddings] if found is None else (found.cos, found.sin)
         run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing, plan.longest if plan else 0),
-                      position_embeddings=angles[None].chunk(2, -1), **kwargs)
+                      position_embeddings=tuple(angles), **kwargs)
         # the router stays outside: its decision is needed to scatter, and costs 2 D FLOPs a token
         x, y, gated = checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
         if earlier.needs_attention:                         # skipped tokens keep what they received last
@@ -179,7 +178,8 @@ class MoDLayer(nn.Module):
         skipped = hidden_states * gate.to(y.dtype) if self.router.config.scale_skipped else hidden_states
         return torch.where(kept, (y + (gate - 1).to(y.dtype) * gated).to(y.dtype), skipped)
 
-    def _gather(self, h: Tensor, rotary: Tensor, state: ForwardState, plan: LayerPlan) -> Gather | None:
+    def _gather(self, h: Tensor, angles: tuple[Tensor, Tensor], state: ForwardState,
+                plan: LayerPlan) -> Gather | None:
         """What the kept tokens bring along, where kernels score, choose, gather and normalise them in one op; None
         where the plain ops do."""
         norm = seam.input_norm(self.layer)
@@ -189,7 +189,7 @@ class MoDLayer(nn.Module):
                                                                                                        plan):
             return None
         runs = attention_runs(state.attention)
-        return Gather(known, rotary, *((None, None) if runs is None else (runs.bounds.flatten(), runs.causal)))
+        return Gather(known, *angles, *((None, None) if runs is None else (runs.bounds.flatten(), runs.causal)))
 
     def keep_norm(self) -> None:
         """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in

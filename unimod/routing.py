@@ -81,7 +81,8 @@ class Gather:
     router's."""
 
     norm: Norm
-    rotary: Tensor
+    cos: Tensor
+    sin: Tensor
     bounds: Tensor | None
     flags: Tensor | None
 
@@ -140,9 +141,6 @@ class ForwardState:
     """What was worked out from the batch beforehand."""
     earlier: RoutingState = field(default_factory=RoutingState)
     """Decisions of earlier layers, for methods that look back."""
-    rotary: Tensor | None = None
-    """float32 [T, R]: cosines and sines of the batch's positions side by side, gathered by routed layers; None: as the
-    layer is given them."""
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
     decode: bool = False

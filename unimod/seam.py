@@ -54,7 +54,7 @@ def set_input_norm(layer: nn.Module, norm: nn.Module) -> None:
 
 
 def known_norm(module: nn.Module | None) -> Norm | None:
-    """What `gather_norm` needs of a norm; None for a module that computes something else."""
+    """What `route_gather` needs of a norm; None for a module that computes something else."""
     if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
         return Norm(module.weight, module.bias, module.eps, "layer")
     if type(module).__name__ in ("LlamaRMSNorm", "Emu3RMSNorm", "ChameleonRMSNorm"):

@@ -14,7 +14,7 @@ from unimod.ops import route_triton as route
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 TYPES = dict.fromkeys(("rank", "index", "last", "lo", "hi", "label", "position", "segment", "first", "task"), "*i64")
 TYPES |= dict.fromkeys(("sums", "lse", "mass", "entropy", "distance", "received", "score", "factor", "dweight",
-                        "grad_factor", "grad_score", "rotary", "rotary_out"), "*fp32")
+                        "grad_factor", "grad_score", "cos", "cos_out", "sin", "sin_out"), "*fp32")
 TYPES |= dict.fromkeys(("eps", "scale", "gain"), "fp32") | dict.fromkeys(("sizes", "bounds", "bounds_out"), "*i32")
 TYPES |= dict.fromkeys(("eligible", "flags", "flags_out"), "*i1")
 VALUES = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "weight", "bias", "scorer", "shift",
@@ -31,8 +31,8 @@ ROUTED = [
     (kernels.scatter_backward_kernel, WIDE | {"gated": None, "dgated": None}),
     (kernels.scatter_backward_kernel, WIDE | {"h": None, "y": None, "gated": None, "dweight": None}),
     (route.score_kernel, WIDE | {"TASKS": 3}),
-    (route.gather_kernel, SHOWO | {"CENTRED": True, "ANGLES": 128}),
-    (route.gather_kernel, WIDE | {"CENTRED": False, "ANGLES": 256, "bias": None, "flags": None}),
+    (route.gather_kernel, SHOWO | {"CENTRED": True, "ANGLES": 64}),
+    (route.gather_kernel, WIDE | {"CENTRED": False, "ANGLES": 128, "bias": None, "flags": None}),
     (route.route_backward_kernel, route.backward_block(2048) | BACKWARD | {"CENTRED": True, "BIAS": True}),
     (route.route_backward_kernel, route.backward_block(4096) | BACKWARD | {"GATE": "sigmoid"}),
     (route.route_backward_kernel, route.backward_block(4096) | BACKWARD | {"TASKS": 1, "GATE": "raw", "task": None,

@@ -125,10 +125,10 @@ def route_inputs(device, lengths, kept, tasks=3, flags=True):
     T, g = sum(lengths), torch.Generator().manual_seed(50)
     task = torch.randint(tasks, (T,), generator=g)
     eligible = torch.rand(T, generator=g) < .7
-    rotary = torch.randn(T, 24, generator=g)
+    cos, sin = (torch.randn(T, 24, generator=g) for _ in range(2))
     bounds = torch.randint(T + 1, (21,), generator=g, dtype=torch.int32)
     marks = torch.rand(T, generator=g) < .5 if flags else None
-    tensors = {"task": task, "eligible": eligible, "sizes": segment_sizes(lengths, kept), "rotary": rotary,
+    tensors = {"task": task, "eligible": eligible, "sizes": segment_sizes(lengths, kept), "cos": cos, "sin": sin,
                "bounds": bounds, "flags": marks}
     return {"lengths": lengths, "kept": kept} | {n: None if x is None else x.to(device) for n, x in tensors.items()}
 

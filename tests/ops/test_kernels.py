@@ -164,11 +164,12 @@ def test_the_route_reference_by_hand():
     scorer = Scorer(torch.eye(2, dtype=torch.double), torch.tensor([0.5, 0], dtype=torch.double), "raw", 0.2)
     norm = known_norm(torch.nn.LayerNorm(2, dtype=torch.double))
     made = route_gather(h, scorer, torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, True, False]), (2, 2), (1, 1),
-                        segment_sizes((2, 2), (1, 1)), norm, torch.arange(4.0)[:, None], torch.tensor([0, 2, 4]).int(),
-                        None)
+                        segment_sizes((2, 2), (1, 1)), norm, torch.arange(4.0)[:, None], -torch.arange(4.0)[:, None],
+                        torch.tensor([0, 2, 4]).int(), None)
     assert made.h is h and made.score.tolist() == [1.5, 0.5, 0, 3] and made.weight.tolist() == [1.5, 1]
     assert made.index.tolist() == [0, 3] == made.kth.tolist() and made.rank.tolist() == [0, 1, 1, 1, 2]
-    assert made.rotary.tolist() == [[0], [3]] and made.bounds.tolist() == [0, 1, 2] and made.flags is None
+    assert made.cos.tolist() == [[0], [3]] and made.sin.tolist() == [[0], [-3]]
+    assert made.bounds.tolist() == [0, 1, 2] and made.flags is None
     assert torch.equal(made.x, h[[0, 3]]) and made.normed[1].tolist() == pytest.approx([-1, 1], abs=1e-5)
 
 

@@ -133,15 +133,14 @@ class UnifiedModel(nn.Module):
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
         h = self.embed(batch)[None]
+        if self.compiled:                                   # no view: a compiler's guards would make a frame of its own
+            h = h.clone()
         if plan is None:                                    # a cache that grows by a token has no use for the mask
             plan = BatchPlan() if decode else self.plan(batch, cache is None or cache.fresh, targets=False)
         # once for all layers; in bfloat16 angles beyond position 256 would be whole radians apart
-        angles = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
-        # side by side, so that a routed layer gathers both at once
-        rotary = torch.cat(angles, -1)
-        pair = rotary.chunk(2, -1)
-        state = ForwardState(batch, plan=plan, rotary=rotary.squeeze(0), cache=cache, decode=decode,
-                             attention=dict(plan.attention), compiled=self.compiled)
+        rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
+        state = ForwardState(batch, plan=plan, cache=cache, decode=decode, attention=dict(plan.attention),
+                             compiled=self.compiled)
         layers, earlier = self._live(), state.earlier
         with explained():
             for layer, following in zip(layers, [*layers[1:], None]):
@@ -150,7 +149,7 @@ class UnifiedModel(nn.Module):
                     earlier.routing = earlier.decision = None
                 scored = hasattr(following, "router") and following.router.needs_attention
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
-                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=pair,
+                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=rotary,
                                             unimod=state))
         if cache is not None:
             cache.fresh = False
@@ -206,7 +205,10 @@ def compile_layers(model: UnifiedModel, **options: object) -> UnifiedModel:
     for layer in model.layers:
         if isinstance(layer, MoDLayer):
             layer.keep_norm()
+        inner = getattr(layer, "layer", layer)
+        # an attribute that some layers have and others lack makes two frames
+        seam.set_recomputed(inner, seam.recomputed(inner))
         if not isinstance(layer, MLPGatedLayer):
-            getattr(layer, "layer", layer).compile(dynamic=True, **options)
+            inner.compile(dynamic=True, **options)
     model.compiled = True
     return model

@@ -53,8 +53,10 @@ class Routed(NamedTuple):
     """int64 [S]."""
     rank: Tensor
     """int64 [T + 1]."""
-    rotary: Tensor
-    """float32 [K, R]: rotary[index]."""
+    cos: Tensor
+    """float32 [K, R]: cos[index]."""
+    sin: Tensor
+    """float32 [K, R]: sin[index]."""
     bounds: Tensor | None
     """int32 [C]: rank[bounds]."""
     flags: Tensor | None
@@ -62,22 +64,22 @@ class Routed(NamedTuple):
 
 
 def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, lengths: tuple[int, ...],
-                 kept: tuple[int, ...], sizes: Tensor, norm: Norm, rotary: Tensor,
+                 kept: tuple[int, ...], sizes: Tensor, norm: Norm, cos: Tensor, sin: Tensor,
                  bounds: Tensor | None, flags: Tensor | None) -> Routed:
     """Score all tokens and gather the `kept[s]` best of each segment s.
 
     h: [T, D], or with a leading 1 as x and normed then; task: int64 [T]; eligible: bool [T], the tokens that are gated;
-    lengths, kept: host sizes per segment; sizes: their `segment_sizes` on h's device; rotary: float32 [T, R], cosines
-    and sines side by side; bounds: int32 [C], each in 0 ... T; flags: bool [T]. All but h are contiguous. Scores are
-    sums in float32 (float64 for float64) of h and the weight rounded to h's dtype. Gradients: to h, the scorer and the
-    norm, from h, x, normed, weight and score. Raises ValueError as `select`.
+    lengths, kept: host sizes per segment; sizes: their `segment_sizes` on h's device; cos, sin: float32 [T, R],
+    or with a leading 1 as what becomes of them then; bounds: int32 [C], each in 0 ... T; flags: bool [T]. All but h are
+    contiguous. Scores are sums in float32 (float64 for float64) of h and the weight rounded to h's dtype. Gradients: to
+    h, the scorer and the norm, from h, x, normed, weight and score. Raises ValueError as `select`.
     """
     if max(lengths) <= LONGEST and by_triton(h):
         check_sizes(task, lengths, kept)
         from .route_triton import RouteGather
 
         return Routed(*RouteGather.apply(
-            h, scorer.weight, scorer.bias, norm.weight, norm.bias, task, eligible, sizes, rotary, bounds, flags,
+            h, scorer.weight, scorer.bias, norm.weight, norm.bias, task, eligible, sizes, cos, sin, bounds, flags,
             scorer.gate, scorer.gain, norm.eps, norm.kind == "layer", max(lengths), sum(kept)))
     score = reference_score(h.flatten(0, -2), scorer, task)
     index, kth, rank = select(score.detach(), lengths, kept, sizes)
@@ -87,7 +89,7 @@ def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, leng
     edges = None if bounds is None else rank.index_select(0, bounds).to(torch.int32)
     marks = None if flags is None else flags.index_select(0, index)
     return Routed(h, x, reference_norm(x, norm), gate.index_select(0, index), score, index, kth, rank,
-                  rotary.index_select(0, index), edges, marks)
+                  cos.index_select(-2, index), sin.index_select(-2, index), edges, marks)
 
 
 def reference_score(h: Tensor, scorer: Scorer, task: Tensor) -> Tensor:

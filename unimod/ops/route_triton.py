@@ -52,10 +52,10 @@ def standard(x, inside, D, eps, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(h, index, weight, bias, rotary, flags, bounds, rank, x, n, rotary_out, flags_out, bounds_out, K, D, R,
-                  C, eps, CENTRED: tl.constexpr, ANGLES: tl.constexpr, BLOCK: tl.constexpr):
-    """Per kept token one program: a row of x = h[index], of n = norm(x), of rotary[index], an entry of flags[index].
-    The programs after the K-th look up rank[bounds], BLOCK entries each."""
+def gather_kernel(h, index, weight, bias, cos, sin, flags, bounds, rank, x, n, cos_out, sin_out, flags_out, bounds_out,
+                  K, D, R, C, eps, CENTRED: tl.constexpr, ANGLES: tl.constexpr, BLOCK: tl.constexpr):
+    """Per kept token one program: a row of x = h[index], of n = norm(x), of cos[index] and sin[index], an entry of
+    flags[index]. The programs after the K-th look up rank[bounds], BLOCK entries each."""
     slot = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     if slot < K:
@@ -71,7 +71,8 @@ def gather_kernel(h, index, weight, bias, rotary, flags, bounds, rank, x, n, rot
             out += tl.load(bias + d, mask=inside, other=0).to(tl.float32)
         tl.store(n + small, out, mask=inside)
         r = tl.arange(0, ANGLES)
-        tl.store(rotary_out + slot * R + r, tl.load(rotary + t * R + r, mask=r < R), mask=r < R)
+        tl.store(cos_out + slot * R + r, tl.load(cos + t * R + r, mask=r < R), mask=r < R)
+        tl.store(sin_out + slot * R + r, tl.load(sin + t * R + r, mask=r < R), mask=r < R)
         if flags is not None:
             tl.store(flags_out + slot, tl.load(flags + t))
     elif bounds is not None:
@@ -203,7 +204,7 @@ class RouteGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, h: Tensor, scorer: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None,
-                task: Tensor, eligible: Tensor, sizes: Tensor, rotary: Tensor, bounds: Tensor | None,
+                task: Tensor, eligible: Tensor, sizes: Tensor, cos: Tensor, sin: Tensor, bounds: Tensor | None,
                 flags: Tensor | None, gate: str, gain: float, eps: float, centred: bool, longest: int,
                 kept: int) -> tuple[Tensor | None, ...]:
         stream, (T, D), block = h.contiguous(), h.shape[-2:], row_block(h.shape[-1])
@@ -212,21 +213,23 @@ class RouteGather(torch.autograd.Function):
         index, kth, rank = launch_select(score, longest, kept, sizes, eligible=eligible, factor=factor, gate=gate,
                                          gain=gain)
         x, normed = (h.new_empty(*h.shape[:-2], kept, D) for _ in range(2))
-        angles = rotary.new_empty(kept, rotary.shape[1])
+        R = cos.shape[-1]
+        # two tensors, and no views of one: a compiler's guards on views would make frames of their own
+        angles = [table.new_empty(*table.shape[:-2], kept, R) for table in (cos, sin)]
         edges = None if bounds is None else torch.empty_like(bounds)
         marks = None if flags is None else flags.new_empty(kept)
         C = 0 if bounds is None else len(bounds)
         if programs := kept + triton.cdiv(C, block["BLOCK"]):
-            launch(gather_kernel, (programs,), stream, index, weight, bias, rotary, flags, bounds, rank, x, normed,
-                   angles, marks, edges, kept, D, rotary.shape[1], C, eps, CENTRED=centred,
-                   ANGLES=triton.next_power_of_2(rotary.shape[1]), **block)
+            launch(gather_kernel, (programs,), stream, index, weight, bias, cos, sin, flags, bounds, rank, x,
+                   normed, *angles, marks, edges, kept, D, R, C, eps, CENTRED=centred,
+                   ANGLES=triton.next_power_of_2(R), **block)
         ctx.save_for_backward(stream, rank, weight, bias, score, task, eligible, scorer, shift)
         ctx.constants = eps, centred, gate, gain
         ctx.set_materialize_grads(False)
-        fixed = [tensor for tensor in (index, kth, rank, angles, edges, marks) if tensor is not None]
+        fixed = [tensor for tensor in (index, kth, rank, *angles, edges, marks) if tensor is not None]
         # a gate that is 1 throughout has no slope: the scatter then keeps nothing for it
         ctx.mark_non_differentiable(*fixed, *([factor] if gate == "none" else []))
-        return h, x, normed, factor, score, index, kth, rank, angles, edges, marks
+        return h, x, normed, factor, score, index, kth, rank, *angles, edges, marks
 
     @staticmethod
     @once_differentiable
@@ -248,4 +251,4 @@ class RouteGather(torch.autograd.Function):
         if rows:
             launch(total_kernel, (triton.cdiv(D, COLUMNS), rows), sums, *made[2:], *made[:2], programs, D, ROWS=rows,
                    AHEAD=ahead, TASKS=tasks, LINES=LINES, COLUMNS=COLUMNS)
-        return dh, *(tensor if asked else None for tensor, asked in zip(made, wanted)), *[None] * 12
+        return dh, *(tensor if asked else None for tensor, asked in zip(made, wanted)), *[None] * 13
