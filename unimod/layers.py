@@ -36,6 +36,7 @@ from .baselines import RandomRouter, fade, own_class, router_class, suits
 from .capacity import LearnedCapacity
 from .config import ParameterError, RouterConfig
 from .ops.backend import backend
+from .ops.decode import apply_decision
 from .ops.gather_scatter import gather_norm, scatter, scatter_
 from .plan import CapacityPlan
 from .router import TaskRouter
@@ -167,10 +168,7 @@ class MoDLayer(nn.Module):
                                **kwargs)
         if decision is None:
             return y
-        kept, gate = (x[:, None] for x in decision)
-        gated = y - hidden_states if gated is None else gated
-        skipped = hidden_states * gate.to(y.dtype) if self.router.config.scale_skipped else hidden_states
-        return torch.where(kept, (y + (gate - 1).to(y.dtype) * gated).to(y.dtype), skipped)
+        return apply_decision(hidden_states, y, *decision, gated, self.router.config.scale_skipped)
 
     def _gather(self, hidden_states: Tensor, routing: Routing, norm: nn.Module | None) -> Tensor:
         """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the

@@ -13,7 +13,7 @@ The layers are transformers' own, and attend over the intervals of the batch thr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ..batch import FEATURE, Batch
 from ..config import ParameterError
 from ..layers import MLPGatedLayer, MoDLayer
 from ..ops.cross_entropy import linear_cross_entropy
+from ..ops.decode import by_triton
 from ..router import routing_plan
 from ..routing import ForwardState
 from ..versions import explained
@@ -99,8 +100,10 @@ class UnifiedModel(nn.Module):
         return h.masked_scatter((batch.ids == FEATURE)[:, None],
                                 self.projector(batch.features.to(h.dtype)).to(h.dtype))
 
-    def forward(self, batch: Batch, cache: KVCache | None = None, decode: bool = False) -> Tensor:
-        """Hidden states after the final norm: [T, D]. `cache` is read and written; `decode` as in `ForwardState`.
+    def forward(self, batch: Batch, cache: KVCache | None = None, decode: bool = False,
+                held: dict | None = None) -> Tensor:
+        """Hidden states after the final norm: [T, D]. `cache` is read and written; `decode` as in `ForwardState`. held:
+        where what follows from the batch's layout alone is kept for further forwards of it, with other ids.
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
@@ -109,12 +112,16 @@ class UnifiedModel(nn.Module):
         layers = [layer for i, layer in enumerate(self.layers) if i not in self.skipped]
         # by attribute: a wrapper around a layer, such as torch's checkpoint_wrapper, hands these through
         routers = {layer.number: layer.router for layer in layers if hasattr(layer, "router")}
-        plan = {} if decode else routing_plan(routers, batch)
+        held = {} if held is None else held
+        if "plan" not in held:
+            held.update(plan={} if decode else routing_plan(routers, batch), attention={})
         # once for all layers; in bfloat16 angles beyond position 256 would be whole radians apart
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
-        state = ForwardState(batch, plan=plan, cache=cache, decode=decode, compiled=self.compiled)
+        state = ForwardState(batch, plan=held["plan"], cache=cache, decode=decode, attention=held["attention"],
+                             compiled=self.compiled)
         earlier = state.earlier
-        with explained():
+        one_op = decode and not self.compiled and by_triton(h)
+        with explained(), seam.step_norms(self.decoder) if one_op else nullcontext():
             for layer, following in zip(layers, [*layers[1:], None]):
                 if not hasattr(layer, "router"):            # a span ends at a dense layer
                     earlier.routing = earlier.decision = None
@@ -122,9 +129,10 @@ class UnifiedModel(nn.Module):
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
                 h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary,
                                             unimod=state))
+            h = seam.final_norm(self.decoder)(h)
         if cache is not None:
             cache.fresh = False
-        return seam.final_norm(self.decoder)(h)[0]
+        return h[0]
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""
