@@ -82,7 +82,7 @@ class Replayed:
 @dataclass(frozen=True)
 class Choice:
     """How the next tokens are chosen from hidden states: picture codes or words, sampled among the `top_k` (0: all) at
-    a temperature, or the best (`top_k` 1).
+    a temperature, or the best (`top_k` 1). generator: what draws, and where; None: torch's own, where the model is.
 
     guidance: weight w of the first half of the rows over the second, u + (1 + w)(c - u) of log-probabilities; 0 where
     there is no second half.
@@ -92,7 +92,7 @@ class Choice:
     codes: bool
     top_k: int
     temperature: float
-    generator: torch.Generator
+    generator: torch.Generator | None = None
     guidance: float = 0.0
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -108,17 +108,18 @@ class Choice:
     def _pick(self, logits: Tensor) -> Tensor:
         if self.top_k == 1:
             return logits.argmax(-1)
-        logits = (logits / self.temperature).to(self.generator.device)
+        logits = logits / self.temperature
+        logits = logits if self.generator is None else logits.to(self.generator.device)
         if 0 < self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -torch.inf)
         return sample(logits.softmax(-1), self.generator)
 
     def stays_on(self, device: torch.device) -> bool:
         """Whether a choice of hidden states on `device` needs nothing from elsewhere."""
-        return self.top_k == 1 or self.generator.device.type == device.type
+        return self.top_k == 1 or self.generator is None or self.generator.device.type == device.type
 
 
-def sample(probability: Tensor, generator: torch.Generator) -> Tensor:
+def sample(probability: Tensor, generator: torch.Generator | None) -> Tensor:
     """One sample of each distribution: int64 [R] of [R, V]."""
     # what torch.multinomial computes, draw by draw, without its check of the numbers, for which a GPU waits
     draws = torch.empty_like(probability).exponential_(generator=generator)
