@@ -58,7 +58,8 @@ def test_a_model_decodes_the_same(name, config):
     if model.layout.causal_images:
         prompts = [model.layout.t2i(c, torch.zeros(0, dtype=torch.long), prompt=True) for c in ("a red circle", "")]
     else:
-        prompts = [model.layout.mmu(torch.zeros(4, dtype=torch.long), [(q, "")], open_ended=True) for q in ("a", "a red")]
+        picture = torch.zeros(4, dtype=torch.long)
+        prompts = [model.layout.mmu(picture, [(q, "")], open_ended=True) for q in ("a", "a red")]
     norms = [type(m) for m in model.modules()]
     found = []
     for backend in ("triton", "reference"):
