@@ -160,7 +160,7 @@ class DecodeSession:
         last = (torch.tensor(batch.lengths).cumsum(0) - 1).to(model.device)
         self.hidden = model(batch.to(model.device), cache=self.cache)[last]
         """Hidden states of each sequence's last token: [B, D]."""
-        self._given: StaticStep | None = None
+        self._given: DecodeStep | None = None
 
     def step(self, ids: Tensor, active: list[int]) -> Tensor:
         """One more token (int64 [R], on the CPU) for the sequences `active` (ascending); hidden states of these tokens,
@@ -188,7 +188,7 @@ class DecodeSession:
         batch = self._batch(torch.zeros(len(self.rows), dtype=torch.long).index_copy(0, torch.tensor(active), ids))
         self.position[active] += 1
         if self._given is None:
-            self._given = StaticStep(self.model, batch, self.cache)
+            self._given = DecodeStep(self.model, batch, self.cache)
         for name in ("ids", "position", "modality"):
             getattr(self._given.batch, name).copy_(getattr(batch, name), non_blocking=True)
         self._given()
@@ -197,7 +197,7 @@ class DecodeSession:
                                                                                         non_blocking=True)]
 
 
-class StaticStep:
+class DecodeStep:
     """One token of every sequence, `batch`, whose result is `hidden`: [B, D]."""
 
     def __init__(self, model: UnifiedModel, batch: Batch, cache: KVCache) -> None:

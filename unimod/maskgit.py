@@ -45,9 +45,10 @@ class MaskedDrawing:
         batch = pack([layout.t2i(text, codes[i % count], unknown[i % count]) for i, text in enumerate(texts)])
         batch = batch.share_scores() if share and guidance > 0 else batch
         self.slots = (batch.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
-        self.batch, self.held = batch.to(model.device), {}
         # such a router counts the targets that are left, so its plan is another one at every step
         self.labelled = any("labelled" in layer.router.config.always_keep for layer in routed_layers(model))
+        self.batch = batch.to(model.device)
+        self.plan = None if self.labelled else model.plan(self.batch, targets=False)
         self.codes, self.unknown = codes.to(at, copy=True), unknown.to(at, copy=True)
         self.untouched = ~self.unknown.any(-1, keepdim=True)
         self.ids = layout.code_ids.to(model.device)
@@ -94,6 +95,7 @@ class MaskedDrawing:
         batch = self.batch
         batch.ids.index_copy_(0, self.slots, torch.where(unknown, self.layout.mask, image))
         if self.labelled:
-            batch = replace(batch, target=batch.target.index_copy(0, self.slots, torch.where(unknown, image, IGNORE)))
-        hidden = self.model(batch, held=None if self.labelled else self.held)
+            target = batch.target.index_copy(0, self.slots, torch.where(unknown, image, IGNORE))
+            batch = replace(batch.host or batch, ids=batch.ids.cpu(), target=target.cpu()).to(device)
+        hidden = self.model(batch, plan=self.plan)
         return self.model.code_logits(hidden.index_select(0, self.slots))

@@ -178,7 +178,8 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float,
             state: ForwardState) -> Tensor:
-    q, k, v = query[0], key[0], value[0]
+    # squeeze, not [0], whose backward fills a tensor of zeros: three copies a layer
+    q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
     mask = state.mask
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if not state.decode or observer is not None:            # a decode step rounds them as it writes them into the cache
@@ -192,7 +193,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
     if state.cache is not None:
         return state.cache.attend(layer_number(module), q, k, v, state, scaling)[None]
     memo = None if torch.compiler.is_compiling() else state.attention
-    return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scaling, mask.kinds, memo)[None]
+    return interval_attention(q, k, v, mask, scaling, memo)[None]
 
 
 _attend_outside = torch.compiler.disable(_attend)
