@@ -30,15 +30,16 @@ class MaskedDrawing:
     stay masked, at least one and fewer than before. The temperature is a running product of 1 - (s + 1) / steps. A
     picture with nothing masked stays.
 
+    generator: what draws, and where; None: torch's own, where the model is.
     guidance: w, over the text `negative`; 0 for none. share: routed layers judge the picture tokens of both branches by
     the captioned one's scores. known: codes int64 [B, N] and, bool [B, N], which of them are drawn anew.
     """
 
-    def __init__(self, model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, steps: int,
-                 guidance: float, negative: str = "", share: bool = False,
+    def __init__(self, model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator | None,
+                 steps: int, guidance: float, negative: str = "", share: bool = False,
                  known: tuple[Tensor, Tensor] | None = None) -> None:
         self.model, self.layout, self.generator, self.guidance = model, layout, generator, guidance
-        n, count, at = layout.image_tokens, len(captions), generator.device
+        n, count, at = layout.image_tokens, len(captions), model.device if generator is None else generator.device
         codes, unknown = known or (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool))
         texts = captions + [negative] * count * (guidance > 0)
         self.branches = len(texts) // count

@@ -22,18 +22,18 @@ GATES = ("tanh", "sigmoid", "raw", "none")
 def attention(dtype):
     sizes = {"GROUP": 4, "D": 128, "WIDTH": 128}
     yield decode.partial_kernel, sizes | {"WIDEN": False, "M": 16, "N": decode.BLOCK[dtype]}, 4
-    for active in (False, True):
-        yield decode.combine_kernel, sizes | {"RUNS": 32, "ACTIVE": active}, 4
+    for absent in ({}, {"active": None}):
+        yield decode.combine_kernel, sizes | absent | {"RUNS": 32}, 4
 
 
 def routed():
     block = row_block(4096)
     warps = block.pop("num_warps")
     for gate, flag in zip(GATES, (True, False, True, False)):
-        options = {"SHARED": flag, "PREDICTED": flag, "SOURCE": not flag, "ALWAYS": flag, "GATE": gate}
-        yield decode.decide_kernel, options | block, warps
-    for flag in (False, True):
-        yield decode.apply_kernel, {"GATED": flag, "SCALED": not flag} | block, warps
+        absent = {"source": None} if flag else {"always": None}
+        yield decode.decide_kernel, absent | {"SHARED": flag, "PREDICTED": flag, "GATE": gate} | block, warps
+    for absent in ({}, {"gated": None}):
+        yield decode.apply_kernel, absent | {"SCALED": not absent} | block, warps
     yield decode.norm_kernel, block, warps
 
 

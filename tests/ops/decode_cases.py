@@ -22,7 +22,7 @@ def near(ours, truth, dtype):
     torch.testing.assert_close(ours.double(), truth.double(), rtol=error, atol=error)
 
 
-def check_attention(device, dtype, heads, kv_heads, width, room, used, active, steps=3):
+def check_attention(device, dtype, heads, kv_heads, width, room, used, active, steps=2):
     """A few steps from caches that hold `used` tokens; q and k come in float32, as after the rotary embedding, and all
     of them as transposed views."""
     g, rows = torch.Generator().manual_seed(0), len(used)
@@ -106,5 +106,5 @@ def check_norm(device, dtype):
     with use_backend("triton"), poisoned(), torch.no_grad():
         got = rms_norm(x, known_norm(module))
     torch.testing.assert_close(got, module(x), rtol=allowed(dtype, device), atol=allowed(dtype, device))
-    stock = module.double()(x.double())
-    assert torch.equal(rms_norm(x.double(), known_norm(module)), stock), "the reference is the norm"
+    with use_backend("reference"):
+        assert torch.equal(rms_norm(x, known_norm(module)), module(x)), "the reference is the norm"

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import backend
-from .gather_scatter import Norm
+from .gather_scatter import Norm, reference_norm
+from .select import by_triton as runs_triton
 
 
 def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, used: Tensor, active: Tensor | None,
@@ -62,15 +62,14 @@ def apply_decision(h: Tensor, y: Tensor, kept: Tensor, gate: Tensor, gated: Tens
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x / sqrt(mean of x^2 + eps), computed in float32 and rounded to x's dtype, times the weight: like x."""
+    """x / sqrt(mean of x^2 + eps), rounded to x's dtype, times the weight: like x."""
     if by_triton(x) and norm.weight.dtype == x.dtype:
         from . import decode_triton
 
         return decode_triton.rms_norm(x, norm.weight, norm.eps)
-    wide = x.float()
-    return norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+    return reference_norm(x, norm)
 
 
 def by_triton(x: Tensor) -> bool:
     """Whether the kernels run for x; they have no backward pass."""
-    return not (torch.is_grad_enabled() and x.requires_grad) and backend("kernels", x.device.type, x.dtype) == "triton"
+    return not (torch.is_grad_enabled() and x.requires_grad) and runs_triton(x)

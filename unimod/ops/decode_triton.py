@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import launch
-from .kernels_triton import row_block, standard
+from .kernels_triton import gate_value, row_block
+from .route_triton import standard
 
 PROGRAMS = 264
 """Programs that read the cache: two per multiprocessor of an H200."""
@@ -70,8 +71,7 @@ def partial_kernel(q, keys, values, used, place, top, total, partial, scale, hea
 
 @triton.jit
 def combine_kernel(q, k, v, keys, values, used, place, active, top, total, partial, out, scale, heads, room, runs, qh,
-                   qt, kh, kt, vh, vt, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr,
-                   ACTIVE: tl.constexpr):
+                   qt, kh, kt, vh, vt, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, RUNS: tl.constexpr):
     """One query head: the runs and the new token, which goes into the cache. Grid: (B, H)."""
     b, head = tl.program_id(0), tl.program_id(1)
     kv = head // GROUP
@@ -97,7 +97,7 @@ def combine_kernel(q, k, v, keys, values, used, place, active, top, total, parti
         tl.store(keys + new, key, mask=inside)
         tl.store(values + new, value, mask=inside)
     if head == 0:
-        step = tl.load(active + b).to(tl.int64) if ACTIVE else 1
+        step = 1 if active is None else tl.load(active + b).to(tl.int64)
         tl.store(used + b, at + step)
 
 
@@ -115,9 +115,9 @@ def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
     launch(partial_kernel, (rows * kv_heads, runs), q, keys, values, used, place, top, total, partial, scale, heads,
            kv_heads, room, runs, *q.stride()[:2], **sizes, WIDEN=WIDEN,
            M=max(16, triton.next_power_of_2(heads // kv_heads)), N=block)
-    launch(combine_kernel, (rows, heads), q, k, v, keys, values, used, place, used if active is None else active, top,
-           total, partial, out, scale, heads, room, runs, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **sizes,
-           RUNS=triton.next_power_of_2(runs), ACTIVE=active is not None)
+    launch(combine_kernel, (rows, heads), q, k, v, keys, values, used, place, active, top, total, partial, out, scale,
+           heads, room, runs, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **sizes,
+           RUNS=triton.next_power_of_2(runs))
     return out
 
 
@@ -131,27 +131,18 @@ def linear_score(h, weight, bias, row, task, d, inside, D):
 
 @triton.jit
 def decide_kernel(h, weight, bias, judge_weight, judge_bias, task, source, always, threshold, kept, gate, gain, D,
-                  SHARED: tl.constexpr, PREDICTED: tl.constexpr, SOURCE: tl.constexpr, ALWAYS: tl.constexpr,
-                  GATE: tl.constexpr, BLOCK: tl.constexpr):
+                  SHARED: tl.constexpr, PREDICTED: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
     """Which tokens a decode step keeps, and their gates. Grid: (B,)."""
     b = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     inside = d < D
     own = tl.load(task + b)
     score = linear_score(h, weight, bias, b, 0 if SHARED else own, d, inside, D)
-    judged = score
-    if PREDICTED or SOURCE:
-        other = tl.load(source + b) if SOURCE else b
-        judged = linear_score(h, judge_weight, judge_bias, other, 0 if SHARED else tl.load(task + other), d, inside, D)
+    other = b if source is None else tl.load(source + b)
+    judged = linear_score(h, judge_weight, judge_bias, other, 0 if SHARED else tl.load(task + other), d, inside, D)
     keep = judged > 0 if PREDICTED else judged >= tl.load(threshold + own)
-    factor = 1.0
-    if GATE == "tanh":
-        factor = 1 + gain * (2 * tl.sigmoid(2 * score) - 1)
-    if GATE == "sigmoid":
-        factor = tl.sigmoid(score)
-    if GATE == "raw":
-        factor = score
-    if ALWAYS:
+    factor = gate_value(score, gain, GATE)
+    if always is not None:
         fixed = tl.load(always + b)
         keep, factor = keep | fixed, tl.where(fixed, 1.0, factor)
     tl.store(kept + b, keep)
@@ -168,14 +159,13 @@ def decide(h: Tensor, scorer: tuple[Tensor, Tensor], judge: tuple[Tensor, Tensor
     """
     h, (rows, width) = h.contiguous(), h.shape
     kept, factor = h.new_empty(rows, dtype=torch.bool), h.new_empty(rows, dtype=torch.float32)
-    launch(decide_kernel, (rows,), h, *scorer, *judge, task, task if source is None else source,
-           kept if always is None else always, threshold, kept, factor, gain, width, SHARED=len(scorer[0]) == 1,
-           PREDICTED=predicted, SOURCE=source is not None, ALWAYS=always is not None, GATE=gate, **row_block(width))
+    launch(decide_kernel, (rows,), h, *scorer, *judge, task, source, always, threshold, kept, factor, gain, width,
+           SHARED=len(scorer[0]) == 1, PREDICTED=predicted, GATE=gate, **row_block(width))
     return kept, factor
 
 
 @triton.jit
-def apply_kernel(h, y, gated, kept, gate, out, D, GATED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+def apply_kernel(h, y, gated, kept, gate, out, D, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     """One token. Grid: (B,)."""
     b = tl.program_id(0)
     d = tl.arange(0, BLOCK)
@@ -184,7 +174,7 @@ def apply_kernel(h, y, gated, kept, gate, out, D, GATED: tl.constexpr, SCALED: t
     factor = tl.load(gate + b)
     if tl.load(kept + b):
         new = tl.load(y + row, mask=inside).to(tl.float32)
-        update = tl.load(gated + row, mask=inside).to(tl.float32) if GATED else new - old
+        update = new - old if gated is None else tl.load(gated + row, mask=inside).to(tl.float32)
         tl.store(out + row, new + (factor - 1) * update, mask=inside)
     else:
         tl.store(out + row, old * factor if SCALED else old, mask=inside)
@@ -195,8 +185,8 @@ def apply_decision(h: Tensor, y: Tensor, kept: Tensor, gate: Tensor, gated: Tens
     """`decode.apply_decision`."""
     h, y = h.contiguous(), y.contiguous()
     out = torch.empty_like(h)
-    launch(apply_kernel, (len(kept),), h, y, y if gated is None else gated.contiguous(), kept, gate, out, h.shape[-1],
-           GATED=gated is not None, SCALED=scale_skipped, **row_block(h.shape[-1]))
+    gated, width = None if gated is None else gated.contiguous(), h.shape[-1]
+    launch(apply_kernel, (len(kept),), h, y, gated, kept, gate, out, width, SCALED=scale_skipped, **row_block(width))
     return out
 
 
