@@ -13,107 +13,23 @@ decoding runs the whole sequence at every step, so a routed layer may choose amo
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import IGNORE, Batch, Modality, Segment, Task, TokenSequence, lengths_of, pack
+from .batch import Batch, Task, TokenSequence
+from .config import ParameterError
+from .decode import Choice, DecodeSession
 from .layers import record_routing, routed_layers
-from .mask import IntervalMask
-from .models.cache import KVCache
+from .maskgit import MaskedDrawing
 from .models.layout import Layout
 from .models.unified import UnifiedModel
 
 ROWS = 64
 """Rows per forward: answers, or captions with and without guidance."""
+BLOCK = 8
+"""Steps between two looks at static answers: a row's end is noticed at most so much later."""
 SIDES = ("left", "right", "top", "bottom")
-
-
-class DecodeSession:
-    """Sequences that grow token by token over a KV cache with room for `new` more tokens each.
-
-    The prompts are run at once (prefill). static: every decode step runs all sequences at one size and waits for
-    nothing; on CUDA it is recorded once and replayed as one graph. Numbers are the same. Raises ValueError for static
-    decoding of sequences of several tasks or rules.
-    """
-
-    def __init__(self, model: UnifiedModel, rows: list[TokenSequence], new: int, score_source: Tensor | None = None,
-                 static: bool = False) -> None:
-        kinds = {(row.task, row.parts[-1][1]) for row in rows}
-        if static and len(kinds) > 1:
-            raise ValueError(f"static=True takes rows of one task and rule; these are of {len(kinds)}. Decode them "
-                             f"apart, or with static=False.")
-        self.model, self.rows, self.score_source, self.static = model, rows, score_source, static
-        # one more place where steps are static: a dropped token is written there and then overwritten
-        self.cache = KVCache(len(rows), max(len(r.ids) for r in rows) + new + static)
-        batch = pack(rows)
-        self.position = torch.stack([r.position[-1] for r in rows]) + 1
-        last = (torch.tensor(batch.lengths).cumsum(0) - 1).to(model.device)
-        self.hidden = model(batch.to(model.device), cache=self.cache)[last]
-        """Hidden states of each sequence's last token: [B, D]."""
-        self._static: Batch | None = None
-        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
-
-    def step(self, ids: Tensor, active: list[int]) -> Tensor:
-        """One more token (int64 [R], on the CPU) for the sequences `active` (ascending); hidden states of these tokens,
-        [R, D]."""
-        if self.static:
-            return self._static_step(ids, active)
-        out = self.model(self._next(ids, active).to(self.model.device), cache=self.cache)
-        self.position[active] += 1
-        return out
-
-    def _next(self, ids: Tensor, active: list[int]) -> Batch:
-        """The batch of one further token of each active sequence."""
-        # a batch of one token per sequence: each sees itself here, and the cache what came before
-        row, n = torch.tensor(active), torch.arange(len(active))
-        segments = tuple(Segment(i, self.rows[i].task, 1, self.rows[i].parts[-1][1]) for i in active)
-        task, modality = torch.tensor([self.rows[i].task for i in active]), self.model.layout.modality(ids)
-        mask = IntervalMask(n, n + 1, lengths_of(segments))
-        return Batch(ids, row, self.position[row], task, modality, torch.full_like(ids, IGNORE), mask, segments,
-                     score_source=self.score_source)
-
-    def _static_step(self, ids: Tensor, active: list[int]) -> Tensor:
-        """All sequences take a step; one that has ended gets token 0, whose result nobody reads."""
-        whole = torch.zeros(len(self.rows), dtype=torch.long).index_copy(0, torch.tensor(active), ids)
-        batch = self._next(whole, list(range(len(self.rows))))
-        self.position[active] += 1
-        if self._static is None:
-            self._static = batch.to(self.model.device)
-            self._graph = self._record() if self.model.device.type == "cuda" else None
-        for name in ("ids", "position", "modality"):
-            getattr(self._static, name).copy_(getattr(batch, name), non_blocking=True)
-        if self._graph is None:
-            return _of(self.model(self._static, cache=self.cache, decode=True), active)
-        self._graph[0].replay()
-        return _of(self._graph[1].clone(), active)              # the next step is written where this one was
-
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """One step as a CUDA graph. The steps that warm it up write where the next token will, and are forgotten."""
-        used = {layer: x.clone() for layer, x in self.cache.used.items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.model(self._static, cache=self.cache, decode=True)
-                self._forget(used)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.model(self._static, cache=self.cache, decode=True)
-        self._forget(used)
-        return graph, out
-
-    def _forget(self, used: dict[int, Tensor]) -> None:
-        for layer, x in self.cache.used.items():
-            x.copy_(used.get(layer, torch.zeros_like(x)))
-
-
-def _of(x: Tensor, active: list[int]) -> Tensor:
-    """The rows `active` of x, without waiting for its device."""
-    return x if len(active) == len(x) else x[torch.tensor(active).to(x.device, non_blocking=True)]
 
 
 def _refuse_batch_competition(model: UnifiedModel) -> None:
@@ -129,15 +45,12 @@ def _generator(model: UnifiedModel, seed: int) -> torch.Generator:
     return torch.Generator(model.device if model.device.type == "cuda" else "cpu").manual_seed(seed)
 
 
-def _sample(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Sample among the top_k (0: all) at a temperature; top_k=1 takes the best. logits: [R, V]; returns int64 [R] on
-    the CPU."""
-    if top_k == 1:
-        return logits.argmax(-1).cpu()
-    logits = (logits / temperature).to(generator.device)
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].cpu()
+def _greedy(top_k: int, temperature: float) -> int:
+    """top_k as it is meant at this temperature: 1, the best token, at 0. Raises `ParameterError` for one below."""
+    if not temperature >= 0:
+        raise ParameterError(f"temperature={temperature!r} is not a temperature; allowed: 0 (the best token) and "
+                             f"above. Give 1.0 for the model's own distribution.")
+    return top_k if temperature > 0 else 1
 
 
 @torch.no_grad()
@@ -145,26 +58,48 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
            temperature: float = 1.0, seed: int = 0, static: bool = False) -> list[str]:
     """Answers to open-ended understanding rows, at most `max_new` tokens each.
 
-    top_k: sample among so many tokens (0: all) at `temperature`; 1 is greedy decoding. static: see `DecodeSession`.
+    top_k: sample among so many tokens (0: all) at `temperature`; 1, or a temperature of 0, is greedy decoding. static:
+    see `DecodeSession`. Raises `ParameterError` for a negative temperature.
     """
     _refuse_batch_competition(model)
     generator = _generator(model, seed)
+    choice = Choice(model, False, _greedy(top_k, temperature), temperature, generator)
     texts: list[str] = []
     for start in range(0, len(rows), ROWS):
         session = DecodeSession(model, rows[start:start + ROWS], max_new, static=static)
-        generated: list[list[int]] = [[] for _ in session.rows]
-        active, hidden = list(range(len(generated))), session.hidden
-        for left in reversed(range(max_new)):
-            chosen = _sample(model.text_logits(hidden), top_k, temperature, generator)
-            going = [j for j, token in enumerate(chosen.tolist()) if token != model.layout.stop]
-            active, chosen = [active[j] for j in going], chosen[going]
-            for i, token in zip(active, chosen.tolist()):
-                generated[i].append(token)
-            if not active or not left:
-                break
-            hidden = session.step(chosen, active)
-        texts += [model.layout.text.decode(ids) for ids in generated]
+        # a generator of the CPU draws for the rows that go on, as it does where steps are not static
+        alone = static and max_new > 0 and (choice.top_k == 1 or generator.device.type == "cuda")
+        ids = _answer_in_blocks(session, choice, max_new) if alone else _answer_by_token(session, choice, max_new)
+        texts += [model.layout.text.decode(one) for one in ids]
     return texts
+
+
+def _answer_by_token(session: DecodeSession, choice: Choice, max_new: int) -> list[list[int]]:
+    """Token ids of each row's answer; a row that has ended takes no further step."""
+    generated: list[list[int]] = [[] for _ in session.rows]
+    active, hidden = list(range(len(generated))), session.hidden
+    for left in reversed(range(max_new)):
+        chosen = choice(hidden).cpu()
+        going = [j for j, token in enumerate(chosen.tolist()) if token != session.model.layout.stop]
+        active, chosen = [active[j] for j in going], chosen[going]
+        for i, token in zip(active, chosen.tolist()):
+            generated[i].append(token)
+        if not active or not left:
+            break
+        hidden = session.step(chosen, active)
+    return generated
+
+
+def _answer_in_blocks(session: DecodeSession, choice: Choice, max_new: int) -> list[list[int]]:
+    """The same where steps choose their own tokens: all rows go on, and every `BLOCK` steps the host looks who is
+    left."""
+    stop, steps = session.model.layout.stop, session.steps(choice, max_new)
+    while True:
+        for _ in range(min(BLOCK, max_new - steps.number)):
+            steps.choose()
+        rows = steps.chosen[:steps.number].T.tolist()
+        if steps.number == max_new or all(stop in ids for ids in rows):
+            return [ids[:ids.index(stop)] if stop in ids else ids for ids in rows]
 
 
 @torch.no_grad()
@@ -181,8 +116,8 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     on the same kind of device; `generator` may be given in its place, and a CPU one draws the same samples everywhere.
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the
-    others. Token by token only: `top_k`, `temperature` and `static` (see `DecodeSession`). Raises ValueError when codes
-    and masked do not fit.
+    others. Token by token only: `top_k`, `temperature` (0 takes the best) and `static` (see `DecodeSession`). Raises
+    ValueError when codes and masked do not fit, `ParameterError` for a negative temperature.
     """
     _refuse_batch_competition(model)
     generator = generator or _generator(model, seed)
@@ -198,73 +133,39 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
     for at in range(0, len(captions), ROWS // 2):
         part = slice(at, at + ROWS // 2)
         if layout.causal_images:
-            drawn.append(_draw_causal(model, layout, captions[part], generator, w, negative, share, top_k, temperature,
-                                      static))
+            choice = Choice(model, True, _greedy(top_k, temperature), temperature, generator, w)
+            drawn.append(_draw_causal(model, layout, captions[part], choice, negative, share, static))
         else:
             known = (codes[part], masked[part]) if given else None
-            drawn.append(_draw_masked(model, layout, captions[part], generator, w, negative, share, steps, known))
+            drawing = MaskedDrawing(model, layout, captions[part], generator, steps, w, negative, share, known)
+            drawing.run()
+            drawn.append(drawing.codes.cpu())
     return torch.cat(drawn)
 
 
-def _draw_masked(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float,
-                 negative: str, share: bool, steps: int, known: tuple[Tensor, Tensor] | None) -> Tensor:
-    """MaskGIT decoding as Show-o does it: sample every slot, keep the confident ones, mask the rest again.
-
-    logits = (1 + w) cond - w uncond;  score = log p + temperature * gumbel;  m = floor(N cos(pi/2 (s + 1) / steps))
-    stay masked, at least one and fewer than before. The temperature is a running product of 1 - (s + 1) / steps. A
-    picture with nothing masked stays.
-    """
-    n, count, at = layout.image_tokens, len(captions), generator.device
-    codes, unknown = (x.to(at, copy=True) for x in known
-                      or (torch.zeros(count, n, dtype=torch.long), torch.ones(count, n, dtype=torch.bool)))
-    untouched = ~unknown.any(-1, keepdim=True)
-    temperature = 1.0
-    for step in range(steps):
-        ratio = (step + 1) / steps
-        texts = captions + [negative] * count * (w > 0)
-        rows = list(zip(codes.cpu(), unknown.cpu()))
-        batch = pack([layout.t2i(text, *rows[i % count]) for i, text in enumerate(texts)])
-        batch = batch.share_scores() if share and w > 0 else batch
-        slots = (batch.modality == Modality.IMAGE).nonzero()[:, 0].to(model.device)
-        logits = model.code_logits(model(batch.to(model.device))[slots]).to(at).view(len(texts), n, -1)
-        if w > 0:
-            logits = (1 + w) * logits[:count] - w * logits[count:]
-        probability = logits.softmax(-1)
-        sampled = torch.multinomial(probability.flatten(0, 1), 1, generator=generator).view(count, n)
-        sampled = torch.where(unknown, sampled, codes)
-        # known slots get the largest number, so they are never the ones masked again
-        confidence = probability.gather(-1, sampled[..., None])[..., 0].masked_fill(~unknown,
-                                                                                    torch.finfo(probability.dtype).max)
-        gumbel = -(-torch.rand(count, n, generator=generator, device=at).clamp(min=1e-20).log()).clamp(min=1e-20).log()
-        temperature *= 1 - ratio
-        score = confidence.clamp(min=1e-20).log() + temperature * gumbel
-        # in float32, whose rounding decides at whole numbers
-        left = int(n * torch.cos(torch.tensor(ratio) * math.pi / 2))
-        m = (unknown.sum(-1, keepdim=True) - 1).clamp(max=left).clamp(min=1, max=n - 1)
-        unknown = (score < score.sort(-1).values.gather(-1, m)) & ~untouched
-        codes = sampled
-    return codes.cpu()
-
-
-def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], generator: torch.Generator, w: float,
-                 negative: str, share: bool, top_k: int, temperature: float, static: bool) -> Tensor:
-    """Token by token in raster order, the row ends written by the layout: score = u + (1 + w)(c - u) over
-    log-probabilities."""
+def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], choice: Choice, negative: str, share: bool,
+                 static: bool) -> Tensor:
+    """Token by token in raster order, the row ends written by the layout."""
     n, count = layout.image_tokens, len(captions)
-    texts = captions + [negative] * count * (w > 0)
+    texts = captions + [negative] * count * (choice.guidance > 0)
     nothing = torch.zeros(0, dtype=torch.long)
     score_source = torch.arange(len(texts)) % count if share else None
     session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, score_source,
                             static)
+    if static and choice.stays_on(model.device):
+        steps = session.steps(choice, n, layout.code_ids)
+        for number in range(1, n):
+            # what the layout writes behind the code, whatever code it is
+            for ids in layout.after_code(torch.zeros(1, dtype=torch.long), number)[1:]:
+                steps.force(int(ids))
+            steps.choose()
+        return steps.chosen.T.cpu()
     hidden, codes = session.hidden, []
     for number in range(1, n + 1):
-        logits = model.code_logits(hidden).log_softmax(-1)
-        if w > 0:
-            logits = logits[count:] + (1 + w) * (logits[:count] - logits[count:])
-        codes.append(_sample(logits, top_k, temperature, generator))
+        codes.append(choice(hidden).cpu())
         if number < n:
             for ids in layout.after_code(codes[-1], number):
-                hidden = session.step(ids.repeat(1 + (w > 0)), list(range(len(texts))))
+                hidden = session.step(ids.repeat(len(texts) // count), list(range(len(texts))))
     return torch.stack(codes, 1)
 
 

@@ -37,6 +37,7 @@ from .capacity import LearnedCapacity
 from .config import ParameterError, RouterConfig
 from .ops.attention import attention_runs
 from .ops.backend import backend
+from .ops.decode import apply_decision
 from .ops.gather_scatter import scatter, scatter_
 from .plan import CapacityPlan
 from .router import TaskRouter
@@ -173,10 +174,7 @@ class MoDLayer(nn.Module):
                                **kwargs)
         if decision is None:
             return y
-        kept, gate = (x[:, None] for x in decision)
-        gated = y - hidden_states if gated is None else gated
-        skipped = hidden_states * gate.to(y.dtype) if self.router.config.scale_skipped else hidden_states
-        return torch.where(kept, (y + (gate - 1).to(y.dtype) * gated).to(y.dtype), skipped)
+        return apply_decision(hidden_states, y, *decision, gated, self.router.config.scale_skipped)
 
     def _gather(self, h: Tensor, angles: tuple[Tensor, Tensor], state: ForwardState,
                 plan: LayerPlan) -> Gather | None:

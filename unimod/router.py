@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from .batch import Batch, Segment, Task, spread
 from .config import RouterConfig
+from .ops.decode import by_triton
 from .ops.route import GATE, Scorer, route_gather
 from .ops.select import prefix_count, segment_sizes, select
 from .routing import Gather, LayerPlan, Routing, RoutingState
@@ -110,10 +111,34 @@ class TaskRouter(nn.Module):
         Thresholds are as `generate.calibrate` left them."""
         if not self.may_drop(batch.segments[0]):
             return None
-        score, always = self.scores(h, batch, state), batch.of_kind(self.config.always_keep)
+        kinds = self.config.always_keep
+        if kinds not in state.of_kind:                      # the same in all layers of a forward
+            state.of_kind[kinds] = batch.of_kind(kinds)
+        always = state.of_kind[kinds]
+        if self._one_launch(h):
+            return self._decide(h, batch, always if kinds else None)
+        score = self.scores(h, batch, state)
         predicted = self._of_task(self.predict(h), batch) if self.config.predictor else None
         kept = self._above_threshold(_judged(score, batch), _judged(predicted, batch), batch)
         return always | kept, torch.where(always, 1.0, self.gate(score))
+
+    def _one_launch(self, h: Tensor) -> bool:
+        """Whether a kernel can decide: the scores, gate and thresholds of this class by linear maps, in evaluation."""
+        own = type(self).scores, type(self).gate, type(self)._above_threshold
+        if own != (TaskRouter.scores, TaskRouter.gate, TaskRouter._above_threshold) or self.training:
+            return False
+        scorers = [self.proj, self.predict] if self.config.predictor else [self.proj]
+        linear = all(type(scorer) is Float32Linear for scorer in scorers) and not self.config.normalised
+        return linear and by_triton(h)
+
+    def _decide(self, h: Tensor, batch: Batch, always: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`decode` in one launch."""
+        from .ops import decode_triton
+
+        judge = self.predict if self.config.predictor else self.proj
+        return decode_triton.decide(h, (self.proj.weight, self.proj.bias), (judge.weight, judge.bias), batch.task,
+                                    batch.score_source, always, self.threshold, self.config.gate, self.config.gain,
+                                    self.config.predictor)
 
     def plan_of(self, batch: Batch) -> LayerPlan:
         """`layer_plan` on the device of the batch."""

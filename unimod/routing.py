@@ -115,6 +115,8 @@ class RoutingState:
     received: Tensor | None = None
     """float32 [T]: attention received in the last layer that processed the token
     (`ops.attention.attention_received`)."""
+    of_kind: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    """`Batch.of_kind` of a decode step's tokens, by kinds."""
     needs_attention: bool = False
     """Whether the layer that runs now must fill `received`, because the next one scores by it."""
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from unimod.baselines import PRESETS
 from unimod.batch import pack
 from unimod.config import RouterConfig
-from unimod.generate import DecodeSession, calibrate, draw
+from unimod.decode import DecodeSession
+from unimod.generate import calibrate, draw
 from unimod.layers import apply_mod, learn_capacity, record_routing, remove_mod
 from unimod.models.cache import KVCache
 from unimod.plan import CapacityPlan, last_half

@@ -3,10 +3,12 @@ for nothing."""
 
 import pytest
 import torch
+from ops.decode_cases import CONFIGS, check_applied, check_attention, check_decision, check_norm
 
 from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
+from unimod.decode import Replayed
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod
 from unimod.models.checkpoint import from_pretrained, shipped
@@ -30,6 +32,55 @@ def test_graphs_say_and_draw_the_same(name, routed):
     if model.layout.causal_images:
         a, b = (draw(model, ["a red circle", ""], static=static, top_k=1) for static in (True, False))
         assert (a == b).float().mean() > 0.9, "kernels of other sizes may round otherwise"
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_sampled_steps_are_recorded_and_repeat_by_seed(routed, capfd):
+    model, tokenizer = from_pretrained(shipped("emu3-tiny"), device="cuda")
+    if routed:
+        batches = Batches(open_data("scenes"), tokenizer, model.layout, (2, 2, 1))
+        calibrate(apply_mod(model, last_half(8, 0.2), RouterConfig(std=0.02)), batches.held_out("train", 8))
+    options = {"static": True, "guidance": 1.0, "share": True, "top_k": 64}
+    drawn = [draw(model, ["a red circle", ""], seed=s, **options) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].min() >= 0 and drawn[0].max() < model.layout.codebook_size
+    assert "not recorded" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_masked_steps_replayed_draw_what_steps_one_by_one_draw(routed, monkeypatch, capfd):
+    model, _ = from_pretrained(shipped("showo-tiny"), device="cuda", dtype=torch.bfloat16)
+    if routed:
+        apply_mod(model, last_half(8, 0.2), RouterConfig(std=0.02))
+    replayed = draw(model, ["a red circle", ""], seed=1, steps=8)
+    assert "not recorded" not in capfd.readouterr().err
+    monkeypatch.setattr("unimod.decode.WARM", 100)
+    assert (replayed == draw(model, ["a red circle", ""], seed=1, steps=8)).float().mean() > 0.9
+
+
+def test_a_step_that_waits_is_not_recorded_and_says_so(capfd):
+    x, ran = torch.zeros(1, device="cuda"), []
+
+    def step():
+        x.add_(1)
+        ran.append(x.item())
+    replayed = Replayed(step, x.device)
+    for _ in range(5):
+        replayed()
+    assert ran == [1, 2, 3, 4, 5]
+    assert capfd.readouterr().err.count("steps are not recorded as a CUDA graph") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_of_a_step(dtype):
+    for active in (None, (False, True)):
+        check_attention("cuda", dtype, 32, 8, 128, 8300, (8200, 3), active)
+        check_attention("cuda", dtype, 32, 32, 64, 500, (0, 257), active)
+    for config in CONFIGS:
+        check_decision("cuda", dtype, config, 4)
+    for gated in (False, True):
+        check_applied("cuda", dtype, gated, not gated)
+    check_norm("cuda", dtype)
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])

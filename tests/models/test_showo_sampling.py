@@ -25,7 +25,7 @@ from unimod.batch import IGNORE, Modality, pack
 from unimod.data.batches import Batches, cosine_mask
 from unimod.generate import answer, draw, extend, slots_of
 from unimod.layers import apply_mod, record_routing
-from unimod.models.showo import ShowoLayout
+from unimod.models.unified import UnifiedModel
 from unimod.plan import CapacityPlan, last_half
 
 CAPTIONS = ["a red circle", "", "there is a blue square and a red circle"]
@@ -100,12 +100,14 @@ def nothing_known(count, n=N):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """The slots that are masked in every picture row written from here on."""
-    seen, write = [], ShowoLayout.t2i
-    def spy(self, caption, codes, masked):
-        seen.append(masked)
-        return write(self, caption, codes, masked)
-    monkeypatch.setattr(ShowoLayout, "t2i", spy)
+    """The slots that are masked in every picture row that a model is given from here on."""
+    seen, embed = [], UnifiedModel.embed
+    def spy(self, batch):
+        for row in batch.rows():
+            ids, modality = batch.ids[row], batch.modality[row]
+            seen.append(ids[modality == Modality.IMAGE] == self.layout.mask)
+        return embed(self, batch)
+    monkeypatch.setattr(UnifiedModel, "embed", spy)
     return seen
 
 

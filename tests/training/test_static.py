@@ -3,11 +3,14 @@
 import pytest
 import torch
 
-from unimod.config import RouterConfig
+from unimod.batch import Modality, pack
+from unimod.config import ParameterError, RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.generate import DecodeSession, answer, calibrate, draw
+from unimod.decode import Choice, DecodeSession, Replayed, sample
+from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod
+from unimod.maskgit import MaskedDrawing
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
 
@@ -23,6 +26,8 @@ def test_static_steps_say_and_draw_the_same(name):
     asked = [model.layout.mmu(c, [(s.questions[0].text, "")], open_ended=True) for s,
              c in zip(samples, batches.codes(samples))]
     assert answer(model, asked, static=True) == answer(model, asked)
+    drawn = {"top_k": 0, "temperature": 2.0, "max_new": 12, "seed": 1}
+    assert answer(model, asked, static=True, **drawn) == answer(model, asked, **drawn)
     if model.layout.causal_images:
         for options in ({}, {"guidance": 1.0}, {"guidance": 1.0, "share": True}):
             assert torch.equal(draw(model, ["a red circle", ""], static=True, **options),
@@ -35,3 +40,62 @@ def test_static_steps_are_for_rows_of_one_kind():
     asked = model.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)
     with pytest.raises(ValueError, match="rows of one task and rule; these are of 2"):
         DecodeSession(model, [drawn, asked], 2, static=True)
+
+
+def test_the_end_of_a_row_is_noticed_a_block_later_and_changes_nothing(monkeypatch):
+    """Rows of different lengths: what a row that has ended still chooses is cut off."""
+    model, _ = from_pretrained(shipped("showo-tiny"))
+    layout, stop = model.layout, model.layout.stop
+    asked = [layout.mmu(torch.full((36,), i), [("a" * i, "")], open_ended=True) for i in range(4)]
+    script = torch.tensor([[5, 6, stop, 7], [stop, 6, 8, 7], [9, 6, stop, stop], [5, stop, 3, 4], [5, 6, 7, 8]])
+    monkeypatch.setattr(type(layout.text), "decode", lambda self, ids: list(ids))
+    for block in (1, 2, 8):
+        monkeypatch.setattr("unimod.generate.BLOCK", block)
+        told = iter(script)
+        monkeypatch.setattr(Choice, "__call__", lambda self, hidden, told=told: next(told))
+        assert answer(model, asked, max_new=5, static=True) == [[5], [6, 6, 6], [], [7, 7]]
+
+
+def test_samples_are_those_of_multinomial():
+    p, (a, b) = torch.rand(50, 200).softmax(-1), (torch.Generator().manual_seed(3) for _ in range(2))
+    assert torch.equal(sample(p, a), torch.multinomial(p, 1, generator=b)[:, 0])
+    assert torch.equal(a.get_state(), b.get_state())
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_a_temperature_of_zero_is_greedy_and_one_below_is_refused(name):
+    model, _ = from_pretrained(shipped(name))
+    asked = [model.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)]
+    assert answer(model, asked, top_k=0, temperature=0.0) == answer(model, asked)
+    with pytest.raises(ParameterError, match=r"temperature=-0.5 is not a temperature; allowed: 0 .* Give 1.0"):
+        answer(model, asked, temperature=-0.5)
+    if model.layout.causal_images:
+        assert torch.equal(draw(model, ["a"], temperature=0), draw(model, ["a"], top_k=1))
+        with pytest.raises(ParameterError, match="temperature=-1 is not a temperature"):
+            draw(model, ["a"], temperature=-1)
+
+
+@pytest.mark.parametrize("always", [(), ("labelled",)])
+def test_a_masked_step_is_given_what_packing_would_write(always):
+    """Ids, targets and what a router keeps, after steps that changed what is masked."""
+    model, _ = from_pretrained(shipped("showo-tiny"))
+    apply_mod(model, last_half(8, 0.3), RouterConfig(std=0.02, always_keep=always))
+    captions, seen = ["a red circle", "a"], []
+    drawing = MaskedDrawing(model, model.layout, captions, torch.Generator().manual_seed(0), 4, 1.0)
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        drawing.step()
+        codes, unknown = drawing.codes.clone(), drawing.unknown.clone()
+        drawing.step()
+    written = pack([model.layout.t2i(text, codes[i % 2], unknown[i % 2]) for i, text in enumerate([*captions, "", ""])])
+    given, image = seen[-1], written.modality == Modality.IMAGE
+    assert 0 < int(unknown.sum()) < unknown.numel() and torch.equal(given.ids, written.ids)
+    assert torch.equal(given.target[image], written.target[image]) == bool(always), "only such routers read it"
+
+
+def test_a_step_goes_on_as_it_is_where_nothing_is_recorded():
+    ran = []
+    step = Replayed(lambda: ran.append(1), torch.device("cpu"))
+    for _ in range(5):
+        step()
+    assert len(ran) == 5 and step.graph is None

@@ -11,10 +11,10 @@ original ones, because keys are stored after their rotary embedding.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import interval_attention
+from ..ops.decode import attend_appended, attend_one
 from ..routing import ForwardState
 
 
@@ -36,17 +36,18 @@ class KVCache:
         """Write k and v and attend: by the mask when the layer runs first (prefill), else over everything its sequence
         has (decode).
 
-        q: [H, T, d]; k, v: [H_kv, T, d], of the tokens that `state` gives the layer. Returns [T, H, d]. Raises
-        RuntimeError when a sequence is fed several tokens after the first time.
+        q: [H, T, d]; k, v: [H_kv, T, d], of the tokens that `state` gives the layer. The cache has v's dtype, to which
+        a decode step of one size rounds q and k. Returns [T, H, d]. Raises RuntimeError when a sequence is fed several
+        tokens after the first time.
         """
         first = layer not in self.keys
         if first:
             for store in (self.keys, self.values):
                 # when the layer first runs: it alone knows its heads, width and dtype
-                store[layer] = k.new_zeros(self.rows, k.shape[0], self.room, k.shape[2])
-            self.used[layer] = torch.zeros(self.rows, dtype=torch.long, device=k.device)
+                store[layer] = v.new_zeros(self.rows, v.shape[0], self.room, v.shape[2])
+            self.used[layer] = torch.zeros(self.rows, dtype=torch.long, device=v.device)
         if state.decode:
-            return self._append(layer, q, k, v, scale, state.active)
+            return attend_appended(q, k, v, self.keys[layer], self.values[layer], self.used[layer], state.active, scale)
         mask, row, used = state.mask, state.batch.row, self.used[layer]
         row = row if state.index is None else row[state.index]
         if not first and max(mask.lengths) > 1:
@@ -67,23 +68,4 @@ class KVCache:
         keys, values = (store[layer][:, :, :most] if whole else store[layer][row, :, :most]
                         for store in (self.keys, self.values))
         allow = torch.arange(most, device=row.device) < used[row, None]
-        return _attend_one(q, keys, values, allow, scale)
-
-    def _append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, active: Tensor | None) -> Tensor:
-        """One token of every row, in order, over all the room there is: one size at every step. A token that does not
-        stay is seen by itself only, and the next one takes its place."""
-        used, rows = self.used[layer], torch.arange(self.rows, device=k.device)
-        self.keys[layer][rows, :, used] = k.transpose(0, 1)
-        self.values[layer][rows, :, used] = v.transpose(0, 1)
-        allow = torch.arange(self.room, device=k.device) <= used[:, None]
-        used.add_(1 if active is None else active.long())
-        return _attend_one(q, self.keys[layer], self.values[layer], allow, scale)
-
-
-def _attend_one(q: Tensor, keys: Tensor, values: Tensor, allow: Tensor, scale: float) -> Tensor:
-    """One query per sequence: q [H, B, d] over keys and values [B, H_kv, n, d] where allow [B, n] says so. Returns [B,
-    H, d]."""
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[:, :, None], keys, values, attn_mask=allow[:, None, None],
-                                         scale=scale,
-                                         enable_gqa=q.shape[0] != keys.shape[1])
-    return out[:, :, 0]
+        return attend_one(q, keys, values, allow, scale)

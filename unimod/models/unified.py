@@ -13,7 +13,7 @@ The layers are transformers' own, and attend over the intervals of the batch thr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from ..layers import MLPGatedLayer, MoDLayer
 from ..losses import targets_of
 from ..ops.attention import prepared
 from ..ops.cross_entropy import linear_cross_entropy
+from ..ops.decode import by_triton
 from ..router import routing_plan
 from ..routing import BatchPlan, ForwardState, LayerPlan
 from ..upload import upload
@@ -142,7 +143,8 @@ class UnifiedModel(nn.Module):
         state = ForwardState(batch, plan=plan, cache=cache, decode=decode, attention=dict(plan.attention),
                              compiled=self.compiled)
         layers, earlier = self._live(), state.earlier
-        with explained():
+        one_op = decode and not self.compiled and by_triton(h)
+        with explained(), seam.step_norms(self.decoder) if one_op else nullcontext():
             for layer, following in zip(layers, [*layers[1:], None]):
                 # by attribute: a wrapper around a layer, such as torch's checkpoint_wrapper, hands these through
                 if not hasattr(layer, "router"):            # a span ends at a dense layer
@@ -151,9 +153,10 @@ class UnifiedModel(nn.Module):
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
                 h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=rotary,
                                             unimod=state))
+            h = seam.final_norm(self.decoder)(h)
         if cache is not None:
             cache.fresh = False
-        return seam.final_norm(self.decoder)(h).squeeze(0)
+        return h.squeeze(0)
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""
