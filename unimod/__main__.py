@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from .config import MODELS, ParameterError, SetupError, expanded
-from .files import write
 from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .workbook import report, runner
 from .workbook.request import Request, notebooks
@@ -101,10 +100,10 @@ def parser() -> argparse.ArgumentParser:
                 "(default)")
     option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
     option("--deadline", type=float, default=0.0, metavar="SECONDS",
-           help="drop what is not done by then (default: none; 450 for gpu)")
+           help="end by then: every job gets a share, and what is left out says why (default: none; 450 for gpu)")
     as_json(option)
     option("--out", metavar="FILE", type=expanded,
-           help="also write the JSON object there, such as notebooks/records/bench-h200.json")
+           help="also write the JSON object there, after every job, such as notebooks/records/bench-h200.json")
 
     option = add("train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
     option("name", choices=MODELS)
@@ -220,10 +219,8 @@ def run_bench(args: argparse.Namespace) -> None:
     if args.out and Path(args.out).is_dir():
         raise ParameterError(f"--out {args.out} is a folder; name a file in it, such as "
                              f"{Path(args.out) / 'bench.json'}.")
-    found = bench(args.what, args.preset, args.rounds, args.deadline)
+    found = bench(args.what, args.preset, args.rounds, args.deadline, args.out or "")
     text = json.dumps(found, indent=1) + "\n"
-    if args.out:
-        write(Path(args.out), text)
     print(text if args.json else f"{found['device']}, {found['command']}\n\n{table(found)}", end="")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from unimod.__main__ import main
 from unimod.baselines import PRESETS as ROUTERS
 from unimod.batch import Task, pack
 from unimod.bench import costs as costs_module
+from unimod.bench import record as record_module
 from unimod.bench import timing
 from unimod.bench.cases import Job, jobs_of
 from unimod.bench.costs import CostTable, costs, predicted_seconds
@@ -81,6 +83,49 @@ def test_a_deadline_leaves_rows_that_say_so():
     assert all(row.keys() >= KEYS for row in rows) and rows[0]["preset"] == "emu3-tiny" and rows[2]["bench"] == "step"
     assert run_jobs([fine], {"step": bursts})[0]["note"] == "out of memory"
     assert "dropped at the deadline" in table({"rows": rows})
+
+
+def test_a_slow_job_takes_its_share_and_no_more(tmp_path):
+    size, seen = Size("emu3-tiny", 60, 2, (0.5,)), []
+    slow, fine = (Job(kind, size, 5, ("reference",), "sdpa", time.monotonic() + 2.0) for kind in ("layer", "step"))
+
+    def hangs(job):
+        yield fine.row(120, preset("emu3-tiny")[0], capacity=1.0, backend="x", realised=None)
+        time.sleep(60)
+
+    def runs(job):
+        seen.append(job.until - time.monotonic())
+        yield fine.row(120, preset("emu3-tiny")[0], capacity=1.0, backend="x", realised=None)
+
+    kept = []
+    rows = run_jobs([slow, fine], {"layer": hangs, "step": runs}, lambda rows: kept.append(len(rows)))
+    assert [row["note"] for row in rows] == ["", "dropped at the deadline: no time was left", ""] and kept == [2, 3]
+    assert 0 < seen[0] <= 1.1, "the second half of the time is the other's"
+
+
+@pytest.mark.parametrize(("kind", "jobs", "seconds"), [("gpu", 9, 0.001), ("gpu", 9, 3.0), ("gpu", 9, 20.0),
+                                                       ("step", 2, 0.5), ("attention", 2, 20.0)])
+def test_the_gpu_set_ends_at_its_deadline(monkeypatch, capsys, tmp_path, kind, jobs, seconds):
+    """On the CPU at tiny sizes, also with less time than one job takes: what is not measured says why."""
+    monkeypatch.setattr(record_module, "needs_cuda", lambda what: None)
+    monkeypatch.setattr(record_module, "CUDA", ("showo-tiny", "emu3-tiny"))
+    monkeypatch.setitem(record_module.CAPTURE_SIZES, "released", record_module.CAPTURE_SIZES["showo-tiny"])
+    path, written, began = tmp_path / "record.json", [], time.monotonic()
+    real = record_module.write
+    monkeypatch.setattr(record_module, "write", lambda *given: written.append(given) or real(*given))
+    command = ["bench", kind, "--preset", "gpu", "--rounds", "5", "--deadline", str(seconds), "--out", str(path)]
+    assert main([*command, "--json"]) == 0
+    assert time.monotonic() - began < seconds + 5, "what the machine does beside it is not counted"
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    rows = found["rows"]
+    assert found == json.loads(path.read_text()) and len(written) == jobs and f"1 of {jobs}, " in err
+    kinds = list(dict.fromkeys(row["bench"] for row in rows))
+    assert kinds == (["layer", "step", "decode", "attention", "capture"] if kind == "gpu" else [kind])
+    assert list(dict.fromkeys(row["preset"] for row in rows if row["bench"] == kinds[0])) == ["showo-tiny", "emu3-tiny"]
+    assert all(row.get("ms") or "deadline" in row["note"] or row["bench"] == "capture" for row in rows)
+    timed = [row for row in rows if row.get("ms")]
+    assert timed if seconds > 10 else len(timed) < len(rows)
 
 
 def test_layer_prints_one_json_object_and_nothing_else(capsys, tmp_path):

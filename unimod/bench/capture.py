@@ -99,9 +99,11 @@ def _in_own_process(job: Job, way: str) -> tuple[dict, str]:
     sending.close()
     try:
         found = receiving.recv()
+        process.join()
     except EOFError:
         found = {}, "out of memory: the system ended it"
-    process.join()
+    finally:
+        process.kill()  # no more than a word where it has ended; at the deadline it has not
     return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,17 @@ from ..ops.attention import interval_attention
 from ..ops.backend import FAMILIES, backend, use_backend
 from ..presets import Size, ragged, shared_copy
 from .stock import Padded, padded_step
-from .timing import Times, bandwidth, dtype_of, paired_ratios, part_shares, peak_memory, realised, time_interleaved
+from .timing import (
+    OutOfTime,
+    Times,
+    bandwidth,
+    dtype_of,
+    paired_ratios,
+    part_shares,
+    peak_memory,
+    realised,
+    time_interleaved,
+)
 
 BATCHES = (1, 8)
 """Rows that decode together."""
@@ -38,6 +49,8 @@ NEW = {"cpu": (2, 10), "cuda": (2, 34)}
 """Tokens of the short and the long answer."""
 PROMPT = 1024
 """Most image tokens of a prompt."""
+TIMED = 0.75
+"""Of a job's time, what rounds may take; the rest is for memory and the parts of a step."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Job:
     """What is measured in one go.
 
     kernels: backends of the kernels to try, the preferred first; attention: its backend; until: the `time.monotonic()`
-    at which to end.
+    at which to end; weight: how much of the time it may take beside other jobs.
     """
 
     kind: str
@@ -54,6 +67,7 @@ class Job:
     kernels: tuple[str, ...]
     attention: str
     until: float = math.inf
+    weight: float = 1.0
 
     @property
     def device(self) -> str:
@@ -119,9 +133,14 @@ def available(family: str, device: str) -> tuple[str, ...]:
     return (preferred, *(name for name in found if name != preferred))
 
 
+WEIGHTS = {"layer": 4.0, "step": 3.0, "decode": 4.0, "attention": 1.0, "capture": 1.0}
+"""Shares of the time by kind of job: nearly what each took on an H200 in five rounds."""
+
+
 def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: float = math.inf) -> list[Job]:
-    """What to measure, in order: first everything by the preferred attention, with every kernels backend; then the
-    stack at the first capacity by the other attentions. Of several sizes of one model, the first decodes."""
+    """What to measure, the most important first: everything by the preferred attention, with every kernels backend, in
+    the order of `kinds` and within a kind of `sizes`; then the stack at the first capacity by the other attentions. Of
+    several sizes of one model, the first decodes."""
     jobs, later, decoding = [], [], set()
     for kind in kinds:
         for size in sizes:
@@ -131,7 +150,7 @@ def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: flo
                 decoding.add(size.family)
             device = device_of(size)
             kernels, (first, *others) = available("kernels", device), available("attention", device)
-            jobs.append(Job(kind, size, rounds, kernels, first, until))
+            jobs.append(Job(kind, size, rounds, kernels, first, until, WEIGHTS[kind]))
             if kind == "layer":
                 # attention backends matter less than kernels: one capacity each, and only where time is left
                 once = replace(size, capacities=size.capacities[:1])
@@ -168,21 +187,29 @@ def rows(job: Job, model: UnifiedModel, tokens: int, cases: list[Case], leaves: 
             leaf.grad = None
 
     steps = dict(enumerate(case.run for case in cases))
+    began = time.monotonic()
+    until = began + TIMED * (job.until - began)
     # two rounds of warm-up: every other round is reversed, so each case has been the first and the last once
-    times = time_interleaved(steps, job.rounds, warmup=2, after=clear, until=job.until)
+    times = time_interleaved(steps, job.rounds, warmup=2, after=clear, until=until)
     for case, t in zip(cases, paired_ratios(times, job.clock).values()):
-        columns = {"realised": None} | case.columns
-        with use_backend(*case.backends):
-            if case.model is not None:
-                columns["memory"] = peak_memory(case.model, case.forward, case.finish)
-                clear()
-            if case.update is not None:
-                columns["shares"] = part_shares(case.model, case.forward, case.update)
-                clear()
+        columns, late = {"realised": None} | case.columns, ""
+        try:
+            if time.monotonic() > job.until:
+                raise OutOfTime
+            with use_backend(*case.backends):
+                if case.model is not None:
+                    columns["memory"] = peak_memory(case.model, case.forward, case.finish)
+                    clear()
+                if case.update is not None:
+                    columns["shares"] = part_shares(case.model, case.forward, case.update)
+                    clear()
+        except OutOfTime:
+            late = "no time was left for memory and shares"
         if "flops" in columns:
             saved_to = columns["flops"] or 1
             columns |= {"realised": realised(t["ratio"], saved_to), "realised_wall": realised(t["wall"], saved_to)}
-        yield job.row(tokens, model, **columns, **time_columns(t))
+        row = job.row(tokens, model, **columns, **time_columns(t))
+        yield row | {"note": "; ".join(filter(None, (row["note"], late)))}
 
 
 def time_columns(t: dict[str, float]) -> dict[str, float]:
@@ -318,9 +345,16 @@ def decode(job: Job) -> Iterator[dict]:
         return (1 + long) * (width + 1) * batch  # ends of line are generated too
 
     kinds = {"answer": answers} | ({"picture": pictures} if layout.causal_images else {})
-    for what, generate, batch in ((what, generate, batch) for what, generate in kinds.items() for batch in BATCHES):
-        with use_backend(job.kernels[0], job.attention):
-            counts, times = _difference(arms, lambda arm, long, g=generate, b=batch: g(arm, b, long), job)
+    shapes = [(what, generate, batch) for what, generate in kinds.items() for batch in BATCHES]
+    for n, (what, generate, batch) in enumerate(shapes):
+        began = time.monotonic()
+        share = replace(job, until=began + (job.until - began) / (len(shapes) - n))
+        try:
+            with use_backend(job.kernels[0], job.attention):
+                counts, times = _difference(arms, lambda arm, long, g=generate, b=batch: g(arm, b, long), share)
+        except OutOfTime as error:
+            yield job.missing(f"dropped at the deadline: {error}") | {"what": what, "batch": batch}
+            continue
         for capacity, t in times.items():
             speed = counts[capacity] / (t["ms"] / 1000)
             columns = {"what": what, "capacity": capacity, "backend": job.backend, "realised": None, "batch": batch}

@@ -14,20 +14,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..config import ParameterError
-from ..files import facts
+from ..files import facts, write
 from ..presets import CAPTURE_SIZES, CUDA, SIZES
 from .capture import capture
 from .cases import Job, attention, decode, jobs_of, layer, step
-from .timing import MIN_ROUNDS, PARTS, OutOfTime, describe
+from .timing import MIN_ROUNDS, PARTS, OutOfTime, describe, ends_at
 
 MEASURES = {"layer": layer, "step": step, "decode": decode, "attention": attention, "capture": capture}
 GPU_SECONDS = 450.0
-"""Deadline of the whole GPU set where none is given: with loading and the last round it ends within 8 minutes."""
+"""Deadline of the whole GPU set where none is given: with loading it ends within 8 minutes."""
 COLUMNS = {
     "layer": "preset tokens batch layers capacity backend flops time time_wall realised realised_wall memory ms rounds "
     "note",
@@ -44,12 +45,12 @@ HEADS = {
 }
 
 
-def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0) -> dict:
+def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0, out: str | Path = "") -> dict:
     """Measure and return the record.
 
     kind: layer, step, decode, attention, capture, or gpu (all of them on all released sizes); preset: by default cpu,
-    for capture released; deadline: seconds, 0 for none. Raises `ParameterError` for what is not known or cannot run
-    here.
+    for capture released; deadline: seconds, 0 for none; out: a file that holds the record after every job. Raises
+    `ParameterError` for what is not known or cannot run here.
     """
     if kind == "looking":
         print("unimod bench: looking is now called capture", file=sys.stderr)
@@ -65,34 +66,58 @@ def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0) -
     if not deadline >= 0:
         raise ParameterError(f"--deadline {deadline:g} must be seconds, or 0 for none.")
     whole = "gpu" in (kind, preset)
-    if (whole or (preset in CUDA and not captures)) and not torch.cuda.is_available():
-        what, on_cpu = "The GPU set" if whole else f"--preset {preset}", [name for name in SIZES if name not in CUDA]
-        raise ParameterError(
-            f"{what} needs CUDA, and torch sees no CUDA device here. Presets for a CPU: {', '.join(on_cpu)}."
-        )
+    if whole or (preset in CUDA and not captures):
+        needs_cuda("The GPU set" if whole else f"--preset {preset}")
     command = f"python -m unimod bench {kind}" + (f" --preset {preset}" if kind != "gpu" else "")
     command += f" --rounds {rounds}" + (f" --deadline {deadline:g}" if deadline else "")
     if "OMP_NUM_THREADS" in os.environ:
         command = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} {command}"
     sizes = [size for name in (CUDA if whole else (preset,)) for size in (CAPTURE_SIZES if captures else SIZES)[name]]
-    until = time.monotonic() + (deadline or (GPU_SECONDS if whole else math.inf))
+    deadline = deadline or (GPU_SECONDS if whole else math.inf)
+    # what is left is for freeing what a job that is cut off has built
+    until = time.monotonic() + deadline - min(5.0, 0.1 * deadline)
     if kind == "gpu":
         jobs = jobs_of([name for name in MEASURES if name != "capture"], sizes, rounds, until)
         jobs += jobs_of(["capture"], CAPTURE_SIZES["released"], rounds, until)
     else:
         jobs = jobs_of([kind], sizes, rounds, until)
-    return record(command, jobs[0].device, []) | {"rows": run_jobs(jobs, MEASURES)}
+    found = record(command, jobs[0].device, [])
+
+    def keep(rows: list[dict]) -> None:
+        found["rows"] = rows
+        if out:
+            write(Path(out), json.dumps(found, indent=1) + "\n")
+
+    run_jobs(jobs, MEASURES, keep)
+    return found
 
 
-def run_jobs(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[dict]]]) -> list[dict]:
-    """The rows of all jobs; one that finds no time or memory leaves a row with the reason. Progress goes to stderr."""
+def needs_cuda(what: str) -> None:
+    """Raise `ParameterError` where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        on_cpu = ", ".join(name for name in SIZES if name not in CUDA)
+        raise ParameterError(f"{what} needs CUDA, and torch sees no CUDA device here. Presets for a CPU: {on_cpu}.")
+
+
+def run_jobs(
+    jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[dict]]],
+    keep: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
+    """The rows of all jobs; one that finds no time or memory leaves a row with the reason. Progress goes to stderr.
+
+    Each job may take its share, by weight, of the time that is left until its deadline: a slow one is cut off and costs
+    the others nothing; what a fast one leaves is theirs. `keep` is given all rows after every job.
+    """
     rows: list[dict] = []
     for n, job in enumerate(jobs, 1):
         began, before = time.monotonic(), len(rows)
+        share = job.weight / sum(other.weight for other in jobs[n - 1 :])
         try:
             if began > job.until:
                 raise OutOfTime("no time was left")
-            rows.extend(measures[job.kind](job))
+            job = replace(job, until=began + share * (job.until - began))
+            with ends_at(job.until):
+                rows.extend(measures[job.kind](job))
         except OutOfTime as error:
             rows.append(job.missing(f"dropped at the deadline: {error}"))
         except torch.OutOfMemoryError:
@@ -106,6 +131,7 @@ def run_jobs(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[d
         spent, note = time.monotonic() - began, f" ({rows[-1]['note']})" if rows[-1]["note"] else ""
         done = f"unimod bench: {n} of {len(jobs)}, {job}: {len(rows) - before} rows in {spent:.0f} s{note}"
         print(done, file=sys.stderr, flush=True)
+        keep(rows)
     return rows
 
 

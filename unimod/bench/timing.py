@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import os
 import platform
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +38,30 @@ MIN_ROUNDS = 5
 
 class OutOfTime(Exception):
     """The deadline came before `MIN_ROUNDS` rounds were done."""
+
+
+@contextmanager
+def ends_at(until: float) -> Iterator[None]:
+    """Raise `OutOfTime` inside the block at this `time.monotonic()`, amid whatever runs: a compilation, too, is cut.
+
+    Only the main thread can be interrupted; in another one the block runs to its end.
+    """
+    if until == math.inf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise OutOfTime("no time was left")
+
+    began, handler = time.monotonic(), signal.signal(signal.SIGALRM, late)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, max(1e-6, until - began))  # 0 would switch it off
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:  # an alarm of the caller's goes on
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)))
 
 
 @dataclass
@@ -77,22 +103,26 @@ def time_interleaved(
     `OutOfTime` when fewer than `MIN_ROUNDS` rounds were done by then.
     """
     found = {name: Times() for name in steps}
-    for n in range(rounds + warmup):
-        if time.monotonic() > until:
-            if n < warmup + MIN_ROUNDS:
-                raise OutOfTime(f"{max(0, n - warmup)} rounds done, {MIN_ROUNDS} needed")
-            break
-        # reversed in turn: otherwise each step would always run in the same one's cache and heat
-        for name in list(steps)[:: 1 if n % 2 else -1]:
-            synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            steps[name]()
-            synchronize()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            after()
-            if n >= warmup:
-                found[name].wall.append(wall)
-                found[name].cpu.append(cpu)
+    try:
+        for n in range(rounds + warmup):
+            # reversed in turn: otherwise each step would always run in the same one's cache and heat
+            for name in list(steps)[:: 1 if n % 2 else -1]:
+                if time.monotonic() > until:
+                    raise OutOfTime
+                synchronize()
+                wall, cpu = time.perf_counter(), time.process_time()
+                steps[name]()
+                synchronize()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                after()
+                if n >= warmup:
+                    found[name].wall.append(wall)
+                    found[name].cpu.append(cpu)
+    except OutOfTime:
+        done = min(len(times.cpu) for times in found.values())  # a round that was cut short does not count
+        if done < MIN_ROUNDS:
+            raise OutOfTime(f"{done} rounds done, {MIN_ROUNDS} needed") from None
+        found = {name: Times(times.wall[:done], times.cpu[:done]) for name, times in found.items()}
     return found
 
 
