@@ -339,6 +339,18 @@ def test_an_estimate_is_called_one_until_there_is_a_record(tmp_path):
     ]
 
 
+def test_an_earlier_record_is_called_one_and_stands_beside_a_later(tmp_path):
+    row = {"bench": "layer", "preset": "showo-256", "tokens": 3870, "capacity": 0.5, "backend": "triton,varlen"}
+    records = (("bench-h200-before-8e10363-layer", "unknown", -1.7), ("bench-gpu", "f" * 40, 0.9))
+    for name, commit, realised_share in records:
+        found = {"device": "NVIDIA H200", "commit": commit, "rows": [row | {"realised": realised_share}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert [(row["way"], row["realised"], row["source"]) for row in on_gpu(tmp_path)] == [
+        ("triton,varlen", 0.9, "bench-gpu.json: NVIDIA H200, commit ffffffffff"),
+        ("triton,varlen, before", -1.7, "measured before, NVIDIA H200, commit 8e10363"),
+    ]
+
+
 def test_every_attention_backend_gets_the_masks_that_it_asks_for(monkeypatch):
 
     module, seen = sys.modules["unimod.bench.cases"], []

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -181,6 +182,22 @@ def _cell(row: dict, column: str) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+_EARLIER = re.compile(r"-before-([0-9a-f]{7})-")
+"""In the name of a record that was made before later work on speed, by an export without git: the commit."""
+
+
+def commit_of(name: str, found: dict) -> str:
+    """The commit of a record: its own, or where it was made without git the one in its file's name."""
+    earlier = _EARLIER.search(name)
+    return earlier[1] if earlier and found["commit"] == "unknown" else found["commit"]
+
+
+def source_of(name: str, found: dict) -> str:
+    """Where the figures of a record of the benchmark come from: file or age, device, commit."""
+    what = "measured before, " if _EARLIER.search(name) else f"{name}: "
+    return f"{what}{found['device']}, commit {commit_of(name, found)[:10]}"
+
+
 PAPER = "estimate on paper, H200, not measured"
 ESTIMATE = (
     # Per routed layer at capacity 0.5: matrix products at 790 TFLOP/s, memory at 4.3 TB/s; with x = 2 D T bytes,
@@ -197,17 +214,18 @@ COMMAND = "python -m unimod bench gpu --out notebooks/records/bench-gpu.json"
 
 def on_gpu(folder: Path) -> list[dict]:
     """Realised shares of the stack on a GPU, of the committed records (bench-*.json); where there is none, the
-    estimate. `source` tells which; `kept` is the capacity of every other layer, or "paper" for the paper's own plan."""
+    estimate. `source` tells which; `kept` is the capacity of every other layer, or "paper" for the paper's own plan;
+    `way` the backends, of an earlier record with "before"."""
     rows = []
     for path in sorted(folder.glob("bench-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["device"].startswith("CPU"):
             continue
-        source = f"{path.name}: {found['device']}, commit {found['commit'][:10]}"
+        source, age = source_of(path.name, found), ", before" if _EARLIER.search(path.name) else ""
         for row in found["rows"]:
             if row["bench"] == "layer" and row["realised"] is not None:
                 model = f"{row['preset']}, {row['tokens']} tokens"
-                measured = {"way": row["backend"], "realised": row["realised"], "source": source}
+                measured = {"way": row["backend"] + age, "realised": row["realised"], "source": source}
                 rows.append({"model": model, "kept": str(row["capacity"]), **measured})
     estimates = [(model, way, share) for model, ways in ESTIMATE for way, share in ways.items()]
     return rows or [
