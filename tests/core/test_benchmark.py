@@ -5,10 +5,12 @@ import math
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from unimod import seam
 from unimod.__main__ import main
 from unimod.baselines import PRESETS as ROUTERS
 from unimod.batch import Task, pack
@@ -184,6 +186,82 @@ def test_every_product_of_forward_and_backward_is_attributed(model, packed):
     assert products.count("router") == 3 * 4 and products.count("head") == 3 and products.count("other") == 0
     assert not any(part == "optimiser" for part, *_ in found)
     assert sum(timing.part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its backward calls an operation that nothing else calls, given by name."""
+
+    @staticmethod
+    def forward(ctx, x, name):
+        ctx.name = name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        getattr(torch, ctx.name)(g)
+        return g, None
+
+
+@torch.library.custom_op("unimod_test::marked", mutates_args=())
+def marked(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+marked.register_autograd(lambda ctx, g: (torch.cosh(g), g)[1])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_backward_of_functions_and_custom_ops_is_their_parts(model, packed, checkpointed):
+    """Also where layers are computed again in the backward, so that new nodes are made there."""
+    apply_mod(model, CapacityPlan({"t2i": [1, 0.5] * 4}))
+    if checkpointed:
+        model.lm.gradient_checkpointing_enable()
+    for layer in model.layers:
+        seam.attention(layer).register_forward_hook(lambda _, __, out: (marked(out[0]), *out[1:]))
+        seam.mlp(layer).register_forward_hook(lambda _, __, out: Marked.apply(out, "sinh"))
+        if hasattr(layer, "router"):
+            layer.router.proj.register_forward_hook(lambda _, __, out: Marked.apply(out, "erfc"))
+    model.head.register_forward_hook(lambda _, __, out: Marked.apply(out, "digamma"))
+
+    def step():
+        with torch.profiler.record_function(timing.RANGE + "head"):
+            loss = losses(model, packed).total
+        loss.backward()
+
+    parts = {}
+    for part, name, _ in timing.operations(timing.recorded(model, step), cuda=False):
+        if name in ("aten::cosh", "aten::sinh", "aten::erfc", "aten::digamma"):
+            parts.setdefault(name, []).append(part)
+    assert parts == {"aten::cosh": ["attention"] * 8, "aten::sinh": ["mlp"] * 8, "aten::erfc": ["router"] * 4,
+                     "aten::digamma": ["head"]}
+
+
+def host(name, begin, end, number=-1, thread=1, forward=0, scope=0, id=0):
+    span = SimpleNamespace(start=begin, end=end)
+    return SimpleNamespace(name=name, time_range=span, sequence_nr=number, thread=thread, fwd_thread=forward,
+                           scope=scope, id=id, device_type=torch.autograd.DeviceType.CPU, self_cpu_time_total=1.0)
+
+
+def kernel(id, microseconds, annotation=False):
+    span = SimpleNamespace(start=100, end=100 + microseconds, elapsed_us=lambda: microseconds)
+    return SimpleNamespace(name="kernel", time_range=span, id=id, device_type=torch.autograd.DeviceType.CUDA,
+                           is_user_annotation=annotation)
+
+
+def test_kernels_belong_to_what_launched_them():
+    """A number counts in the thread of the forward only; a call and an operation may have the same id."""
+    events = [
+        host(timing.RANGE + "mlp", 0, 9, id=7), host("aten::mm", 1, 8, number=5, id=1),
+        host("cudaLaunchKernel", 2, 3, thread=900, id=4),
+        host(timing.RANGE + "attention", 10, 19, id=8), host("aten::mul", 11, 18, number=5, thread=2, id=4),
+        host("cuLaunchKernelEx", 12, 13, thread=900, id=1),
+        host(timing.BACKWARD + "MmBackward0", 20, 30, number=6), host("MmBackward0", 21, 26, 5, forward=1, scope=1),
+        host("aten::mm", 22, 25), host("cudaLaunchKernel", 23, 24, id=9),
+        host("aten::add", 27, 29), host("cudaLaunchKernel", 28, 28.5, id=10),
+        kernel(4, 3.0), kernel(1, 2.0), kernel(9, 6.0), kernel(10, 0.5), kernel(7, 50.0, annotation=True),
+    ]
+    assert timing.operations(events, cuda=True) == [
+        ("mlp", "kernel", 3.0), ("attention", "kernel", 2.0), ("mlp", "kernel", 6.0), ("mlp", "kernel", 0.5)]
 
 
 def test_decoding_is_held_against_reading_the_weights(capsys):

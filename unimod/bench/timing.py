@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import threading
@@ -206,6 +207,7 @@ def peak_memory(model: UnifiedModel, forward: Callable[[], Tensor], finish: Call
     synchronize()
     return torch.cuda.max_memory_allocated()
 
+
 def bandwidth(device: str) -> float:
     """Bytes per second of a large copy, read and written bytes both counted; the median of seven."""
     # 2 GiB or 128 MiB: far larger than the caches, which would answer faster than memory
@@ -260,33 +262,63 @@ def part_shares(
     return {part: value / total for part, value in medians.items()}
 
 
+NODE = 1
+"""`scope` of the event of a backward function (RecordScope::BACKWARD_FUNCTION)."""
+CALL = re.compile(r"(cuda|cu|hip)[A-Z]")
+"""Names of calls of a device's runtime and driver."""
+
+
+@dataclass
+class _Open:
+    """An event of the host that has not ended: its end, the range around it, the part of what is launched in it."""
+
+    end: float
+    inside: str
+    part: str
+
+
 def operations(events: list, cuda: bool) -> list[tuple[str, str, float]]:
-    """Part, name and own time of every operation of a recorded step.
+    """Part, name and own time in microseconds of every operation of a recorded step; on CUDA of every kernel.
 
     An operation of the forward belongs to the innermost range around it. One of the backward belongs to the part of the
-    forward operation whose gradient it is: the profiler gives both the same sequence number.
+    forward operation whose gradient it is: the profiler gives both the same number, counted by the forward's thread. A
+    kernel belongs to the operation that called the runtime to launch it: both have the same id.
     """
-    found, part_of_node = [], {}
-    for event in events:  # in the order of their begin
+    found, part_of_node, part_of_call, opened = [], {}, {}, []
+    for event in events:  # in the order of their begin, all of one thread: `recorded`
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel's own event: its time is in the operation that launched it
-        around = event
-        while around is not None and not around.name.startswith((RANGE, BACKWARD)):
-            around = around.cpu_parent
-        if around is None:
-            part = "other"
-        elif around.name.startswith(BACKWARD):
-            part = part_of_node.get(around.sequence_nr, "other")
+            continue
+        while opened and opened[-1].end <= event.time_range.start:
+            opened.pop()
+        around = opened[-1] if opened else _Open(math.inf, "", "other")
+        if CALL.match(event.name):
+            # Ids of calls and of operations are counted apart and collide: what torch sums up by the id of an operation
+            # (`self_device_time_total`) may hold kernels of another one.
+            part_of_call[event.id] = around.part
+            continue
+        if event.name.startswith(RANGE):
+            inside = event.name.removeprefix(RANGE)
+            here = _Open(event.time_range.end, inside, _part(inside, ""))
+        elif event.name.startswith(BACKWARD):
+            # has no number of its own: torch copies that of the next event
+            here = _Open(event.time_range.end, "", "other")
+        elif event.scope == NODE:
+            part = part_of_node.get((event.fwd_thread, event.sequence_nr), "other")
+            here = _Open(event.time_range.end, "", part)
+            around.part = part  # what the engine then does with the gradients, such as to add them up
         else:
-            part = _part(around.name.removeprefix(RANGE), event.name)
+            part = _part(around.inside, event.name) if around.inside else around.part
+            here = _Open(event.time_range.end, around.inside, part)
             if event.sequence_nr >= 0:
                 # several operations carry the number of the next node; the last of them is the one that made it
-                part_of_node[event.sequence_nr] = part
-        if cuda:
-            found.append((part, event.name, event.self_device_time_total))
-        elif "::" in event.name and not event.name.startswith(BACKWARD):  # the rest is Python between operations
-            found.append((part, event.name, event.self_cpu_time_total))
-    return found
+                part_of_node[event.thread, event.sequence_nr] = part
+        opened.append(here)
+        if "::" in event.name and not event.name.startswith(BACKWARD):  # the rest is Python between operations
+            found.append((here.part, event.name, event.self_cpu_time_total))
+    if not cuda:
+        return found
+    kernels = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU and not e.is_user_annotation]
+    return [(part_of_call.get(e.id, "other"), e.name, e.time_range.elapsed_us()) for e in kernels]
 
 
 def _part(inside: str, name: str) -> str:
@@ -298,7 +330,10 @@ def _part(inside: str, name: str) -> str:
 
 
 def recorded(model: UnifiedModel, run: Callable[[], object]) -> list:
-    """torch.profiler's events of `run()`, with a range around each part of the model, in the order of their begin."""
+    """torch.profiler's events of `run()`, with a range around each part of the model, in the order of their begin.
+
+    The backward runs in the calling thread, as it always does on a CPU; on CUDA it would have one of its own.
+    """
     watched = [(model, "model"), (model.head, "head")]
     for layer in model.layers:
         if isinstance(layer, MoDLayer):
@@ -310,14 +345,15 @@ def recorded(model: UnifiedModel, run: Callable[[], object]) -> list:
     try:
         with _without_log():
             recorder.start()
-        run()
+        with torch.autograd.set_multithreading_enabled(False):
+            run()
         synchronize()
     finally:
         with _without_log():
             recorder.stop()
         for hook in hooks:
             hook.remove()
-    return sorted(recorder.events(), key=lambda event: event.time_range.start)
+    return sorted(recorder.events(), key=lambda event: (event.time_range.start, -event.time_range.end))
 
 
 def _range(module: nn.Module, name: str) -> list:
