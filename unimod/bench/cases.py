@@ -30,7 +30,7 @@ from ..models.unified import UnifiedModel
 from ..ops.attention import interval_attention
 from ..ops.backend import FAMILIES, backend, use_backend
 from ..presets import Size, ragged, shared_copy
-from .stock import Padded, padded_step
+from .stock import Padded
 from .timing import (
     OutOfTime,
     Times,
@@ -160,7 +160,7 @@ def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: flo
 
 @dataclass(frozen=True)
 class Case:
-    """A row to measure: `finish(forward())` is timed, under `backends`; `columns` are known before.
+    """A row to measure: `run`, which is `finish(forward())` under `backends`; `columns` are known before.
 
     model: whose memory is measured, None for no memory; update: what ends a step whose parts are measured.
     """
@@ -173,7 +173,8 @@ class Case:
     update: Callable[[], object] | None = None
 
     def run(self) -> None:
-        """What is timed."""
+        """What is timed: without arguments, on the same tensors each time, and no case does more on the host than its
+        way has to. What replaces it by something faster, such as a CUDA graph, has to do so for all cases of a job."""
         with use_backend(*self.backends):
             self.finish(self.forward())
 
@@ -253,7 +254,7 @@ def layer(job: Job) -> Iterator[dict]:
 
 def step(job: Job) -> Iterator[dict]:
     """Forward, loss, backward, clipping and AdamW on a ragged batch of t2i and mmu rows: dense, by each plan, and the
-    padded way. FLOPs and `realised` are of the whole step."""
+    padded way, whose stock model has the same weights. FLOPs and `realised` are of the whole step."""
     size, device = job.size, job.device
     model, _ = size.build(device, job.dtype, step=True)
     sequences = ragged(model.layout, size.tokens, size.batch)
@@ -284,7 +285,9 @@ def step(job: Job) -> Iterator[dict]:
         cases.append(Case(columns, backends, forward, finish, arm, update))
     # its FLOPs are not counted: the counting knows no padding
     columns = {"capacity": 1.0, "way": "padded", "backend": "stock,sdpa", "flops": None, "shares": None}
-    cases.append(Case(columns, backends, lambda: padded_step(model, padded), cases[0].finish, model))
+    stock = shared_copy(model)  # of its own: to change the attention of a model takes the host some time
+    stock.lm.set_attn_implementation("sdpa")
+    cases.append(Case(columns, backends, lambda: padded.loss(stock.lm), cases[0].finish, stock))
     yield from rows(job, model, len(batch), cases, weights_of(arms))
 
 
