@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("config", "params", "batch", "files", "mask", "versions"),
+    ("config", "params", "batch", "files", "mask", "upload", "versions"),
     ("ops",),
     ("baselines", "routing", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),

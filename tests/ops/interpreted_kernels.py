@@ -17,7 +17,7 @@ from unimod.losses import losses
 from unimod.models.checkpoint import build_model
 from unimod.ops.backend import backend, use_backend
 from unimod.plan import CapacityPlan
-from unimod.routing import ForwardState
+from unimod.routing import BatchPlan, ForwardState
 from unimod.seam import known_norm
 
 HALF = torch.bfloat16
@@ -153,7 +153,7 @@ def test_compile_without_a_graph_break(layer):
     with torch.no_grad():
         h = model.embed(batch)[None]
         rotary = model.rotary(h.new_empty(0), position_ids=batch.position[None])
-    plan = {6: layer.router.layer_plan(batch)}
+    plan = BatchPlan({6: layer.router.layer_plan(batch)})
     found, leaves = [], (layer.input_layernorm.weight, layer.router.proj.weight)
     with use_backend("triton"):
         for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):

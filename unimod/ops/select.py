@@ -6,6 +6,8 @@ pass.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,12 @@ def reference_select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, .
     index = order[slot.to(score.device, non_blocking=True)].sort().values
     kth = (start + (k - 1).clamp(min=0)).clamp(max=len(score) - 1)
     return index, order[kth.to(score.device, non_blocking=True)], prefix_count(index, len(score))
+
+
+def segment_sizes(lengths: tuple[int, ...], keep: tuple[int, ...]) -> Tensor:
+    """The kernel's table, on the host: int32 [S, 4] = start, tokens n, kept k, kept in the segments before."""
+    rows = zip(accumulate(lengths, initial=0), lengths, keep, accumulate(keep, initial=0))
+    return torch.tensor(list(rows), dtype=torch.int32).view(-1, 4)
 
 
 def prefix_count(index: Tensor, n: int) -> Tensor:
