@@ -112,8 +112,9 @@ class UnifiedModel(nn.Module):
             cast = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if cast else self.head.weight.dtype
             known = {lengths_of(plan.segments) for plan in layers.values() if not plan.threshold_tasks}
-            width = self.width // self.decoder.config.num_attention_heads
-            memo = prepared(host.mask, known, device.type, dtype, width)
+            config = self.decoder.config
+            shape = (config.num_attention_heads, config.num_key_value_heads, self.width // config.num_attention_heads)
+            memo = prepared(host.mask, known, device.type, dtype, shape)
         return upload(BatchPlan(layers, memo, targets_of(host) if targets else None), device)
 
     def _live(self) -> list[nn.Module]:
