@@ -14,7 +14,7 @@ FLOORS = [
     ("ops",),
     ("baselines", "routing", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),
-    ("data", "flops", "attention_record", "capture", "generate", "train", "evaluate", "analysis", "presets"),
+    ("data", "flops", "attention_record", "capture", "generate", "graph", "train", "evaluate", "analysis", "presets"),
     ("bench", "experiment", "gallery", "views"),
     ("workbook",),
     ("__main__",),

@@ -50,8 +50,9 @@ class Signature:
     targets: int
     sequences: int
     segments: int
-    longest: int
-    """Bound of the longest sequence, and so of what a program of the selection holds."""
+    longest: tuple[int, ...]
+    """Bounds of what kernels take for the longest: segment in the selection, as a power of 2; sequence in attention, of
+    the batch and of each routed layer."""
 
 
 def whole_step_refused(model: UnifiedModel) -> str:
@@ -92,13 +93,13 @@ def filled(model: UnifiedModel, batch: Batch, bucket: int = BUCKET) -> tuple[Bat
     changed = {key: _more(p, more(n), more(to[key] - kept[key])) for key, p in layers.items()}
     new = _with_filler(batch, n, rows, more(n))
     count = _up(len(targets.index) if targets else 0, bucket)
-    made = BatchPlan({i: changed[id(p)] for i, p in plan.layers.items()}, {}, _padded(targets, count, len(batch)),
-                     plan.segment)
-    made = replace(made, attention=model.attention_plan(new.mask, made.layers, SLOTS))
-    if plan.segment is not None:
-        made = replace(made, segment=new.segment_numbers())
-    return new, made, Signature(total, tuple(to.values()), count, len(new.lengths), len(new.segments),
-                                longest(new.lengths))
+    by_number = {i: changed[id(p)] for i, p in plan.layers.items()}
+    made = BatchPlan(by_number, model.attention_plan(new, by_number, SLOTS), _padded(targets, count, len(batch)),
+                     None if plan.segment is None else new.segment_numbers())
+    attention = [getattr(x, "n", None) or x.longest for x in made.attention.values()]
+    return new, made, Signature(total, tuple(to.values()), count, len(new.lengths), len(new.segments), (
+        (max(s.length for s in new.segments) - 1).bit_length(), *attention,
+        *(longest(lengths_of(p.segments)) for p in changed.values())))
 
 
 def _up(n: int, multiple: int) -> int:

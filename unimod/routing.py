@@ -95,6 +95,8 @@ class BatchPlan:
     """`ops.attention.prepared` of the batch's mask."""
     targets: Targets | None = None
     """What the losses ask for; None where nothing is labelled."""
+    segment: Tensor | None = None
+    """int64 [T]: `Batch.segment_numbers`, where a router asks for the attention that tokens receive."""
 
 
 @dataclass

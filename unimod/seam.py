@@ -155,7 +155,8 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
     if observer is not None:
         observer(module, q, k, state.given())
     if state.earlier.needs_attention:
-        segment = state.batch.segment_numbers()
+        segment = state.plan.segment
+        segment = state.batch.segment_numbers() if segment is None else segment
         segment = segment if state.index is None else segment[state.index]
         state.earlier.received = attention_received(q, k, mask.lo, mask.hi, segment, mask.lengths, scaling)
     if state.cache is not None:

@@ -12,7 +12,7 @@ The layers are transformers' own, and attend over the intervals of the batch thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -28,7 +28,7 @@ from ..losses import targets_of
 from ..ops.attention import prepared
 from ..ops.cross_entropy import linear_cross_entropy
 from ..router import routing_plan
-from ..routing import BatchPlan, ForwardState
+from ..routing import BatchPlan, ForwardState, LayerPlan
 from ..upload import upload
 from ..versions import explained
 from .cache import KVCache
@@ -105,17 +105,22 @@ class UnifiedModel(nn.Module):
     def plan(self, batch: Batch, attention: bool = True, targets: bool = True) -> BatchPlan:
         """What is worked out once for all layers and the losses, on the host, and moved to the batch's device in one
         copy. attention, targets: whether that of the mask and of the losses, too."""
-        host, device = batch.host or batch, batch.ids.device
-        layers = routing_plan({layer.number: layer.router for layer in self._live() if hasattr(layer, "router")}, host)
-        memo: dict = {}
-        if attention:
-            cast = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if cast else self.head.weight.dtype
-            known = {lengths_of(plan.segments) for plan in layers.values() if not plan.threshold_tasks}
-            config = self.decoder.config
-            shape = (config.num_attention_heads, config.num_key_value_heads, self.width // config.num_attention_heads)
-            memo = prepared(host.mask, known, device.type, dtype, shape)
-        return upload(BatchPlan(layers, memo, targets_of(host) if targets else None), device)
+        host, routers = batch.host or batch, {x.number: x.router for x in self._live() if hasattr(x, "router")}
+        layers = routing_plan(routers, host)
+        memo = self.attention_plan(host, layers) if attention else {}
+        scored = any(router.needs_attention for router in routers.values())
+        return upload(BatchPlan(layers, memo, targets_of(host) if targets else None,
+                                host.segment_numbers() if scored else None), batch.ids.device)
+
+    def attention_plan(self, batch: Batch, layers: Mapping[int, LayerPlan], slots: int = 1) -> dict:
+        """`ops.attention.prepared` for a batch on the host and its layers' plans."""
+        device = self.device.type
+        cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else self.head.weight.dtype
+        known = {lengths_of(plan.segments) for plan in layers.values() if not plan.threshold_tasks}
+        config = self.decoder.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        return prepared(batch.mask, known, device, dtype, (heads, kv_heads, self.width // heads), slots)
 
     def _live(self) -> list[nn.Module]:
         """The layers that a forward goes through."""
