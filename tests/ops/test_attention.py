@@ -337,7 +337,8 @@ def test_nothing_is_measured_for_a_recording_or_a_count(two, monkeypatch):
     batch = pack(ROWS["emu3"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(choice, "_device", lambda device: "a GPU")
-    assert choice.fastest(("varlen", "sdpa"), batch.mask, "cuda", torch.bfloat16, (4, 2, 8)) == "varlen"
+    given = batch.mask, "cuda", torch.bfloat16, (4, 2, 8), interval_attention
+    assert choice.fastest(("varlen", "sdpa"), *given) == "varlen"
     monkeypatch.setattr(attention, "possible", lambda *_: ("flash", "varlen", "sdpa"))
     assert attention._implementation("meta", torch.bfloat16, batch.mask, (4, 2, 8)) == "varlen"
     assert not two and not choice._fastest

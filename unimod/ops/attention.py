@@ -232,7 +232,7 @@ def _implementation(device: str, dtype: torch.dtype, mask: IntervalMask, shape: 
         return name
     from .attention_choice import fastest
 
-    return fastest(names, mask, device, dtype, shape)
+    return fastest(names, mask, device, dtype, shape, interval_attention)
 
 
 @torch.compiler.assume_constant_result

@@ -1,6 +1,6 @@
 """Which backend attends fastest: measured when the first batch of a class of shapes comes, and remembered.
 
-    fastest(("varlen", "sdpa"), mask, "cuda", torch.bfloat16, (32, 8, 128))     # "sdpa", after at most about 2 s
+    fastest(("varlen", "sdpa"), mask, "cuda", torch.bfloat16, (32, 8, 128), interval_attention)     # in about 2 s
 
 Neither is always the faster: on an H200 SDPA took .50 to .88 of varlen's time on rows of equal length, but it pads rows
 of different lengths. A class is a device, dtype, heads and their width, kinds of masks, and sizes rounded to powers of
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache
 
@@ -30,9 +31,10 @@ _fastest: dict[str, str] = {}
 """By class, as JSON."""
 
 
-def fastest(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torch.dtype,
-            shape: tuple[int, int, int]) -> str:
-    """The fastest of these backends, forward and backward. device: its type; shape: heads, heads of keys, their width.
+def fastest(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torch.dtype, shape: tuple[int, int, int],
+            attend: Callable) -> str:
+    """The fastest of these backends, forward and backward. device: its type; shape: heads, heads of keys, their width;
+    attend: `attention.interval_attention`.
 
     While a CUDA graph is recorded nothing is measured: what is not known then goes by varlen.
     """
@@ -40,7 +42,8 @@ def fastest(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torc
     if key not in _fastest:
         if device == "cuda" and torch.cuda.is_current_stream_capturing():
             return "varlen"
-        _fastest[key] = _stored().get(key, {}).get("fastest") or _measure(names, mask, device, dtype, shape, key)
+        known = _stored().get(key)
+        _fastest[key] = known["fastest"] if known else _measure(names, mask, device, dtype, shape, attend, key)
     return _fastest[key]
 
 
@@ -79,9 +82,9 @@ def _stored() -> dict[str, dict]:
 
 
 def _measure(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torch.dtype, shape: tuple[int, int, int],
-             key: str) -> str:
+             attend: Callable, key: str) -> str:
     """The backend with the least median time, said with all times and stored."""
-    times, failed = _times(names, mask, device, dtype, shape)
+    times, failed = _times(names, mask, device, dtype, shape, attend)
     milliseconds = {name: 1000 * statistics.median(each) for name, each in times.items()}
     # sdpa runs anywhere
     name = min(milliseconds, key=milliseconds.get, default="sdpa")
@@ -96,11 +99,9 @@ def _measure(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: tor
     return name
 
 
-def _times(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torch.dtype,
-           shape: tuple[int, int, int]) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _times(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torch.dtype, shape: tuple[int, int, int],
+           attend: Callable) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of each counted round, forward and backward, and why a backend failed. Rounds are interleaved."""
-    from .attention import interval_attention
-
     heads, kv_heads, width = shape
     # numbers of its own: the user's random state must not depend on what was measured
     generator = torch.Generator(device).manual_seed(0)
@@ -119,7 +120,7 @@ def _times(names: tuple[str, ...], mask: IntervalMask, device: str, dtype: torch
                 began = time.perf_counter()
                 try:
                     with use_backend(name):
-                        out = interval_attention(q, k, v, mask, width ** -0.5, memos[name])
+                        out = attend(q, k, v, mask, width ** -0.5, memos[name])
                     torch.autograd.grad(out, (q, k, v), out.detach())
                     _synchronize(device)
                 except Exception as error:                  # another one runs instead
