@@ -316,7 +316,7 @@ def test_rows_of_released_sizes_have_exactly_so_many_tokens(name):
         assert set(size.plans(16 if name.startswith("emu3") else 24)) == {"0.5", "0.8", "0.2", "paper"}
 
 
-def test_the_gpu_set_begins_with_the_preferred_backends(monkeypatch):
+def test_the_gpu_set_begins_with_the_fastest_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
         "unimod.bench.cases.available",
@@ -324,9 +324,14 @@ def test_the_gpu_set_begins_with_the_preferred_backends(monkeypatch):
     )
     jobs = jobs_of(("layer", "step"), [*SIZES["showo-256"], *SIZES["emu3-8k"]], 9)
     assert [(job.kind, job.attention, job.kernels) for job in jobs[:6]] == [
-        (k, "flash", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3
+        (k, "measured", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3
     ]
-    assert [(job.kind, job.attention, job.kernels) for job in jobs[6:]] == [("layer", "sdpa", ("triton",))] * 3
+    assert [(job.kind, job.attention, job.kernels) for job in jobs[6:]] == [
+        ("layer", name, ("triton",)) for name in ("flash", "sdpa") * 3
+    ]
+    model, rows = jobs[0].size.outline()
+    monkeypatch.setattr("unimod.bench.cases.implementation", lambda *_: "sdpa")
+    assert jobs[0].on(model, pack(rows).mask).backend == "triton,sdpa" and jobs[6].on(model, None) is jobs[6]
     assert [list(job.size.plans(16)) for job in (jobs[0], jobs[-1])] == [
         ["0.5", "0.8", "0.2", "paper"],
         ["0.5", "paper"],

@@ -180,7 +180,7 @@ def test_the_plan_of_kept_tokens_is_read_off_the_plan_of_the_batch(name, kept, m
     batch, index = routed(whole, keep), keep.nonzero()[:, 0]
     made, kernel, prepare = [], SlowKernel(), varlen.prepare
     monkeypatch.setitem(varlen.KERNELS, "slow", kernel)
-    monkeypatch.setattr(attention, "_implementation", lambda *_: "slow")
+    monkeypatch.setattr(attention, "implementation", lambda *_: "slow")
     monkeypatch.setattr(varlen, "prepare", lambda *mask: made.append(1) or prepare(*mask))
     memo, rank = {}, prefix_count(index, len(whole))
     kept = KeptMask(whole.mask, index, rank, batch.lengths)
@@ -192,7 +192,7 @@ def test_the_plan_of_kept_tokens_is_read_off_the_plan_of_the_batch(name, kept, m
         inputs = tensors(batch)
         same(interval_attention(*inputs, mask, 0.3, memo), batch, inputs)
     assert len(made) == 1 and kernel.pairs == 2 * int((batch.mask.hi - batch.mask.lo).sum())
-    monkeypatch.setattr(attention, "_implementation", lambda *_: "sdpa")
+    monkeypatch.setattr(attention, "implementation", lambda *_: "sdpa")
     memo = {}
     same(interval_attention(*inputs, kept, 0.3, memo), batch, inputs)
     assert [key for key, _ in memo] == [batch.lengths], "kept tokens' dense mask serves one layer, and would be held"
@@ -340,7 +340,7 @@ def test_nothing_is_measured_for_a_recording_or_a_count(two, monkeypatch):
     given = batch.mask, "cuda", torch.bfloat16, (4, 2, 8), interval_attention
     assert choice.fastest(("varlen", "sdpa"), *given) == "varlen"
     monkeypatch.setattr(attention, "possible", lambda *_: ("flash", "varlen", "sdpa"))
-    assert attention._implementation("meta", torch.bfloat16, batch.mask, (4, 2, 8)) == "varlen"
+    assert attention.implementation("meta", torch.bfloat16, batch.mask, (4, 2, 8)) == "varlen"
     assert not two and not choice._fastest
 
 

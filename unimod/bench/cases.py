@@ -26,8 +26,9 @@ from ..flops import count
 from ..generate import answer, calibrate, draw
 from ..layers import apply_mod
 from ..losses import losses
+from ..mask import IntervalMask
 from ..models.unified import UnifiedModel
-from ..ops.attention import interval_attention
+from ..ops.attention import implementation, interval_attention
 from ..ops.backend import FAMILIES, backend, use_backend
 from ..presets import Size, ragged, shared_copy
 from .stock import Padded
@@ -49,6 +50,8 @@ NEW = {"cpu": (2, 10), "cuda": (2, 34)}
 """Tokens of the short and the long answer."""
 PROMPT = 1024
 """Most image tokens of a prompt."""
+MEASURED = "measured"
+"""Attention of a job by the backend that is the fastest for its rows."""
 TIMED = 0.75
 """Of a job's time, what rounds may take; the rest is for memory and the parts of a step."""
 
@@ -57,8 +60,8 @@ TIMED = 0.75
 class Job:
     """What is measured in one go.
 
-    kernels: backends of the kernels to try, the preferred first; attention: its backend; until: the `time.monotonic()`
-    at which to end; weight: how much of the time it may take beside other jobs.
+    kernels: backends of the kernels to try, the preferred first; attention: its backend, or `MEASURED`; until: the
+    `time.monotonic()` at which to end; weight: how much of the time it may take beside other jobs.
     """
 
     kind: str
@@ -88,6 +91,13 @@ class Job:
     def backend(self) -> str:
         """The preferred backends, as a row names them."""
         return f"{self.kernels[0]},{self.attention}"
+
+    def on(self, model: UnifiedModel, mask: IntervalMask) -> Job:
+        """The job with the backend that attends on such rows in place of `MEASURED`."""
+        if self.attention != MEASURED:
+            return self
+        with use_backend():
+            return replace(self, attention=implementation(self.device, self.dtype, mask, model.attention_shape))
 
     def __str__(self) -> str:
         shape = f"{self.size.preset} {self.size.tokens or ''}x{self.size.batch}"
@@ -138,9 +148,9 @@ WEIGHTS = {"layer": 4.0, "step": 3.0, "decode": 4.0, "attention": 1.0, "capture"
 
 
 def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: float = math.inf) -> list[Job]:
-    """What to measure, the most important first: everything by the preferred attention, with every kernels backend, in
-    the order of `kinds` and within a kind of `sizes`; then the stack at the first capacity by the other attentions. Of
-    several sizes of one model, the first decodes."""
+    """What to measure, the most important first: everything by the fastest attention, with every kernels backend, in
+    the order of `kinds` and within a kind of `sizes`; then the stack at the first capacity by each attention, where
+    there are several. Of several sizes of one model, the first decodes."""
     jobs, later, decoding = [], [], set()
     for kind in kinds:
         for size in sizes:
@@ -149,12 +159,13 @@ def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: flo
             if kind == "decode":
                 decoding.add(size.family)
             device = device_of(size)
-            kernels, (first, *others) = available("kernels", device), available("attention", device)
-            jobs.append(Job(kind, size, rounds, kernels, first, until, WEIGHTS[kind]))
-            if kind == "layer":
+            kernels, attentions = available("kernels", device), available("attention", device)
+            one = MEASURED if len(attentions) > 1 and kind in ("layer", "step", "decode") else attentions[0]
+            jobs.append(Job(kind, size, rounds, kernels, one, until, WEIGHTS[kind]))
+            if kind == "layer" and len(attentions) > 1:
                 # attention backends matter less than kernels: one capacity each, and only where time is left
                 once = replace(size, capacities=size.capacities[:1])
-                later += [Job(kind, once, rounds, kernels[:1], name, until) for name in others]
+                later += [Job(kind, once, rounds, kernels[:1], name, until) for name in attentions]
     return jobs + later
 
 
@@ -236,6 +247,7 @@ def layer(job: Job) -> Iterator[dict]:
     each kernels backend. Dense and routed attend by the same backend, the job's."""
     model, sequences = job.size.build(job.device, job.dtype)
     batch = pack(sequences).to(job.device)
+    job = job.on(model, batch.mask)
     h = torch.randn(len(batch), model.width, device=job.device, dtype=job.dtype, requires_grad=True)
     grad = torch.randn_like(h)
     arms = routed_arms(job, model)
@@ -259,6 +271,7 @@ def step(job: Job) -> Iterator[dict]:
     model, _ = size.build(device, job.dtype, step=True)
     sequences = ragged(model.layout, size.tokens, size.batch)
     batch, padded = pack(sequences).to(device), Padded.of(sequences, model.head.weight)
+    job = job.on(model, batch.mask)
     arms = routed_arms(job, model)
     # The learning rate is 0: all arms keep the same weights, and the work is the same. One optimizer's state serves
     # the weights that all arms share; each arm's routers have another.
@@ -295,13 +308,9 @@ def attention(job: Job) -> Iterator[dict]:
     """One layer's attention by every backend that runs here, forward and backward; the preferred one is the base."""
     model, sequences = job.size.outline()
     batch = pack(sequences).to(job.device)
-    config = model.decoder.config
-    heads, d = config.num_attention_heads, model.width // config.num_attention_heads
+    heads, kv_heads, d = model.attention_shape
     options = {"device": job.device, "dtype": job.dtype}
-    q, k, v = (
-        torch.randn(n, len(batch), d, **options, requires_grad=True)
-        for n in (heads, config.num_key_value_heads, config.num_key_value_heads)
-    )
+    q, k, v = (torch.randn(n, len(batch), d, **options, requires_grad=True) for n in (heads, kv_heads, kv_heads))
     grad = torch.randn(len(batch), heads, d, **options)
 
     cases = []
@@ -337,6 +346,7 @@ def decode(job: Job) -> Iterator[dict]:
         calibrate(arms[routed], pack([layout.t2i("x" * 20, codes)]))
     arms[routed].eval()
     question = layout.mmu(codes, [("x" * 20, "")], open_ended=True)
+    job = job.on(model, pack([question]).mask)
     new, width, static = NEW[job.device], NEW[job.device][1] // 2, job.device == "cuda"
 
     def answers(arm: UnifiedModel, batch: int, long: bool) -> int:

@@ -39,7 +39,7 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | Kep
     kept = isinstance(mask, KeptMask)
     whole = mask.whole if kept else mask
     # for kept tokens, too, by the mask of the batch: its layers share what is worked out from it
-    name = _implementation(q.device.type, q.dtype, whole, (q.shape[0], k.shape[0], q.shape[2]))
+    name = implementation(q.device.type, q.dtype, whole, (q.shape[0], k.shape[0], q.shape[2]))
     if name == "sdpa":
         padded = _kept(memo, mask.lengths, lambda: upload(Padded.of(mask.lengths), q.device))
         # the mask [B, n, n] of kept tokens serves one layer: a memo would hold those of all layers
@@ -60,7 +60,7 @@ def prepared(mask: IntervalMask, kept: Iterable[tuple[int, ...]], device: str, d
     kept: the lengths of the sequences in each routed layer, where the host knows them. slots: a multiple of which the
     padded length is, so that it stays the same from batch to batch.
     """
-    if _implementation(device, dtype, mask, shape) != "sdpa":
+    if implementation(device, dtype, mask, shape) != "sdpa":
         from . import attention_varlen
 
         return {_key("runs"): attention_varlen.prepare(mask)}
@@ -222,7 +222,7 @@ def _key(what: object) -> tuple:
     return what, torch.is_inference_mode_enabled()          # what was made in inference mode is no use to a backward
 
 
-def _implementation(device: str, dtype: torch.dtype, mask: IntervalMask, shape: tuple[int, int, int]) -> str:
+def implementation(device: str, dtype: torch.dtype, mask: IntervalMask, shape: tuple[int, int, int]) -> str:
     """The backend that runs: of several that can, the fastest for such a mask and shape."""
     name = _expressible(device, dtype, mask.kinds, shape[2])
     if name == "sdpa" or device == "meta" or torch.compiler.is_compiling():
