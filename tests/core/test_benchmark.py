@@ -15,12 +15,13 @@ from unimod.__main__ import main
 from unimod.baselines import PRESETS as ROUTERS
 from unimod.batch import Task, pack
 from unimod.bench import costs as costs_module
+from unimod.bench import parts as parts_module
 from unimod.bench import record as record_module
-from unimod.bench import timing
-from unimod.bench.cases import Job, jobs_of
 from unimod.bench.costs import CostTable, costs, predicted_seconds
+from unimod.bench.jobs import Job, jobs_of
+from unimod.bench.parts import PARTS
 from unimod.bench.record import COMMAND, PAPER, bench, on_gpu, run_jobs, table
-from unimod.bench.timing import MIN_ROUNDS, PARTS, OutOfTime, Times, paired_ratios, realised, time_interleaved
+from unimod.bench.timing import MIN_ROUNDS, OutOfTime, Times, paired_ratios, realised, time_interleaved
 from unimod.config import ParameterError
 from unimod.flops import count
 from unimod.layers import apply_mod
@@ -174,18 +175,18 @@ def test_every_product_of_forward_and_backward_is_attributed(model, packed):
     apply_mod(model, CapacityPlan({"t2i": [1, 0.5] * 4}))
 
     def step():
-        with torch.profiler.record_function(timing.RANGE + "head"):
+        with torch.profiler.record_function(parts_module.RANGE + "head"):
             loss = losses(model, packed).total
         loss.backward()
 
-    found = timing.operations(timing.recorded(model, step), cuda=False)
+    found = parts_module.operations(parts_module.recorded(model, step), cuda=False)
     products = [part for part, name, _ in found if name in ("aten::mm", "aten::addmm")]
     per_mlp = sum(isinstance(m, torch.nn.Linear) for m in model.layers[0].mlp.modules())
     assert products.count("mlp") == 3 * 8 * per_mlp
     assert products.count("attention") == 3 * 8 * 4, "one forward, two backward"
     assert products.count("router") == 3 * 4 and products.count("head") == 3 and products.count("other") == 0
     assert not any(part == "optimiser" for part, *_ in found)
-    assert sum(timing.part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
+    assert sum(parts_module.part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
 
 
 class Marked(torch.autograd.Function):
@@ -224,12 +225,12 @@ def test_the_backward_of_functions_and_custom_ops_is_their_parts(model, packed, 
     model.head.register_forward_hook(lambda _, __, out: Marked.apply(out, "digamma"))
 
     def step():
-        with torch.profiler.record_function(timing.RANGE + "head"):
+        with torch.profiler.record_function(parts_module.RANGE + "head"):
             loss = losses(model, packed).total
         loss.backward()
 
     parts = {}
-    for part, name, _ in timing.operations(timing.recorded(model, step), cuda=False):
+    for part, name, _ in parts_module.operations(parts_module.recorded(model, step), cuda=False):
         if name in ("aten::cosh", "aten::sinh", "aten::erfc", "aten::digamma"):
             parts.setdefault(name, []).append(part)
     assert parts == {"aten::cosh": ["attention"] * 8, "aten::sinh": ["mlp"] * 8, "aten::erfc": ["router"] * 4,
@@ -251,16 +252,17 @@ def kernel(id, microseconds, annotation=False):
 def test_kernels_belong_to_what_launched_them():
     """A number counts in the thread of the forward only; a call and an operation may have the same id."""
     events = [
-        host(timing.RANGE + "mlp", 0, 9, id=7), host("aten::mm", 1, 8, number=5, id=1),
+        host(parts_module.RANGE + "mlp", 0, 9, id=7), host("aten::mm", 1, 8, number=5, id=1),
         host("cudaLaunchKernel", 2, 3, thread=900, id=4),
-        host(timing.RANGE + "attention", 10, 19, id=8), host("aten::mul", 11, 18, number=5, thread=2, id=4),
+        host(parts_module.RANGE + "attention", 10, 19, id=8), host("aten::mul", 11, 18, number=5, thread=2, id=4),
         host("cuLaunchKernelEx", 12, 13, thread=900, id=1),
-        host(timing.BACKWARD + "MmBackward0", 20, 30, number=6), host("MmBackward0", 21, 26, 5, forward=1, scope=1),
+        host(parts_module.BACKWARD + "MmBackward0", 20, 30, number=6),
+        host("MmBackward0", 21, 26, 5, forward=1, scope=1),
         host("aten::mm", 22, 25), host("cudaLaunchKernel", 23, 24, id=9),
         host("aten::add", 27, 29), host("cudaLaunchKernel", 28, 28.5, id=10),
         kernel(4, 3.0), kernel(1, 2.0), kernel(9, 6.0), kernel(10, 0.5), kernel(7, 50.0, annotation=True),
     ]
-    assert timing.operations(events, cuda=True) == [
+    assert parts_module.operations(events, cuda=True) == [
         ("mlp", "kernel", 3.0), ("attention", "kernel", 2.0), ("mlp", "kernel", 6.0), ("mlp", "kernel", 0.5)]
 
 
@@ -319,7 +321,7 @@ def test_rows_of_released_sizes_have_exactly_so_many_tokens(name):
 def test_the_gpu_set_begins_with_the_fastest_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        "unimod.bench.cases.available",
+        "unimod.bench.jobs.available",
         lambda family, device: {"kernels": ("triton", "reference"), "attention": ("flash", "sdpa")}[family],
     )
     jobs = jobs_of(("layer", "step"), [*SIZES["showo-256"], *SIZES["emu3-8k"]], 9)
@@ -330,7 +332,7 @@ def test_the_gpu_set_begins_with_the_fastest_backends(monkeypatch):
         ("layer", name, ("triton",)) for name in ("flash", "sdpa") * 3
     ]
     model, rows = jobs[0].size.outline()
-    monkeypatch.setattr("unimod.bench.cases.implementation", lambda *_: "sdpa")
+    monkeypatch.setattr("unimod.bench.jobs.implementation", lambda *_: "sdpa")
     assert jobs[0].on(model, pack(rows).mask).backend == "triton,sdpa" and jobs[6].on(model, None) is jobs[6]
     assert [list(job.size.plans(16)) for job in (jobs[0], jobs[-1])] == [
         ["0.5", "0.8", "0.2", "paper"],
@@ -438,10 +440,10 @@ def test_every_attention_backend_gets_the_masks_that_it_asks_for(monkeypatch):
 
     module, seen = sys.modules["unimod.bench.cases"], []
     real = module.interval_attention
-    monkeypatch.setattr(module, "interval_attention", lambda *given: seen.append(given[7:]) or real(*given))
+    monkeypatch.setattr(module, "interval_attention", lambda *given: seen.append((given[3], given[5])) or real(*given))
     rows = bench("attention", "emu3-tiny", rounds=5)["rows"]
     assert [row["backend"] for row in rows] == ["sdpa"]
-    assert all(set(masks) == {"causal"} and memo is seen[0][1] for masks, memo in seen)
+    assert all(set(mask.kinds) == {"causal"} and memo is seen[0][1] for mask, memo in seen)
 
 
 def test_what_breaks_leaves_a_row_and_costs_no_other(monkeypatch):

@@ -31,7 +31,8 @@ from ..config import ParameterError
 from ..models.unified import UnifiedModel
 from ..ops.backend import use_backend
 from ..presets import materialise
-from .cases import Job, time_columns
+from .cases import time_columns
+from .jobs import Job
 from .timing import OutOfTime, Times, paired_ratios, time_interleaved
 
 ENOUGH = 10.0

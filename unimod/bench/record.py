@@ -24,8 +24,10 @@ from ..config import ParameterError
 from ..files import facts, write
 from ..presets import CAPTURE_SIZES, CUDA, SIZES
 from .capture import capture
-from .cases import Job, attention, decode, jobs_of, layer, step
-from .timing import MIN_ROUNDS, PARTS, OutOfTime, describe, ends_at
+from .cases import attention, decode, layer, step
+from .jobs import Job, jobs_of
+from .parts import PARTS
+from .timing import MIN_ROUNDS, OutOfTime, describe, ends_at
 
 MEASURES = {"layer": layer, "step": step, "decode": decode, "attention": attention, "capture": capture}
 GPU_SECONDS = 450.0
