@@ -113,12 +113,12 @@ def run_jobs(
     """
     rows: list[dict] = []
     for n, job in enumerate(jobs, 1):
-        began, before = time.monotonic(), len(rows)
+        began, end, before = time.monotonic(), job.until, len(rows)
         share = job.weight / sum(other.weight for other in jobs[n - 1 :])
         try:
-            if began > job.until:
+            if began > end:
                 raise OutOfTime("no time was left")
-            job = replace(job, until=began + share * (job.until - began))
+            job = replace(job, until=began + share * (end - began))
             with ends_at(job.until):
                 rows.extend(measures[job.kind](job))
         except OutOfTime as error:
@@ -128,9 +128,10 @@ def run_jobs(
         except Exception as error:  # a backend that breaks must not cost the others their rows
             message = (str(error).splitlines() or [""])[0][:200]
             rows.append(job.missing(f"failed: {type(error).__name__}: {message}"))
-        gc.collect()  # a routed layer and its norm refer to one another
-        if job.device == "cuda":
-            torch.cuda.empty_cache()
+        if began <= end:
+            gc.collect()  # a routed layer and its norm refer to one another
+            if job.device == "cuda":
+                torch.cuda.empty_cache()
         spent, note = time.monotonic() - began, f" ({rows[-1]['note']})" if rows[-1]["note"] else ""
         done = f"unimod bench: {n} of {len(jobs)}, {job}: {len(rows) - before} rows in {spent:.0f} s{note}"
         print(done, file=sys.stderr, flush=True)
