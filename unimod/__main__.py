@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 from .config import MODELS, ParameterError, SetupError, expanded
-from .files import write
 from .plan import MAKERS, CapacityPlan, maker_of, solve
 from .workbook import report, runner
 from .workbook.request import Request, notebooks
@@ -191,9 +190,9 @@ def show_plan(args: argparse.Namespace) -> None:
                 "(default)"),
     option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)"),
     option("--deadline", type=float, default=0.0, metavar="SECONDS",
-           help="drop what is not done by then (default: none; 450 for gpu)"), JSON,
+           help="end by then; every job gets a share, what is left out says why (default: none; 450 for gpu)"), JSON,
     option("--out", metavar="FILE", type=expanded,
-           help="also write the JSON object there, such as notebooks/records/bench-h200.json"))
+           help="also write the JSON object there, after every job, such as notebooks/records/bench-h200.json"))
 def run_bench(args: argparse.Namespace) -> None:
     """What routing saves in time and memory on this machine, measured in turn with the dense model."""
     from .bench.record import bench, table
@@ -201,10 +200,8 @@ def run_bench(args: argparse.Namespace) -> None:
     if args.out and Path(args.out).is_dir():
         raise ParameterError(f"--out {args.out} is a folder; name a file in it, such as "
                              f"{Path(args.out) / 'bench.json'}.")
-    found = bench(args.what, args.preset, args.rounds, args.deadline)
+    found = bench(args.what, args.preset, args.rounds, args.deadline, args.out or "")
     text = json.dumps(found, indent=1) + "\n"
-    if args.out:
-        write(Path(args.out), text)
     print(text if args.json else f"{found['device']}, {found['command']}\n\n{table(found)}", end="")
 
 

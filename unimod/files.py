@@ -67,6 +67,11 @@ def runs_folder(runs: str | Path) -> Path:
     return home() / expanded(runs)
 
 
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept between processes."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unimod"
+
+
 def facts() -> dict[str, object]:
     """What runs here: git commit (`sha`, `dirty`; None without a checkout), versions by package, platform."""
     def git(*args: str) -> str:

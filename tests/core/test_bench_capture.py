@@ -14,7 +14,7 @@ import torch
 from unimod.__main__ import main
 from unimod.bench import capture as module
 from unimod.bench.capture import WAYS, capture
-from unimod.bench.cases import Job
+from unimod.bench.jobs import Job
 from unimod.bench.record import run_jobs, table
 from unimod.presets import CAPTURE_SIZES
 

@@ -3,20 +3,25 @@
 import json
 import math
 import sys
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from unimod import seam
 from unimod.__main__ import main
 from unimod.baselines import PRESETS as ROUTERS
 from unimod.batch import Task, pack
 from unimod.bench import costs as costs_module
-from unimod.bench import timing
-from unimod.bench.cases import Job, jobs_of
+from unimod.bench import parts as parts_module
+from unimod.bench import record as record_module
 from unimod.bench.costs import CostTable, costs, predicted_seconds
+from unimod.bench.jobs import Job, jobs_of
+from unimod.bench.parts import PARTS
 from unimod.bench.record import COMMAND, PAPER, bench, on_gpu, run_jobs, table
-from unimod.bench.timing import MIN_ROUNDS, PARTS, OutOfTime, Times, paired_ratios, realised, time_interleaved
+from unimod.bench.timing import MIN_ROUNDS, OutOfTime, Times, paired_ratios, realised, time_interleaved
 from unimod.config import ParameterError
 from unimod.flops import count
 from unimod.layers import apply_mod
@@ -83,6 +88,49 @@ def test_a_deadline_leaves_rows_that_say_so():
     assert "dropped at the deadline" in table({"rows": rows})
 
 
+def test_a_slow_job_takes_its_share_and_no_more(tmp_path):
+    size, seen = Size("emu3-tiny", 60, 2, (0.5,)), []
+    slow, fine = (Job(kind, size, 5, ("reference",), "sdpa", time.monotonic() + 2.0) for kind in ("layer", "step"))
+
+    def hangs(job):
+        yield fine.row(120, preset("emu3-tiny")[0], capacity=1.0, backend="x", realised=None)
+        time.sleep(60)
+
+    def runs(job):
+        seen.append(job.until - time.monotonic())
+        yield fine.row(120, preset("emu3-tiny")[0], capacity=1.0, backend="x", realised=None)
+
+    kept = []
+    rows = run_jobs([slow, fine], {"layer": hangs, "step": runs}, lambda rows: kept.append(len(rows)))
+    assert [row["note"] for row in rows] == ["", "dropped at the deadline: no time was left", ""] and kept == [2, 3]
+    assert 0 < seen[0] <= 1.1, "the second half of the time is the other's"
+
+
+@pytest.mark.parametrize(("kind", "jobs", "seconds"), [("gpu", 9, 0.001), ("gpu", 9, 3.0), ("gpu", 9, 20.0),
+                                                       ("step", 2, 0.5), ("attention", 2, 20.0)])
+def test_the_gpu_set_ends_at_its_deadline(monkeypatch, capsys, tmp_path, kind, jobs, seconds):
+    """On the CPU at tiny sizes, also with less time than one job takes: what is not measured says why."""
+    monkeypatch.setattr(record_module, "needs_cuda", lambda what: None)
+    monkeypatch.setattr(record_module, "CUDA", ("showo-tiny", "emu3-tiny"))
+    monkeypatch.setitem(record_module.CAPTURE_SIZES, "released", record_module.CAPTURE_SIZES["showo-tiny"])
+    path, written, began = tmp_path / "record.json", [], time.monotonic()
+    real = record_module.write
+    monkeypatch.setattr(record_module, "write", lambda *given: written.append(given) or real(*given))
+    command = ["bench", kind, "--preset", "gpu", "--rounds", "5", "--deadline", str(seconds), "--out", str(path)]
+    assert main([*command, "--json"]) == 0
+    assert time.monotonic() - began < seconds + 5, "what the machine does beside it is not counted"
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    rows = found["rows"]
+    assert found == json.loads(path.read_text()) and len(written) == jobs and f"1 of {jobs}, " in err
+    kinds = list(dict.fromkeys(row["bench"] for row in rows))
+    assert kinds == (["layer", "step", "decode", "attention", "capture"] if kind == "gpu" else [kind])
+    assert list(dict.fromkeys(row["preset"] for row in rows if row["bench"] == kinds[0])) == ["showo-tiny", "emu3-tiny"]
+    assert all(row.get("ms") or "deadline" in row["note"] or row["bench"] == "capture" for row in rows)
+    timed = [row for row in rows if row.get("ms")]
+    assert timed if seconds > 10 else len(timed) < len(rows)
+
+
 def test_layer_prints_one_json_object_and_nothing_else(capsys, tmp_path):
     path = tmp_path / "new" / "record.json"
     assert main(["bench", "layer", "--preset", "showo-tiny", "--rounds", "5", "--json", "--out", str(path)]) == 0
@@ -127,18 +175,95 @@ def test_every_product_of_forward_and_backward_is_attributed(model, packed):
     apply_mod(model, CapacityPlan({"t2i": [1, 0.5] * 4}))
 
     def step():
-        with torch.profiler.record_function(timing.RANGE + "head"):
+        with torch.profiler.record_function(parts_module.RANGE + "head"):
             loss = losses(model, packed).total
         loss.backward()
 
-    found = timing.operations(timing.recorded(model, step), cuda=False)
+    found = parts_module.operations(parts_module.recorded(model, step), cuda=False)
     products = [part for part, name, _ in found if name in ("aten::mm", "aten::addmm")]
     per_mlp = sum(isinstance(m, torch.nn.Linear) for m in model.layers[0].mlp.modules())
     assert products.count("mlp") == 3 * 8 * per_mlp
     assert products.count("attention") == 3 * 8 * 4, "one forward, two backward"
     assert products.count("router") == 3 * 4 and products.count("head") == 3 and products.count("other") == 0
     assert not any(part == "optimiser" for part, *_ in found)
-    assert sum(timing.part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
+    assert sum(parts_module.part_shares(model, lambda: losses(model, packed).total).values()) == pytest.approx(1)
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its backward calls an operation that nothing else calls, given by name."""
+
+    @staticmethod
+    def forward(ctx, x, name):
+        ctx.name = name
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        getattr(torch, ctx.name)(g)
+        return g, None
+
+
+@torch.library.custom_op("unimod_test::marked", mutates_args=())
+def marked(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+marked.register_autograd(lambda ctx, g: (torch.cosh(g), g)[1])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_backward_of_functions_and_custom_ops_is_their_parts(model, packed, checkpointed):
+    """Also where layers are computed again in the backward, so that new nodes are made there."""
+    apply_mod(model, CapacityPlan({"t2i": [1, 0.5] * 4}))
+    if checkpointed:
+        model.lm.gradient_checkpointing_enable()
+    for layer in model.layers:
+        seam.attention(layer).register_forward_hook(lambda _, __, out: (marked(out[0]), *out[1:]))
+        seam.mlp(layer).register_forward_hook(lambda _, __, out: Marked.apply(out, "sinh"))
+        if hasattr(layer, "router"):
+            layer.router.proj.register_forward_hook(lambda _, __, out: Marked.apply(out, "erfc"))
+    model.head.register_forward_hook(lambda _, __, out: Marked.apply(out, "digamma"))
+
+    def step():
+        with torch.profiler.record_function(parts_module.RANGE + "head"):
+            loss = losses(model, packed).total
+        loss.backward()
+
+    parts = {}
+    for part, name, _ in parts_module.operations(parts_module.recorded(model, step), cuda=False):
+        if name in ("aten::cosh", "aten::sinh", "aten::erfc", "aten::digamma"):
+            parts.setdefault(name, []).append(part)
+    assert parts == {"aten::cosh": ["attention"] * 8, "aten::sinh": ["mlp"] * 8, "aten::erfc": ["router"] * 4,
+                     "aten::digamma": ["head"]}
+
+
+def host(name, begin, end, number=-1, thread=1, forward=0, scope=0, id=0):
+    span = SimpleNamespace(start=begin, end=end)
+    return SimpleNamespace(name=name, time_range=span, sequence_nr=number, thread=thread, fwd_thread=forward,
+                           scope=scope, id=id, device_type=torch.autograd.DeviceType.CPU, self_cpu_time_total=1.0)
+
+
+def kernel(id, microseconds, annotation=False):
+    span = SimpleNamespace(start=100, end=100 + microseconds, elapsed_us=lambda: microseconds)
+    return SimpleNamespace(name="kernel", time_range=span, id=id, device_type=torch.autograd.DeviceType.CUDA,
+                           is_user_annotation=annotation)
+
+
+def test_kernels_belong_to_what_launched_them():
+    """A number counts in the thread of the forward only; a call and an operation may have the same id."""
+    events = [
+        host(parts_module.RANGE + "mlp", 0, 9, id=7), host("aten::mm", 1, 8, number=5, id=1),
+        host("cudaLaunchKernel", 2, 3, thread=900, id=4),
+        host(parts_module.RANGE + "attention", 10, 19, id=8), host("aten::mul", 11, 18, number=5, thread=2, id=4),
+        host("cuLaunchKernelEx", 12, 13, thread=900, id=1),
+        host(parts_module.BACKWARD + "MmBackward0", 20, 30, number=6),
+        host("MmBackward0", 21, 26, 5, forward=1, scope=1),
+        host("aten::mm", 22, 25), host("cudaLaunchKernel", 23, 24, id=9),
+        host("aten::add", 27, 29), host("cudaLaunchKernel", 28, 28.5, id=10),
+        kernel(4, 3.0), kernel(1, 2.0), kernel(9, 6.0), kernel(10, 0.5), kernel(7, 50.0, annotation=True),
+    ]
+    assert parts_module.operations(events, cuda=True) == [
+        ("mlp", "kernel", 3.0), ("attention", "kernel", 2.0), ("mlp", "kernel", 6.0), ("mlp", "kernel", 0.5)]
 
 
 def test_decoding_is_held_against_reading_the_weights(capsys):
@@ -193,17 +318,22 @@ def test_rows_of_released_sizes_have_exactly_so_many_tokens(name):
         assert set(size.plans(16 if name.startswith("emu3") else 24)) == {"0.5", "0.8", "0.2", "paper"}
 
 
-def test_the_gpu_set_begins_with_the_preferred_backends(monkeypatch):
+def test_the_gpu_set_begins_with_the_fastest_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        "unimod.bench.cases.available",
+        "unimod.bench.jobs.available",
         lambda family, device: {"kernels": ("triton", "reference"), "attention": ("flash", "sdpa")}[family],
     )
     jobs = jobs_of(("layer", "step"), [*SIZES["showo-256"], *SIZES["emu3-8k"]], 9)
     assert [(job.kind, job.attention, job.kernels) for job in jobs[:6]] == [
-        (k, "flash", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3
+        (k, "measured", ("triton", "reference")) for k in ("layer",) * 3 + ("step",) * 3
     ]
-    assert [(job.kind, job.attention, job.kernels) for job in jobs[6:]] == [("layer", "sdpa", ("triton",))] * 3
+    assert [(job.kind, job.attention, job.kernels) for job in jobs[6:]] == [
+        ("layer", name, ("triton",)) for name in ("flash", "sdpa") * 3
+    ]
+    model, rows = jobs[0].size.outline()
+    monkeypatch.setattr("unimod.bench.jobs.implementation", lambda *_: "sdpa")
+    assert jobs[0].on(model, pack(rows).mask).backend == "triton,sdpa" and jobs[6].on(model, None) is jobs[6]
     assert [list(job.size.plans(16)) for job in (jobs[0], jobs[-1])] == [
         ["0.5", "0.8", "0.2", "paper"],
         ["0.5", "paper"],
@@ -294,14 +424,26 @@ def test_an_estimate_is_called_one_until_there_is_a_record(tmp_path):
     ]
 
 
+def test_an_earlier_record_is_called_one_and_stands_beside_a_later(tmp_path):
+    row = {"bench": "layer", "preset": "showo-256", "tokens": 3870, "capacity": 0.5, "backend": "triton,varlen"}
+    records = (("bench-h200-before-8e10363-layer", "unknown", -1.7), ("bench-gpu", "f" * 40, 0.9))
+    for name, commit, realised_share in records:
+        found = {"device": "NVIDIA H200", "commit": commit, "rows": [row | {"realised": realised_share}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert [(row["way"], row["realised"], row["source"]) for row in on_gpu(tmp_path)] == [
+        ("triton,varlen", 0.9, "bench-gpu.json: NVIDIA H200, commit ffffffffff"),
+        ("triton,varlen, before", -1.7, "measured before, NVIDIA H200, commit 8e10363"),
+    ]
+
+
 def test_every_attention_backend_gets_the_masks_that_it_asks_for(monkeypatch):
 
     module, seen = sys.modules["unimod.bench.cases"], []
     real = module.interval_attention
-    monkeypatch.setattr(module, "interval_attention", lambda *given: seen.append(given[7:]) or real(*given))
+    monkeypatch.setattr(module, "interval_attention", lambda *given: seen.append((given[3], given[5])) or real(*given))
     rows = bench("attention", "emu3-tiny", rounds=5)["rows"]
     assert [row["backend"] for row in rows] == ["sdpa"]
-    assert all(set(masks) == {"causal"} and memo is seen[0][1] for masks, memo in seen)
+    assert all(set(mask.kinds) == {"causal"} and memo is seen[0][1] for mask, memo in seen)
 
 
 def test_what_breaks_leaves_a_row_and_costs_no_other(monkeypatch):

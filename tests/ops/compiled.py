@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from unimod.ops import attention_triton as attention
+from unimod.ops import cross_entropy_triton as cross_entropy
 from unimod.ops import kernels_triton as kernels
 from unimod.ops import route_triton as route
 
@@ -49,11 +50,12 @@ def fresh(tmp_path_factory):
         yield
 
 
-def compiles(kernel, constants, dtype, arch, warps=4):
-    """Into a binary whose shared memory fits every GPU since the A100."""
+def compiles(kernel, constants, dtype, arch, warps=4, types=None):
+    """Into a binary whose shared memory fits every GPU since the A100. types: of arguments that are called the same and
+    are something else elsewhere."""
     signature = {}
     for name in kernel.arg_names:
-        kind = f"*{SHORT[dtype]}" if name in VALUES else TYPES.get(name, "i32")
+        kind = (types or {}).get(name) or (f"*{SHORT[dtype]}" if name in VALUES else TYPES.get(name, "i32"))
         signature[name] = "constexpr" if name in constants else kind
     source = ASTSource(kernel, signature, constants)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
@@ -66,6 +68,15 @@ def compiles(kernel, constants, dtype, arch, warps=4):
 def test_kernels_of_a_routed_layer(kernel, constants, dtype, arch):
     constants = dict(constants)
     compiles(kernel, constants, dtype, arch, constants.pop("num_warps", 4))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_softmax_of_a_large_vocabulary(bias, dtype, arch):
+    constants = kernels.row_block(cross_entropy.BLOCK) | {"GRADIENT": True} | ({} if bias else {"bias": None})
+    compiles(cross_entropy.softmax_kernel, constants, dtype, arch, constants.pop("num_warps"),
+             {"scale": "*fp32", "nll": "*fp32", "target": "*i64", "logits": f"*{SHORT[dtype]}"})
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

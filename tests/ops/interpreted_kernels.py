@@ -15,7 +15,8 @@ from unimod.config import RouterConfig
 from unimod.layers import apply_mod, record_routing, remove_mod
 from unimod.losses import losses
 from unimod.models.checkpoint import build_model
-from unimod.ops.backend import backend, use_backend
+from unimod.ops import cross_entropy
+from unimod.ops.backend import backend, count_launches, use_backend
 from unimod.plan import CapacityPlan
 from unimod.routing import BatchPlan, ForwardState
 from unimod.seam import known_norm
@@ -29,6 +30,29 @@ HALF = torch.bfloat16
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scatter(shape, dtype, weight_dtype, gated):
     check_scatter("cpu", dtype, *SHAPES[shape], gated, weight_dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (HALF, 0.02), (torch.float16, 0.005)])
+@pytest.mark.parametrize("n, v, held, block", [(7, 11, 22, 8192), (1, 5, 1, 8192), (6, 300, 999, 64), (5, 64, 128, 16)])
+def test_cross_entropy(n, v, held, block, dtype, tolerance, bias, monkeypatch):
+    """Values and gradients in chunks, and of rows longer than a block; runs repeat bit by bit."""
+    from unimod.ops import cross_entropy_triton as kernel
+    monkeypatch.setattr(cross_entropy, "KERNEL_LOGITS", held)
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    g = torch.Generator().manual_seed(0)
+    h, w, b = (torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((n, 8), (v, 8), (v,)))
+    target, scale = torch.randint(v, (n,), generator=g), torch.rand(n, generator=g)
+    wanted, found = [h, w, b] if bias else [h, w], []
+    for name in ("reference", "triton", "triton"):
+        with use_backend(name), count_launches() as launched:
+            total, nll = cross_entropy.linear_cross_entropy(h, w, b if bias else None, target, scale)
+            found.append([total, nll, *torch.autograd.grad(3 * total, wanted)])
+            with torch.no_grad():
+                alone = cross_entropy.linear_cross_entropy(h, w, b if bias else None, target, scale)[1]
+        assert torch.equal(alone, nll) and set(launched) == ({"softmax_kernel"} if name == "triton" else set())
+    torch.testing.assert_close(found[1], found[0], atol=tolerance, rtol=tolerance)
+    assert all(map(torch.equal, found[1], found[2]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

@@ -1,6 +1,9 @@
 """Every backend of interval attention against the reference, as far as a CPU goes: all but the kernels themselves."""
 
+import inspect
+import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from unimod.layers import apply_mod
 from unimod.mask import KeptMask, mask_kind
 from unimod.models.checkpoint import build_model
 from unimod.ops import attention
+from unimod.ops import attention_choice as choice
 from unimod.ops import attention_varlen as varlen
 from unimod.ops.attention import attention_mass, interval_attention
 from unimod.ops.backend import use_backend
@@ -176,7 +180,7 @@ def test_the_plan_of_kept_tokens_is_read_off_the_plan_of_the_batch(name, kept, m
     batch, index = routed(whole, keep), keep.nonzero()[:, 0]
     made, kernel, prepare = [], SlowKernel(), varlen.prepare
     monkeypatch.setitem(varlen.KERNELS, "slow", kernel)
-    monkeypatch.setattr(attention, "_implementation", lambda *_: "slow")
+    monkeypatch.setattr(attention, "implementation", lambda *_: "slow")
     monkeypatch.setattr(varlen, "prepare", lambda *mask: made.append(1) or prepare(*mask))
     memo, rank = {}, prefix_count(index, len(whole))
     kept = KeptMask(whole.mask, index, rank, batch.lengths)
@@ -188,7 +192,7 @@ def test_the_plan_of_kept_tokens_is_read_off_the_plan_of_the_batch(name, kept, m
         inputs = tensors(batch)
         same(interval_attention(*inputs, mask, 0.3, memo), batch, inputs)
     assert len(made) == 1 and kernel.pairs == 2 * int((batch.mask.hi - batch.mask.lo).sum())
-    monkeypatch.setattr(attention, "_implementation", lambda *_: "sdpa")
+    monkeypatch.setattr(attention, "implementation", lambda *_: "sdpa")
     memo = {}
     same(interval_attention(*inputs, kept, 0.3, memo), batch, inputs)
     assert [key for key, _ in memo] == [batch.lengths], "kept tokens' dense mask serves one layer, and would be held"
@@ -210,32 +214,134 @@ def test_varlen_is_called_as_this_torch_wants_it(takes, monkeypatch):
     same(by_runs(batch, inputs, "varlen"), batch, inputs)
 
 
-@pytest.mark.parametrize("module, out", [("flash_attn", lambda x: x), ("flash_attn_interface", lambda x: (x, None))])
-def test_flash_is_called_by_the_names_of_its_arguments(module, out, monkeypatch, no_flash):
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
-                               causal):
-        longest = max(max_seqlen_q, max_seqlen_k)
-        return out(SlowKernel()(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, causal, softmax_scale))
+WHEELS = {
+    # file: the function's arguments, and what it returns
+    "flash_attn_interface.py": ("q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, "
+                                "seqused_k=None, softmax_scale=None, causal=False, qv=None", "out"),
+    "flash_attn/__init__.py": ("q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, "
+                               "softmax_scale=None, causal=False, window_size=(-1, -1)", "out"),
+    # 4 alone: no file in flash_attn itself
+    "flash_attn/cute/__init__.py": ("q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, "
+                                    "max_seqlen_k=None, seqused_q=None, page_table=None, softmax_scale=None, "
+                                    "causal=False, window_size=(None, None), return_lse=False", "out, None"),
+    # its first releases
+    "flash_attn/cute/__init__.py ": ("q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, "
+                                     "softmax_scale=None, causal=False", "out, None"),
+}
+"""Names in the wheels of flash-attn 3, 2 and 4."""
 
-    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+
+@pytest.mark.parametrize("file", WHEELS)
+def test_flash_is_called_by_the_names_of_its_arguments(file, monkeypatch, tmp_path, no_flash):
+    arguments, out = WHEELS[file]
+    path = tmp_path / file.strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"from ops.attention_rows import SlowKernel\ndef flash_attn_varlen_func({arguments}):\n"
+                    "    out = SlowKernel()(q, k, v, cu_seqlens_q, cu_seqlens_k, 512, causal, softmax_scale)\n"
+                    f"    return {out}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert inspect.getfile(varlen.flash_function()) == str(path)
     batch = pack(ROWS["showo"])
     inputs = tensors(batch)
     same(by_runs(batch, inputs, "flash"), batch, inputs)
 
 
-def test_a_flash_attention_without_the_function_is_none(monkeypatch, no_flash):
-    """As flash-attn 4 is, whose package has the name of 2's."""
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+def test_a_flash_attention_without_the_function_is_none(monkeypatch, tmp_path, no_flash):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
     assert varlen.flash_function() is None
 
 
 @pytest.fixture
 def no_flash(monkeypatch):
-    for name in ("flash_attn", "flash_attn_interface"):
-        monkeypatch.setitem(sys.modules, name, None)
-    varlen.flash_function.cache_clear()
+    def forget():
+        varlen.flash_function.cache_clear()
+        for name in [name for name in sys.modules if name.startswith("flash_attn")]:
+            del sys.modules[name]
+
+    forget()
     yield
-    varlen.flash_function.cache_clear()
+    forget()
+
+
+@pytest.fixture
+def two(monkeypatch, tmp_path):
+    """Two backends that run on a CPU, and a clock by which the second is the faster; the calls of the first."""
+    kernel, calls = SlowKernel(), []
+
+    def runs(*given):
+        calls.append(1)
+        clock[0] += 1.0
+        return kernel(*given)
+
+    clock = [0.0]
+    monkeypatch.setitem(varlen.KERNELS, "varlen", runs)
+    monkeypatch.setattr(attention, "possible", lambda *_: ("varlen", "sdpa"))
+    monkeypatch.setattr(choice, "use_backend", lambda name: only(monkeypatch, name))
+    monkeypatch.setattr(choice, "_fastest", {})
+    monkeypatch.setattr(choice, "SECONDS", 100.0)
+    monkeypatch.setattr(choice, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return calls
+
+
+@contextmanager
+def only(monkeypatch, name):
+    with monkeypatch.context() as inside:
+        inside.setattr(attention, "possible", lambda *_: (name,))
+        inside.setattr(attention, "backend", lambda *_: name)
+        yield
+
+
+def test_the_faster_backend_is_measured_once_for_a_class_of_shapes(two, tmp_path, capsys):
+    batch = pack(ROWS["emu3"])
+    inputs, state = tensors(batch), torch.get_rng_state()
+    for _ in range(2):
+        same(attend(batch, inputs), batch, inputs)
+    rounds = 1 + choice.ROUNDS
+    assert len(two) == rounds and torch.equal(torch.get_rng_state(), state)
+    said = "".join(capsys.readouterr()).splitlines()
+    assert len(said) == 1 and "attention by sdpa on cpu for " in said[0] and "varlen 1e+03 ms, sdpa 0 ms" in said[0]
+    choice._fastest.clear()                                 # as in the next process
+    attend(batch, inputs)
+    assert len(two) == rounds and list((tmp_path / "unimod").iterdir()) == [tmp_path / "unimod" / "attention.json"]
+    assert len(json.loads((tmp_path / "unimod" / "attention.json").read_text())) == 1
+    attend(batch, tensors(batch, heads=2, kv_heads=2))
+    assert len(two) == 2 * rounds, "another class"
+    (tmp_path / "unimod" / "attention.json").write_text("{half")
+    choice._fastest.clear()
+    attend(batch, inputs)
+    assert len(two) == 3 * rounds, "a file that is not readable is measured anew"
+
+
+def test_batches_of_alike_sizes_are_one_class():
+    def of(lengths, kinds=("causal",)):
+        return choice._class(("sdpa",), lengths, kinds, "cpu", torch.float32, (4, 2, 8), None)
+
+    assert of((100, 120, 90)) == of((70, 128, 70)) != of((100, 100, 100)) == of((127,) * 3)
+    assert of((100,)) != of((130,)) and of((100,)) != of((100,), ("prefix",)) and of((100,) * 4) != of((100,) * 9)
+
+
+def test_what_breaks_is_not_chosen_and_says_why(two, monkeypatch, capsys):
+    def breaks(*_):
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setitem(varlen.KERNELS, "varlen", breaks)
+    batch = pack(ROWS["emu3"])
+    inputs = tensors(batch)
+    same(attend(batch, inputs), batch, inputs)
+    assert "varlen: no kernel image" in "".join(capsys.readouterr())
+
+
+def test_nothing_is_measured_for_a_recording_or_a_count(two, monkeypatch):
+    batch = pack(ROWS["emu3"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(choice, "_device", lambda device: "a GPU")
+    given = batch.mask, "cuda", torch.bfloat16, (4, 2, 8), interval_attention
+    assert choice.fastest(("varlen", "sdpa"), *given) == "varlen"
+    monkeypatch.setattr(attention, "possible", lambda *_: ("flash", "varlen", "sdpa"))
+    assert attention.implementation("meta", torch.bfloat16, batch.mask, (4, 2, 8)) == "varlen"
+    assert not two and not choice._fastest
 
 
 @torch.no_grad()

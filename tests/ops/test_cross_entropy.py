@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from unimod.batch import Task, pack
@@ -10,6 +11,7 @@ from unimod.layers import apply_mod
 from unimod.losses import losses
 from unimod.models.checkpoint import build_model
 from unimod.ops import cross_entropy
+from unimod.ops.backend import count_launches, meta_as
 from unimod.ops.cross_entropy import linear_cross_entropy
 from unimod.plan import last_half
 
@@ -57,6 +59,28 @@ def test_no_more_logits_than_a_chunk_are_held(monkeypatch):
         total, _ = linear_cross_entropy(h, w, None, torch.zeros(64, dtype=torch.long), torch.ones(64))
     assert max(largest) == 100 * 8, "the head's gradient, not 64 x 100 logits"
     total.backward()
+
+
+def test_on_a_gpu_a_chunk_is_one_launch_and_adds_to_one_gradient(monkeypatch):
+    """Counted on the meta device: no operation makes another tensor of the weight's size."""
+    monkeypatch.setattr(cross_entropy, "KERNEL_LOGITS", 200)
+    made = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            made.extend([func] if isinstance(out, torch.Tensor) and out.shape == (100, 8) else [])
+            return out
+
+    half = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    h, w = torch.empty(6, 8, **half), torch.empty(100, 8, **half)
+    target, scale = torch.empty(6, dtype=torch.long, device="meta"), torch.empty(6, device="meta")
+    with meta_as("cuda"), count_launches() as launched, Sizes():
+        total, _ = linear_cross_entropy(h, w, None, target, scale)
+    assert launched == ["softmax_kernel"] * 3
+    assert [str(func).split(".")[1] for func in made] == ["zeros_like", *["addmm"] * 3]
+    total.backward()
+    assert w.grad.dtype == h.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])

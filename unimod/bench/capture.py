@@ -31,7 +31,8 @@ from ..config import ParameterError
 from ..models.unified import UnifiedModel
 from ..ops.backend import use_backend
 from ..presets import materialise
-from .cases import Job, time_columns
+from .cases import time_columns
+from .jobs import Job
 from .timing import OutOfTime, Times, paired_ratios, time_interleaved
 
 ENOUGH = 10.0
@@ -99,9 +100,11 @@ def _in_own_process(job: Job, way: str) -> tuple[dict, str]:
     sending.close()
     try:
         found = receiving.recv()
+        process.join()
     except EOFError:
         found = {}, "out of memory: the system ended it"
-    process.join()
+    finally:
+        process.kill()  # no more than a word where it has ended; at the deadline it has not
     return found
 
 

@@ -1,7 +1,7 @@
-"""What the command measures: a job is one shape on one device, a case one row of it; all its cases are timed in turn.
+"""What the command measures: a job (`jobs.Job`) is one shape on one device, a case one row of it; all its cases are
+timed in turn.
 
-    for job in jobs_of(["layer"], SIZES["cpu"], rounds=9):
-        for row in layer(job): ...    # the stack, forward and backward: realised share of the counted saving
+    layer(job)                        # the stack, forward and backward: realised share of the counted saving
     step(job)                         # a training step: packed dense and routed, and the padded way
     attention(job)                    # attention by every backend that runs here
     decode(job)                       # tokens per second, against reading the weights once per step
@@ -12,25 +12,26 @@ All cases of a job have the same weights and the same batch.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..batch import pack
-from ..config import ParameterError
 from ..flops import count
 from ..generate import answer, calibrate, draw
 from ..layers import apply_mod
 from ..losses import losses
 from ..models.unified import UnifiedModel
 from ..ops.attention import interval_attention
-from ..ops.backend import FAMILIES, backend, use_backend
-from ..presets import Size, ragged, shared_copy
-from .stock import Padded, padded_step
-from .timing import Times, bandwidth, dtype_of, paired_ratios, part_shares, peak_memory, realised, time_interleaved
+from ..ops.backend import use_backend
+from ..presets import ragged, shared_copy
+from .jobs import Job, available
+from .parts import part_shares
+from .stock import Padded
+from .timing import OutOfTime, Times, bandwidth, paired_ratios, peak_memory, realised, time_interleaved
 
 BATCHES = (1, 8)
 """Rows that decode together."""
@@ -38,110 +39,13 @@ NEW = {"cpu": (2, 10), "cuda": (2, 34)}
 """Tokens of the short and the long answer."""
 PROMPT = 1024
 """Most image tokens of a prompt."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is measured in one go.
-
-    kernels: backends of the kernels to try, the preferred first; attention: its backend; until: the `time.monotonic()`
-    at which to end.
-    """
-
-    kind: str
-    size: Size
-    rounds: int
-    kernels: tuple[str, ...]
-    attention: str
-    until: float = math.inf
-
-    @property
-    def device(self) -> str:
-        """cuda where there is one, but for the cpu preset."""
-        return device_of(self.size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """bfloat16 on CUDA, float32 on a CPU."""
-        return dtype_of(self.device)
-
-    @property
-    def clock(self) -> str:
-        """The clock that counts: this process's CPU time on a CPU, wall time on CUDA."""
-        return "wall" if self.device == "cuda" else "cpu"
-
-    @property
-    def backend(self) -> str:
-        """The preferred backends, as a row names them."""
-        return f"{self.kernels[0]},{self.attention}"
-
-    def __str__(self) -> str:
-        shape = f"{self.size.preset} {self.size.tokens or ''}x{self.size.batch}"
-        return f"{self.kind} {shape} {','.join(self.kernels)} {self.attention}"
-
-    def row(self, tokens: int, model: UnifiedModel, **columns: object) -> dict:
-        """A row of the record with what every row has; numbers to four digits."""
-        columns = {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in columns.items()}
-        note = f"{len(model.layers)} layers only: more do not fit the memory" if self.size.layers else ""
-        return {
-            "bench": self.kind, "preset": self.size.preset, "tokens": tokens, "batch": self.size.batch,
-            "layers": len(model.layers), "width": model.width, "dtype": str(self.dtype).removeprefix("torch."),
-            "note": note, **columns,
-        }
-
-    def missing(self, why: str) -> dict:
-        """The row of a job that was not measured, or not to the end."""
-        size = self.size
-        return {
-            "bench": self.kind, "preset": size.preset, "tokens": size.tokens * size.batch, "batch": size.batch,
-            "capacity": None, "backend": f"{','.join(self.kernels)},{self.attention}", "realised": None, "note": why,
-        }
-
-
-def device_of(size: Size) -> str:
-    """Where a size is measured."""
-    return "cuda" if size.preset != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def available(family: str, device: str) -> tuple[str, ...]:
-    """The backends of a family, "kernels" or "attention", that run on a device, the preferred first; a forced one
-    alone."""
-    dtype, found = dtype_of(device), []
-    if device == "cpu" and family == "kernels":
-        return ("reference",)  # triton is an interpreter on a CPU
-    preferred = backend(family, device, dtype)
-    for name in FAMILIES[family]:
-        try:
-            with use_backend(name):
-                found.append(backend(family, device, dtype))
-        except ParameterError:
-            continue
-    return (preferred, *(name for name in found if name != preferred))
-
-
-def jobs_of(kinds: Sequence[str], sizes: Sequence[Size], rounds: int, until: float = math.inf) -> list[Job]:
-    """What to measure, in order: first everything by the preferred attention, with every kernels backend; then the
-    stack at the first capacity by the other attentions. Of several sizes of one model, the first decodes."""
-    jobs, later, decoding = [], [], set()
-    for kind in kinds:
-        for size in sizes:
-            if kind == "decode" and size.family in decoding:
-                continue
-            if kind == "decode":
-                decoding.add(size.family)
-            device = device_of(size)
-            kernels, (first, *others) = available("kernels", device), available("attention", device)
-            jobs.append(Job(kind, size, rounds, kernels, first, until))
-            if kind == "layer":
-                # attention backends matter less than kernels: one capacity each, and only where time is left
-                once = replace(size, capacities=size.capacities[:1])
-                later += [Job(kind, once, rounds, kernels[:1], name, until) for name in others]
-    return jobs + later
+TIMED = 0.75
+"""Of a job's time, what rounds may take; the rest is for memory and the parts of a step."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row to measure: `finish(forward())` is timed, under `backends`; `columns` are known before.
+    """A row to measure: `run`, which is `finish(forward())` under `backends`; `columns` are known before.
 
     model: whose memory is measured, None for no memory; update: what ends a step whose parts are measured.
     """
@@ -154,7 +58,8 @@ class Case:
     update: Callable[[], object] | None = None
 
     def run(self) -> None:
-        """What is timed."""
+        """What is timed: without arguments, on the same tensors each time, and no case does more on the host than its
+        way has to. What replaces it by something faster, such as a CUDA graph, has to do so for all cases of a job."""
         with use_backend(*self.backends):
             self.finish(self.forward())
 
@@ -168,21 +73,29 @@ def rows(job: Job, model: UnifiedModel, tokens: int, cases: list[Case], leaves: 
             leaf.grad = None
 
     steps = dict(enumerate(case.run for case in cases))
+    began = time.monotonic()
+    until = began + TIMED * (job.until - began)
     # two rounds of warm-up: every other round is reversed, so each case has been the first and the last once
-    times = time_interleaved(steps, job.rounds, warmup=2, after=clear, until=job.until)
+    times = time_interleaved(steps, job.rounds, warmup=2, after=clear, until=until)
     for case, t in zip(cases, paired_ratios(times, job.clock).values()):
-        columns = {"realised": None} | case.columns
-        with use_backend(*case.backends):
-            if case.model is not None:
-                columns["memory"] = peak_memory(case.model, case.forward, case.finish)
-                clear()
-            if case.update is not None:
-                columns["shares"] = part_shares(case.model, case.forward, case.update)
-                clear()
+        columns, late = {"realised": None} | case.columns, ""
+        try:
+            if time.monotonic() > job.until:
+                raise OutOfTime
+            with use_backend(*case.backends):
+                if case.model is not None:
+                    columns["memory"] = peak_memory(case.model, case.forward, case.finish)
+                    clear()
+                if case.update is not None:
+                    columns["shares"] = part_shares(case.model, case.forward, case.update)
+                    clear()
+        except OutOfTime:
+            late = "no time was left for memory and shares"
         if "flops" in columns:
             saved_to = columns["flops"] or 1
             columns |= {"realised": realised(t["ratio"], saved_to), "realised_wall": realised(t["wall"], saved_to)}
-        yield job.row(tokens, model, **columns, **time_columns(t))
+        row = job.row(tokens, model, **columns, **time_columns(t))
+        yield row | {"note": "; ".join(filter(None, (row["note"], late)))}
 
 
 def time_columns(t: dict[str, float]) -> dict[str, float]:
@@ -208,6 +121,7 @@ def layer(job: Job) -> Iterator[dict]:
     each kernels backend. Dense and routed attend by the same backend, the job's."""
     model, sequences = job.size.build(job.device, job.dtype)
     batch = pack(sequences).to(job.device)
+    job = job.on(model, batch.mask)
     h = torch.randn(len(batch), model.width, device=job.device, dtype=job.dtype, requires_grad=True)
     grad = torch.randn_like(h)
     arms = routed_arms(job, model)
@@ -226,11 +140,12 @@ def layer(job: Job) -> Iterator[dict]:
 
 def step(job: Job) -> Iterator[dict]:
     """Forward, loss, backward, clipping and AdamW on a ragged batch of t2i and mmu rows: dense, by each plan, and the
-    padded way. FLOPs and `realised` are of the whole step."""
+    padded way, whose stock model has the same weights. FLOPs and `realised` are of the whole step."""
     size, device = job.size, job.device
     model, _ = size.build(device, job.dtype, step=True)
     sequences = ragged(model.layout, size.tokens, size.batch)
     batch, padded = pack(sequences).to(device), Padded.of(sequences, model.head.weight)
+    job = job.on(model, batch.mask)
     arms = routed_arms(job, model)
     # The learning rate is 0: all arms keep the same weights, and the work is the same. One optimizer's state serves
     # the weights that all arms share; each arm's routers have another.
@@ -257,7 +172,9 @@ def step(job: Job) -> Iterator[dict]:
         cases.append(Case(columns, backends, forward, finish, arm, update))
     # its FLOPs are not counted: the counting knows no padding
     columns = {"capacity": 1.0, "way": "padded", "backend": "stock,sdpa", "flops": None, "shares": None}
-    cases.append(Case(columns, backends, lambda: padded_step(model, padded), cases[0].finish, model))
+    stock = shared_copy(model)  # of its own: to change the attention of a model takes the host some time
+    stock.lm.set_attn_implementation("sdpa")
+    cases.append(Case(columns, backends, lambda: padded.loss(stock.lm), cases[0].finish, stock))
     yield from rows(job, model, len(batch), cases, weights_of(arms))
 
 
@@ -265,13 +182,9 @@ def attention(job: Job) -> Iterator[dict]:
     """One layer's attention by every backend that runs here, forward and backward; the preferred one is the base."""
     model, sequences = job.size.outline()
     batch = pack(sequences).to(job.device)
-    config = model.decoder.config
-    heads, d = config.num_attention_heads, model.width // config.num_attention_heads
+    heads, kv_heads, d = model.attention_shape
     options = {"device": job.device, "dtype": job.dtype}
-    q, k, v = (
-        torch.randn(n, len(batch), d, **options, requires_grad=True)
-        for n in (heads, config.num_key_value_heads, config.num_key_value_heads)
-    )
+    q, k, v = (torch.randn(n, len(batch), d, **options, requires_grad=True) for n in (heads, kv_heads, kv_heads))
     grad = torch.randn(len(batch), heads, d, **options)
 
     cases = []
@@ -307,6 +220,7 @@ def decode(job: Job) -> Iterator[dict]:
         calibrate(arms[routed], pack([layout.t2i("x" * 20, codes)]))
     arms[routed].eval()
     question = layout.mmu(codes, [("x" * 20, "")], open_ended=True)
+    job = job.on(model, pack([question]).mask)
     new, width, static = NEW[job.device], NEW[job.device][1] // 2, job.device == "cuda"
 
     def answers(arm: UnifiedModel, batch: int, long: bool) -> int:
@@ -317,9 +231,16 @@ def decode(job: Job) -> Iterator[dict]:
         return (1 + long) * (width + 1) * batch  # ends of line are generated too
 
     kinds = {"answer": answers} | ({"picture": pictures} if layout.causal_images else {})
-    for what, generate, batch in ((what, generate, batch) for what, generate in kinds.items() for batch in BATCHES):
-        with use_backend(job.kernels[0], job.attention):
-            counts, times = _difference(arms, lambda arm, long, g=generate, b=batch: g(arm, b, long), job)
+    shapes = [(what, generate, batch) for what, generate in kinds.items() for batch in BATCHES]
+    for n, (what, generate, batch) in enumerate(shapes):
+        began = time.monotonic()
+        share = replace(job, until=began + (job.until - began) / (len(shapes) - n))
+        try:
+            with use_backend(job.kernels[0], job.attention):
+                counts, times = _difference(arms, lambda arm, long, g=generate, b=batch: g(arm, b, long), share)
+        except OutOfTime as error:
+            yield job.missing(f"dropped at the deadline: {error}") | {"what": what, "batch": batch}
+            continue
         for capacity, t in times.items():
             speed = counts[capacity] / (t["ms"] / 1000)
             columns = {"what": what, "capacity": capacity, "backend": job.backend, "realised": None, "batch": batch}

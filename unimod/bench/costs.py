@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from torch import nn
 from .. import seam
 from ..batch import Batch, TokenSequence, pack
 from ..config import TASKS, ParameterError, RouterConfig
-from ..files import facts, write
+from ..files import cache_folder, facts, write
 from ..flops import planned
 from ..layers import MoDLayer, apply_mod
 from ..models.unified import UnifiedModel
@@ -104,8 +103,7 @@ def costs(
         "router": asdict(config or RouterConfig()),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    path = (folder or cache / "unimod" / "costs") / f"{name}.json"
+    path = (folder or cache_folder() / "costs") / f"{name}.json"
     if path.exists():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))["table"]

@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..batch import Batch, TokenSequence, pack
+from ..decode import Choice, ChosenSteps, next_tokens
 from ..graph import signature_of
 from ..layers import apply_mod, routed_layers
+from ..models.cache import KVCache
 from ..models.unified import UnifiedModel
 from ..ops.backend import count_launches, meta_as
-from ..presets import CUDA, SIZES, Size, row_of
+from ..plan import CapacityPlan
+from ..presets import CUDA, SIZES, Size, preset, row_of
 from ..train import Objective
-from .decode_counts import decode_ops
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh"}
@@ -80,7 +82,8 @@ def counts() -> list[dict]:
     device_ops, dispatches, host_ops, uploads: what a routed layer adds to a dense one, mean over the routed layers,
     forward and backward, once the batch's plan is made; uploads_per_step: of a whole training step, plan included;
     signatures, filler: sizes of recorded steps that 2,000 shuffled batches need, and the share of tokens they are
-    filled up with; decode_ops: of a static decoding step, per layer.
+    filled up with; decode_ops: per layer of a static decoding step, dense or
+    routed, whichever has more.
     """
     with meta_as("cuda"):
         return [_row(name, SIZES[name][-1]) for name in CUDA]
@@ -99,13 +102,14 @@ def _row(name: str, size: Size) -> dict:
     with Counter() as step:
         Objective(model)(batch.to("meta")).objective.backward()
     signatures, filler = _signatures(model, size)
+    decoded = [decode_step(name, plan) for plan in (None, size.plans(len(model.layers))["paper"])]
     return {
         "preset": name, "tokens": len(batch), "layers": len(model.layers), "routed": layers,
         "device_ops": added(routed.device_ops.total(), dense.device_ops.total()),
         "dispatches": added(routed.dispatches, dense.dispatches),
         "host_ops": added(routed.host_ops, dense.host_ops), "uploads": added(routed.uploads, dense.uploads),
         "uploads_per_step": step.uploads, "signatures": signatures, "filler": round(filler, 4),
-        "decode_ops": round(decode_ops(name), 1),
+        "decode_ops": round(max(counter.device_ops.total() / n for counter, n in decoded), 1),
     }
 
 
@@ -140,3 +144,35 @@ def _signatures(model: UnifiedModel, size: Size) -> tuple[int, float]:
         given += len(batch)
         used += signature.tokens
     return len(known), used / given - 1
+
+
+@torch.no_grad()
+def decode_step(name: str, plan: CapacityPlan | None = None) -> tuple[Counter, int]:
+    """One static decoding step of a preset in bfloat16, from the ids of its tokens to those of the next, and the number
+    of layers.
+
+    A causal model draws one picture with guidance and samples among 2,048 codes; Show-o answers greedily.
+    """
+    model, (drawn, asked) = preset(name)
+    if plan is not None:
+        apply_mod(model, plan)
+    model = model.to(torch.bfloat16).eval()
+    model.__dict__["rotary"] = model.rotary.to("meta")
+    layout = model.layout
+    if layout.causal_images:
+        row = layout.t2i("x", torch.zeros(0, dtype=torch.long), prompt=True)
+        rows, choice = [row, row], Choice(model, codes=True, top_k=2048, temperature=0.9, guidance=2.0)
+    else:
+        rows, choice = [asked], Choice(model, codes=False, top_k=1, temperature=1.0)
+    first = torch.zeros(len(rows), dtype=torch.long)
+    cache = KVCache(len(rows), len(drawn.ids) + 1)
+    cache.fresh = False
+    with meta_as("cuda"):
+        hidden = torch.empty(len(rows), model.width, dtype=torch.bfloat16, device="meta")
+        batch = next_tokens(rows, range(len(rows)), first, torch.stack([r.position[-1] + 1 for r in rows]), layout)
+        table = layout.code_ids if layout.causal_images else None
+        steps = ChosenSteps(model, batch, cache, choice, 4, hidden, table)
+        steps.run_chosen()                                  # the cache is allocated here
+        with Counter() as counter:
+            steps.run_chosen()
+    return counter, len(model.layers)

@@ -11,23 +11,27 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..config import ParameterError
-from ..files import facts
+from ..files import facts, write
 from ..presets import CAPTURE_SIZES, CUDA, SIZES
 from .capture import capture
-from .cases import Job, attention, decode, jobs_of, layer, step
-from .timing import MIN_ROUNDS, PARTS, OutOfTime, describe
+from .cases import attention, decode, layer, step
+from .jobs import Job, jobs_of
+from .parts import PARTS
+from .timing import MIN_ROUNDS, OutOfTime, describe, ends_at
 
 MEASURES = {"layer": layer, "step": step, "decode": decode, "attention": attention, "capture": capture}
 GPU_SECONDS = 450.0
-"""Deadline of the whole GPU set where none is given: with loading and the last round it ends within 8 minutes."""
+"""Deadline of the whole GPU set where none is given: with loading it ends within 8 minutes."""
 COLUMNS = {
     "layer": "preset tokens batch layers capacity backend flops time time_wall realised realised_wall memory ms rounds "
     "note",
@@ -44,12 +48,12 @@ HEADS = {
 }
 
 
-def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0) -> dict:
+def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0, out: str | Path = "") -> dict:
     """Measure and return the record.
 
     kind: layer, step, decode, attention, capture, or gpu (all of them on all released sizes); preset: by default cpu,
-    for capture released; deadline: seconds, 0 for none. Raises `ParameterError` for what is not known or cannot run
-    here.
+    for capture released; deadline: seconds, 0 for none; out: a file that holds the record after every job. Raises
+    `ParameterError` for what is not known or cannot run here.
     """
     if kind == "looking":
         print("unimod bench: looking is now called capture", file=sys.stderr)
@@ -65,34 +69,58 @@ def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0) -
     if not deadline >= 0:
         raise ParameterError(f"--deadline {deadline:g} must be seconds, or 0 for none.")
     whole = "gpu" in (kind, preset)
-    if (whole or (preset in CUDA and not captures)) and not torch.cuda.is_available():
-        what, on_cpu = "The GPU set" if whole else f"--preset {preset}", [name for name in SIZES if name not in CUDA]
-        raise ParameterError(
-            f"{what} needs CUDA, and torch sees no CUDA device here. Presets for a CPU: {', '.join(on_cpu)}."
-        )
+    if whole or (preset in CUDA and not captures):
+        needs_cuda("The GPU set" if whole else f"--preset {preset}")
     command = f"python -m unimod bench {kind}" + (f" --preset {preset}" if kind != "gpu" else "")
     command += f" --rounds {rounds}" + (f" --deadline {deadline:g}" if deadline else "")
     if "OMP_NUM_THREADS" in os.environ:
         command = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} {command}"
     sizes = [size for name in (CUDA if whole else (preset,)) for size in (CAPTURE_SIZES if captures else SIZES)[name]]
-    until = time.monotonic() + (deadline or (GPU_SECONDS if whole else math.inf))
+    deadline = deadline or (GPU_SECONDS if whole else math.inf)
+    # what is left is for freeing what a job that is cut off has built
+    until = time.monotonic() + deadline - min(5.0, 0.1 * deadline)
     if kind == "gpu":
         jobs = jobs_of([name for name in MEASURES if name != "capture"], sizes, rounds, until)
         jobs += jobs_of(["capture"], CAPTURE_SIZES["released"], rounds, until)
     else:
         jobs = jobs_of([kind], sizes, rounds, until)
-    return record(command, jobs[0].device, []) | {"rows": run_jobs(jobs, MEASURES)}
+    found = record(command, jobs[0].device, [])
+
+    def keep(rows: list[dict]) -> None:
+        found["rows"] = rows
+        if out:
+            write(Path(out), json.dumps(found, indent=1) + "\n")
+
+    run_jobs(jobs, MEASURES, keep)
+    return found
 
 
-def run_jobs(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[dict]]]) -> list[dict]:
-    """The rows of all jobs; one that finds no time or memory leaves a row with the reason. Progress goes to stderr."""
+def needs_cuda(what: str) -> None:
+    """Raise `ParameterError` where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        on_cpu = ", ".join(name for name in SIZES if name not in CUDA)
+        raise ParameterError(f"{what} needs CUDA, and torch sees no CUDA device here. Presets for a CPU: {on_cpu}.")
+
+
+def run_jobs(
+    jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[dict]]],
+    keep: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
+    """The rows of all jobs; one that finds no time or memory leaves a row with the reason. Progress goes to stderr.
+
+    Each job may take its share, by weight, of the time that is left until its deadline: a slow one is cut off and costs
+    the others nothing; what a fast one leaves is theirs. `keep` is given all rows after every job.
+    """
     rows: list[dict] = []
     for n, job in enumerate(jobs, 1):
-        began, before = time.monotonic(), len(rows)
+        began, end, before = time.monotonic(), job.until, len(rows)
+        share = job.weight / sum(other.weight for other in jobs[n - 1 :])
         try:
-            if began > job.until:
+            if began > end:
                 raise OutOfTime("no time was left")
-            rows.extend(measures[job.kind](job))
+            job = replace(job, until=began + share * (end - began))
+            with ends_at(job.until):
+                rows.extend(measures[job.kind](job))
         except OutOfTime as error:
             rows.append(job.missing(f"dropped at the deadline: {error}"))
         except torch.OutOfMemoryError:
@@ -100,12 +128,14 @@ def run_jobs(jobs: Sequence[Job], measures: dict[str, Callable[[Job], Iterator[d
         except Exception as error:  # a backend that breaks must not cost the others their rows
             message = (str(error).splitlines() or [""])[0][:200]
             rows.append(job.missing(f"failed: {type(error).__name__}: {message}"))
-        gc.collect()  # a routed layer and its norm refer to one another
-        if job.device == "cuda":
-            torch.cuda.empty_cache()
+        if began <= end:
+            gc.collect()  # a routed layer and its norm refer to one another
+            if job.device == "cuda":
+                torch.cuda.empty_cache()
         spent, note = time.monotonic() - began, f" ({rows[-1]['note']})" if rows[-1]["note"] else ""
         done = f"unimod bench: {n} of {len(jobs)}, {job}: {len(rows) - before} rows in {spent:.0f} s{note}"
         print(done, file=sys.stderr, flush=True)
+        keep(rows)
     return rows
 
 
@@ -155,6 +185,22 @@ def _cell(row: dict, column: str) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+_EARLIER = re.compile(r"-before-([0-9a-f]{7})-")
+"""In the name of a record that was made before later work on speed, by an export without git: the commit."""
+
+
+def commit_of(name: str, found: dict) -> str:
+    """The commit of a record: its own, or where it was made without git the one in its file's name."""
+    earlier = _EARLIER.search(name)
+    return earlier[1] if earlier and found["commit"] == "unknown" else found["commit"]
+
+
+def source_of(name: str, found: dict) -> str:
+    """Where the figures of a record of the benchmark come from: file or age, device, commit."""
+    what = "measured before, " if _EARLIER.search(name) else f"{name}: "
+    return f"{what}{found['device']}, commit {commit_of(name, found)[:10]}"
+
+
 PAPER = "estimate on paper, H200, not measured"
 ESTIMATE = (
     # Per routed layer at capacity 0.5: matrix products at 790 TFLOP/s, memory at 4.3 TB/s; with x = 2 D T bytes,
@@ -171,17 +217,18 @@ COMMAND = "python -m unimod bench gpu --out notebooks/records/bench-gpu.json"
 
 def on_gpu(folder: Path) -> list[dict]:
     """Realised shares of the stack on a GPU, of the committed records (bench-*.json); where there is none, the
-    estimate. `source` tells which; `kept` is the capacity of every other layer, or "paper" for the paper's own plan."""
+    estimate. `source` tells which; `kept` is the capacity of every other layer, or "paper" for the paper's own plan;
+    `way` the backends, of an earlier record with "before"."""
     rows = []
     for path in sorted(folder.glob("bench-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["device"].startswith("CPU"):
             continue
-        source = f"{path.name}: {found['device']}, commit {found['commit'][:10]}"
+        source, age = source_of(path.name, found), ", before" if _EARLIER.search(path.name) else ""
         for row in found["rows"]:
             if row["bench"] == "layer" and row["realised"] is not None:
                 model = f"{row['preset']}, {row['tokens']} tokens"
-                measured = {"way": row["backend"], "realised": row["realised"], "source": source}
+                measured = {"way": row["backend"] + age, "realised": row["realised"], "source": source}
                 rows.append({"model": model, "kept": str(row["capacity"]), **measured})
     estimates = [(model, way, share) for model, ways in ESTIMATE for way, share in ways.items()]
     return rows or [

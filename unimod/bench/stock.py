@@ -60,6 +60,10 @@ class Padded:
         """Logits [B, n, V] of a transformers model."""
         return lm(input_ids=self.ids, attention_mask=self.mask, position_ids=self.position).logits
 
+    def loss(self, lm: nn.Module) -> Tensor:
+        """The training loss of a transformers model."""
+        return _loss(self.logits(lm), self.target, self.tasks)
+
 
 @contextmanager
 def stock_attention(model: UnifiedModel, name: str = "eager") -> Iterator[nn.Module]:
@@ -91,7 +95,7 @@ def padded_step(model: UnifiedModel, rows: list[TokenSequence] | Padded) -> Tens
     """The loss the usual way: rows padded to one length, a dense mask, logits of every token."""
     padded = rows if isinstance(rows, Padded) else Padded.of(rows, model.head.weight)
     with stock_attention(model, "sdpa") as lm:
-        return _loss(padded.logits(lm), padded.target, padded.tasks)
+        return padded.loss(lm)
 
 
 def _learned(row: TokenSequence) -> Task | None:

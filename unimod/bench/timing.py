@@ -1,8 +1,7 @@
-"""Paired interleaved timing: comparable times on a machine whose speed drifts, and the parts of a step.
+"""Paired interleaved timing: comparable times on a machine whose speed drifts; memory, and when to end.
 
     times = time_interleaved({"dense": a, "routed": b}, rounds=9)    # functions without arguments
     paired_ratios(times)["routed"]["ratio"]                          # median over rounds of the time relative to dense
-    part_shares(model, forward, update)                              # router, attention, mlp, ...: they sum to 1
 
 Both wall time and the process's own CPU time are taken. On a CPU the second counts: other processes do not add to it.
 On CUDA it says nothing, and wall time between two synchronisations counts.
@@ -13,7 +12,9 @@ from __future__ import annotations
 import math
 import os
 import platform
+import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import Tensor
 
-from .. import seam
 from ..batch import Batch
-from ..layers import MoDLayer, routed_layers
 from ..losses import losses
 from ..models.unified import UnifiedModel
 
@@ -34,8 +32,32 @@ MIN_ROUNDS = 5
 """Rounds below which no ratio is reported."""
 
 
-class OutOfTime(Exception):
+class OutOfTime(BaseException):  # passes by what catches an `Exception` and tries something else
     """The deadline came before `MIN_ROUNDS` rounds were done."""
+
+
+@contextmanager
+def ends_at(until: float) -> Iterator[None]:
+    """Raise `OutOfTime` inside the block at this `time.monotonic()`, amid whatever runs: a compilation, too, is cut.
+
+    Only the main thread can be interrupted; in another one the block runs to its end.
+    """
+    if until == math.inf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise OutOfTime("no time was left")
+
+    began, handler = time.monotonic(), signal.signal(signal.SIGALRM, late)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, max(1e-6, until - began))  # 0 would switch it off
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:  # an alarm of the caller's goes on
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left - (time.monotonic() - began)))
 
 
 @dataclass
@@ -77,22 +99,26 @@ def time_interleaved(
     `OutOfTime` when fewer than `MIN_ROUNDS` rounds were done by then.
     """
     found = {name: Times() for name in steps}
-    for n in range(rounds + warmup):
-        if time.monotonic() > until:
-            if n < warmup + MIN_ROUNDS:
-                raise OutOfTime(f"{max(0, n - warmup)} rounds done, {MIN_ROUNDS} needed")
-            break
-        # reversed in turn: otherwise each step would always run in the same one's cache and heat
-        for name in list(steps)[:: 1 if n % 2 else -1]:
-            synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            steps[name]()
-            synchronize()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            after()
-            if n >= warmup:
-                found[name].wall.append(wall)
-                found[name].cpu.append(cpu)
+    try:
+        for n in range(rounds + warmup):
+            # reversed in turn: otherwise each step would always run in the same one's cache and heat
+            for name in list(steps)[:: 1 if n % 2 else -1]:
+                if time.monotonic() > until:
+                    raise OutOfTime
+                synchronize()
+                wall, cpu = time.perf_counter(), time.process_time()
+                steps[name]()
+                synchronize()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                after()
+                if n >= warmup:
+                    found[name].wall.append(wall)
+                    found[name].cpu.append(cpu)
+    except OutOfTime:
+        done = min(len(times.cpu) for times in found.values())  # a round that was cut short does not count
+        if done < MIN_ROUNDS:
+            raise OutOfTime(f"{done} rounds done, {MIN_ROUNDS} needed") from None
+        found = {name: Times(times.wall[:done], times.cpu[:done]) for name, times in found.items()}
     return found
 
 
@@ -176,6 +202,7 @@ def peak_memory(model: UnifiedModel, forward: Callable[[], Tensor], finish: Call
     synchronize()
     return torch.cuda.max_memory_allocated()
 
+
 def bandwidth(device: str) -> float:
     """Bytes per second of a large copy, read and written bytes both counted; the median of seven."""
     # 2 GiB or 128 MiB: far larger than the caches, which would answer faster than memory
@@ -188,150 +215,3 @@ def bandwidth(device: str) -> float:
         synchronize()
         seconds.append(time.perf_counter() - began)
     return 2 * len(x) / statistics.median(seconds[1:])  # the first one also maps the pages
-
-
-PARTS = ("router", "select", "gather", "attention", "mlp", "scatter", "head", "optimiser", "other")
-"""Parts of a step. attention and mlp with their projections; head with the loss; other: embedding, norms, residual
-additions, and backward operations of no known forward one."""
-RANGE = "unimod part: "
-BACKWARD = "autograd::engine::evaluate_function: "
-SELECT_WORDS = (
-    "sort", "topk", "index", "repeat_interleave", "cumsum", "arange", "scatter", "fill", "zero", "ones", "select",
-    "copy", "rank", "masked",
-)
-"""Operations of a router that choose tokens by their scores; its others compute the scores."""
-GATHER_WORDS = ("index", "searchsorted", "gather", "take")
-"""Operations of a routed layer, outside its stock layer, that pick kept tokens; its others put them back."""
-
-
-def part_shares(
-    model: UnifiedModel, forward: Callable[[], Tensor], update: Callable[[], object] = lambda: None, rounds: int = 3
-) -> dict[str, float]:
-    """Share of each of `PARTS` in the time of all operations of a step, medians over `rounds`; they sum to 1.
-
-    `forward` returns what is summed and differentiated; `update` is the optimizer's part.
-    """
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with record_function(RANGE + "head"):  # the loss is computed outside the model's forward
-            loss = forward()
-        loss.sum().backward()
-        with record_function(RANGE + "optimiser"):
-            update()
-
-    step()  # the first one is slower, and not counted
-    spent = {part: [0.0] * rounds for part in PARTS}
-    for n in range(rounds):
-        for part, _, seconds in operations(recorded(model, step), model.device.type == "cuda"):
-            spent[part][n] += seconds
-    # the profiler has wall time only: the median drops a round in which another process was given the core
-    medians = {part: statistics.median(values) for part, values in spent.items()}
-    total = sum(medians.values())
-    return {part: value / total for part, value in medians.items()}
-
-
-def operations(events: list, cuda: bool) -> list[tuple[str, str, float]]:
-    """Part, name and own time of every operation of a recorded step.
-
-    An operation of the forward belongs to the innermost range around it. One of the backward belongs to the part of the
-    forward operation whose gradient it is: the profiler gives both the same sequence number.
-    """
-    found, part_of_node = [], {}
-    for event in events:  # in the order of their begin
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel's own event: its time is in the operation that launched it
-        around = event
-        while around is not None and not around.name.startswith((RANGE, BACKWARD)):
-            around = around.cpu_parent
-        if around is None:
-            part = "other"
-        elif around.name.startswith(BACKWARD):
-            part = part_of_node.get(around.sequence_nr, "other")
-        else:
-            part = _part(around.name.removeprefix(RANGE), event.name)
-            if event.sequence_nr >= 0:
-                # several operations carry the number of the next node; the last of them is the one that made it
-                part_of_node[event.sequence_nr] = part
-        if cuda:
-            found.append((part, event.name, event.self_device_time_total))
-        elif "::" in event.name and not event.name.startswith(BACKWARD):  # the rest is Python between operations
-            found.append((part, event.name, event.self_cpu_time_total))
-    return found
-
-
-def _part(inside: str, name: str) -> str:
-    if inside == "router":
-        return "select" if any(word in name for word in SELECT_WORDS) else "router"
-    if inside == "routed":
-        return "gather" if any(word in name for word in GATHER_WORDS) else "scatter"
-    return inside if inside in PARTS else "other"
-
-
-def recorded(model: UnifiedModel, run: Callable[[], object]) -> list:
-    """torch.profiler's events of `run()`, with a range around each part of the model, in the order of their begin."""
-    watched = [(model, "model"), (model.head, "head")]
-    for layer in model.layers:
-        if isinstance(layer, MoDLayer):
-            watched += [(layer, "routed"), (layer.router, "router"), (layer.layer, "layer")]
-        watched += [(seam.attention(layer), "attention"), (seam.mlp(layer), "mlp")]
-    hooks = [hook for module, name in watched for hook in _range(module, RANGE + name)]
-    cuda = [ProfilerActivity.CUDA] if model.device.type == "cuda" else []
-    recorder = profile(activities=[ProfilerActivity.CPU, *cuda])
-    try:
-        with _without_log():
-            recorder.start()
-        run()
-        synchronize()
-    finally:
-        with _without_log():
-            recorder.stop()
-        for hook in hooks:
-            hook.remove()
-    return sorted(recorder.events(), key=lambda event: event.time_range.start)
-
-
-def _range(module: nn.Module, name: str) -> list:
-    """Hooks that put the module's forward inside a range of the profiler."""
-    entered = []
-
-    def enter(*_: object) -> None:
-        entered.append(record_function(name))
-        entered[-1].__enter__()
-
-    def leave(*_: object) -> None:
-        entered.pop().__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """Drop what torch's profiler prints: from 2.13 on a line at each start and stop, straight to file descriptor 2."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nothing:
-            os.dup2(nothing.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@torch.no_grad()
-def where_time_goes(model: UnifiedModel, batch: Batch, rounds: int = 5) -> dict[str, float]:
-    """Median milliseconds per forward inside the routed layers: router and selection, decoder layer, and the rest
-    (gather, new intervals, scatter). Empty for a dense model."""
-    count = len(routed_layers(model))
-    if not count:
-        return {}
-    model(batch)
-    events = recorded(model, lambda: [model(batch) for _ in range(rounds)])
-    spent = {}
-    for name in ("routed", "router", "layer"):
-        ranges = [e for e in events if e.name == RANGE + name and e.device_type == torch.autograd.DeviceType.CPU]
-        # microseconds: on CUDA of the kernels launched inside, on a CPU from enter to leave
-        each = [e.device_time_total if model.device.type == "cuda" else e.cpu_time_total for e in ranges]
-        spent[name] = [sum(each[i : i + count]) / 1000 for i in range(0, len(each), count)]
-    rest = [whole - router - layer for whole, router, layer in zip(*spent.values())]
-    kinds = {"router and selection": spent["router"], "decoder layer": spent["layer"], "gather and scatter": rest}
-    return {name: statistics.median(values) for name, values in kinds.items()}

@@ -119,8 +119,13 @@ class UnifiedModel(nn.Module):
         cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if cast else self.head.weight.dtype
         known = {lengths_of(plan.segments): plan.longest for plan in layers.values() if not plan.threshold_tasks}
-        width = self.width // self.decoder.config.num_attention_heads
-        return prepared(batch.mask, known, device, dtype, width, longest)
+        return prepared(batch.mask, known, device, dtype, self.attention_shape, longest)
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """Heads, heads of keys, and the width of a head."""
+        config = self.decoder.config
+        return config.num_attention_heads, config.num_key_value_heads, self.width // config.num_attention_heads
 
     def _live(self) -> list[nn.Module]:
         """The layers that a forward goes through."""

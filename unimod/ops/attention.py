@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..mask import IntervalMask, KeptMask
 from ..upload import upload
-from .backend import backend, say
+from .backend import backend, possible, say
 
 ENTRIES = 2**23
 """Entries of attention maps that the statistics hold at a time."""
@@ -36,9 +36,10 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | Kep
     q: [H, T, d]; k, v: [H_kv, T, d] (H a multiple of H_kv). memo: what was worked out from the mask of a batch, for all
     its layers, dense and routed; see `prepared`.
     """
-    name = _implementation(q.device.type, q.dtype, mask.kinds, q.shape[2])
     kept = isinstance(mask, KeptMask)
     whole = mask.whole if kept else mask
+    # for kept tokens, too, by the mask of the batch: its layers share what is worked out from it
+    name = implementation(q.device.type, q.dtype, whole, (q.shape[0], k.shape[0], q.shape[2]))
     if name == "sdpa":
         padded = _kept(memo, mask.lengths, lambda: upload(Padded.of(mask.lengths), q.device))
         # the mask [B, n, n] of kept tokens serves one layer: a memo would hold those of all layers
@@ -50,15 +51,16 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | Kep
     return attention_varlen.attend(q, k, v, plan.take(mask) if kept else plan, scale, name)
 
 
-def prepared(mask: IntervalMask, kept: Mapping[tuple[int, ...], int], device: str, dtype: torch.dtype, width: int,
-             longest: int = 0) -> dict:
+def prepared(mask: IntervalMask, kept: Mapping[tuple[int, ...], int], device: str, dtype: torch.dtype,
+             shape: tuple[int, int, int], longest: int = 0) -> dict:
     """A memo of `interval_attention` with what it would work out on its first call, so that no layer copies anything to
-    its device: tensors of the mask's device, for heads of this width in this dtype on `device`.
+    its device: tensors of the mask's device, for attention of this shape (heads, heads of keys, their width) in this
+    dtype on `device`.
 
     kept: the lengths of the sequences in each routed layer, where the host knows them, and what kernels are given for
     the longest of them (0: as it is); longest: likewise for the batch.
     """
-    if _implementation(device, dtype, mask.kinds, width) != "sdpa":
+    if implementation(device, dtype, mask, shape) != "sdpa":
         from . import attention_varlen
 
         return {_key("runs"): attention_varlen.prepare(mask, longest)}
@@ -220,11 +222,28 @@ def _key(what: object) -> tuple:
     return what, torch.is_inference_mode_enabled()          # what was made in inference mode is no use to a backward
 
 
+def implementation(device: str, dtype: torch.dtype, mask: IntervalMask, shape: tuple[int, int, int]) -> str:
+    """The backend that runs: of several that can, the fastest for such a mask and shape."""
+    name = _expressible(device, dtype, mask.kinds, shape[2])
+    if name == "sdpa" or device == "meta" or torch.compiler.is_compiling():
+        return name
+    names = possible("attention", device, dtype)
+    if len(names) == 1:
+        return name
+    from .attention_choice import fastest
+
+    return fastest(names, mask, device, dtype, shape, interval_attention)
+
+
 @torch.compiler.assume_constant_result
-def _implementation(device: str, dtype: torch.dtype, masks: tuple[str, ...], width: int) -> str:
-    """The backend that runs: the chosen one, or sdpa for what it cannot express. A compiled layer keeps the one it was
+def _expressible(device: str, dtype: torch.dtype, masks: tuple[str, ...], width: int) -> str:
+    """The preferred or forced backend, or sdpa for what it cannot express. A compiled layer keeps the one it was
     compiled with."""
-    name = backend("attention", device, dtype)
+    names = possible("attention", device, dtype)
+    # what is only counted, on the meta device, goes the way that any CUDA device can
+    name = "varlen" if device == "meta" and "varlen" in names else names[0]
+    if len(names) == 1:
+        name = backend("attention", device, dtype)          # which says why
     if name != "sdpa":
         from .attention_varlen import refuses
 

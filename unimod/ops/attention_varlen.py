@@ -130,21 +130,30 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int, causal: bool,
            scale: float) -> Tensor:
     """As `_varlen`, by flash-attn."""
-    out = flash_function()(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest, max_seqlen_k=longest,
-                           softmax_scale=scale, causal=causal)
-    return out[0] if isinstance(out, tuple) else out
+    function = flash_function()
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": longest, "max_seqlen_k": longest,
+               "softmax_scale": scale, "causal": causal}
+    out = function(q, k, v, **{name: x for name, x in options.items() if name in _takes(function)})
+    return out[0] if isinstance(out, tuple) else out        # 4 returns the logarithms of the sums, too
 
 
 @cache
 def flash_function() -> Callable | None:
-    """`flash_attn_varlen_func` of flash-attn 3 where it is installed, else of 2; None where no installed package has
-    it."""
-    for name in ("flash_attn_interface", "flash_attn"):
+    """`flash_attn_varlen_func` of flash-attn 3 where it is installed, else of 2, else of 4; None where no installed
+    package has it."""
+    # 4 alone is a folder `flash_attn` that holds nothing but `cute`
+    for name in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
         try:
             return import_module(name).flash_attn_varlen_func
-        except (ImportError, AttributeError):               # flash-attn 4 alone: a `flash_attn` without the function
+        except (ImportError, AttributeError):
             continue
     return None
+
+
+@cache
+def _takes(function: Callable) -> frozenset[str]:
+    """Names of its arguments: the first releases of 4 find the longest sequences themselves."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 KERNELS = {"varlen": _varlen, "flash": _flash}

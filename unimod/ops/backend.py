@@ -20,11 +20,10 @@ import torch
 
 from ..config import ParameterError
 
-# On an H200 in bf16, rows of equal length, sdpa took .50 to .88 of varlen's time; FlexAttention (1.43 ms where sdpa
-# took .95, else at least 1.5 times sdpa's) was dropped. Rows of different lengths are not measured yet: there sdpa pads
-# and varlen does not.
+# FlexAttention, 1.43 ms where sdpa took .95 on an H200 and else at least 1.5 times sdpa's, was dropped.
 FAMILIES = {"kernels": ("triton", "reference"), "attention": ("flash", "varlen", "sdpa")}
-"""Implementations by family, the preferred first; the last one runs anywhere."""
+"""Implementations by family, the preferred first; the last one runs anywhere. Of several for attention, the fastest on
+shapes like a batch's is measured (`attention_choice`)."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -45,7 +44,7 @@ def _flash(device: str, dtype: torch.dtype) -> str:
         return why
     from .attention_varlen import flash_function
 
-    return "" if flash_function() else "the installed flash-attn has no flash_attn_varlen_func; install version 2 or 3"
+    return "" if flash_function() else "the installed flash-attn has no flash_attn_varlen_func that can be imported"
 
 
 def _half(device: str, dtype: torch.dtype) -> str:
@@ -66,6 +65,7 @@ _meta = "meta"
 """The device type whose implementations run on tensors of the meta device."""
 _launched: list[str] | None = None
 _chosen: dict[tuple[str, str, torch.dtype, tuple[str, ...]], str] = {}
+_possible: dict[tuple[str, str, torch.dtype], tuple[str, ...]] = {}
 
 
 def backend(family: str, device: str, dtype: torch.dtype = torch.float32) -> str:
@@ -75,6 +75,17 @@ def backend(family: str, device: str, dtype: torch.dtype = torch.float32) -> str
     if key not in _chosen:
         _chosen[key] = _choose(*key)
     return _chosen[key]
+
+
+def possible(family: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The implementations of a family that can run on a device type for a dtype, the preferred first; of forced ones
+    only the one that `backend` gives."""
+    if any(name in FAMILIES[family] for name in forced()):
+        return (backend(family, device, dtype),)
+    key = family, _meta if device == "meta" else device, dtype
+    if key not in _possible:
+        _possible[key] = tuple(name for name in FAMILIES[family] if not _MISSING[name](*key[1:]))
+    return _possible[key]
 
 
 def choice(family: str, device: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

@@ -21,15 +21,17 @@ from statistics import mean
 
 import pandas
 
-from ..bench.record import table
+from ..bench.record import commit_of, table
 from ..files import read_json, write
 from ..models.checkpoint import inspect, shipped
 from ..views.runs import markdown, summary, table_of_findings, table_of_record
 from .run_folder import records_folder
 
-KEYS = (("model", "arm"), ("model", "finding"), ("preset", "way"), ("preset", "tokens", "capacity"),
-        ("model", "plan"), ("name",), ("what",))
+KEYS = (("model", "arm"), ("model", "finding"), ("preset", "way"), ("model", "plan"), ("name",), ("what",))
 # columns that name a row: the first of these that all rows have; their values, joined by spaces, are the row's key
+BENCH_KEYS = {"layer": ("preset", "tokens", "capacity", "backend"), "step": ("preset", "tokens", "way", "capacity"),
+              "decode": ("preset", "what", "batch", "capacity"), "attention": ("preset", "tokens", "backend")}
+# the same for a benchmark's rows of one kind
 WORDS = {"drawing": "T2I", "answering": "MMU"}      # in records made before these words were used
 README_COLUMNS = ["model", "arm", "seeds", "tokens", "step FLOPs", "step time", "questions right", "pictures right"]
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.S)    # in the README, with its record
@@ -58,7 +60,8 @@ def _wrapped(lines: list[str]) -> Iterator[str]:
 
 def figures(record: dict) -> dict[str, dict]:
     """The record by row and column. Numbers are means over the rows of one key (seeds), other values are the first."""
-    keys = next(keys for keys in KEYS if all(key in row for key in keys for row in record["rows"]))
+    keys = BENCH_KEYS.get(record["rows"][0].get("bench"))
+    keys = keys or next(keys for keys in KEYS if all(key in row for key in keys for row in record["rows"]))
     rows: dict[str, list[dict]] = {}
     for row in (*record["rows"], *record.get("timing", ())):
         rows.setdefault(" ".join(str(row[key]) for key in keys), []).append(row)
@@ -91,7 +94,7 @@ def shown(record: dict) -> str:
 def source(name: str, record: dict) -> str:
     """One line that says where the figures of a record come from."""
     versions = ", ".join(f"{library} {version}" for library, version in record["versions"].items() if version)
-    parts = (f"Record: `{name}.json`, commit {_cell(record['commit'])}", record["device"], versions,
+    parts = (f"Record: `{name}.json`, commit {_cell(commit_of(name, record))}", record["device"], versions,
              f"`{record['command']}`", record.get("source"))
     return "; ".join(filter(None, parts)) + "."
 
