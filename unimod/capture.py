@@ -34,10 +34,9 @@ from .models.unified import UnifiedModel
 __all__ = ["AttentionRecord", "CaptureError", "LayerAttention", "capture", "capture_batch", "capture_stock",
            "capture_summary"]
 R = TypeVar("R")
-CAPTURING, PLAIN = "unimod_capturing", "sdpa"
-"""Names of the attention inside a `capture_stock` block and of the only one whose masks it reads."""
-HIDDEN = -1e3
-"""Added to a logit, this or less hides the key: exp(-1000) is 0 in float32."""
+CAPTURING = "unimod_capturing"  # attention inside a `capture_stock` block
+PLAIN = "sdpa"  # the only attention whose masks it reads
+HIDDEN = -1e3  # added to a logit, this or less hides the key: exp(-1000) is 0 in float32
 Keep = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict], None]
 _CAPTURED: dict[nn.Module, Keep] = {}
 _FORMER = {"observe": "capture_batch", "reduced": "capture_summary"}
@@ -117,16 +116,9 @@ def capture_summary(model: UnifiedModel, batch: Batch, summarise: Callable[[Laye
     Raises `CaptureError` for another kind of model.
     """
     found: dict[int, R] = {}
-
-    def take(layer: int, attention: LayerAttention) -> None:
-        found[layer] = summarise(attention)
-
-    with _each_layer(model, lambda _: None, take):
+    with _each_layer(model, lambda _: None, lambda layer, attention: found.update({layer: summarise(attention)})):
         model(batch.to(model.device))
     return found
-
-
-# Models of transformers
 
 
 def _capturing_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None,
