@@ -11,7 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, PhiConfig, PhiForCausalLM
+from transformers import PhiConfig, PhiForCausalLM
 
 from ..batch import FEATURE, IGNORE, Modality, Task, TokenSequence
 from ..mask import prefix_hi, suffix_hi
@@ -20,8 +20,8 @@ from .text import Text
 from .unified import UnifiedModel
 from .weights import Family, Shapes, agree, setting, settings
 
+# special tokens in their order after the text vocabulary; the image codes come next, the mask token is last
 SPECIAL = ("pad", "soi", "eoi", "sov", "eov", "t2i_task", "mmu_task", "t2v", "v2v", "lvg")
-"""Special tokens in their order after the text vocabulary; the image codes come next, the mask token is last."""
 
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -44,15 +44,6 @@ def clip_projector(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
 
 
-@torch.no_grad()
-def clip_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """Features of images for the CLIP-ViT variant: the patches of the last layer but one, without the class token.
-
-    tower: openai/clip-vit-large-patch14-336 in the released models; pixels: float [B, 3, H, W], as its image processor
-    makes them. Returns [B, F, D_v] (there 576 x 1024), one entry of which is `ShowoLayout.mmu`'s picture.
-    """
-    return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-
 
 class ShowoLayout(Layout):
     """Writes Show-o's sequences without their padding; positions count the left pads that the reference has.
@@ -72,7 +63,6 @@ class ShowoLayout(Layout):
         code_ids = self.image_offset + torch.arange(codebook_size)
         super().__init__(text, special, code_ids, grid, text_budget, self.mask + 1)
         self._modality[self.mask] = Modality.IMAGE
-        self.stop = text.eot
 
     def t2i(self, caption: str, codes: Tensor, masked: Tensor) -> TokenSequence:
         """Text to image: [t2i] [sot] text [eot] [soi] N codes [eoi]; the text is causal, the image part sees all.
@@ -94,10 +84,11 @@ class ShowoLayout(Layout):
         """A conversation about an image, as in LLaVA: the image's prefix, then "USER: q ASSISTANT: a" [eot] per turn.
 
         picture: codes int64 [N], or features float [F, D_v] of a vision tower (the CLIP-ViT variant, with the `system`
-        prompt it was tuned with: `SYSTEM_PROMPT`). Targets are the answers and their eot. A conversation is cut at T
-        tokens, or with features where the sequence is as long as those of the other tasks; an `open_ended` one is not
-        cut and its last answer, whose text so far may be empty, is left for the model to continue. Raises ValueError
-        when features leave no room.
+        prompt it was tuned with: `SYSTEM_PROMPT`; of openai/clip-vit-large-patch14-336 `hidden_states[-2][0, 1:]`, the
+        patches of the last layer but one). Targets are the answers and their eot. A conversation is cut at T tokens, or
+        with features where the sequence is as long as those of the other tasks; an `open_ended` one is not cut and its
+        last answer, whose text so far may be empty, is left for the model to continue. Raises ValueError when features
+        leave no room.
         """
         system_ids, budget = [], self.text_budget
         if picture.is_floating_point():
@@ -170,10 +161,10 @@ def tiny(text: Text, codebook_size: int, grid: tuple[int, int], text_budget: int
     return UnifiedModel(PhiForCausalLM(config), layout)
 
 
+# settings of the backbone in config.json -> parameters of `showo_config`, whose defaults are Phi-1.5's
 DIMENSIONS = {"vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
               "num_attention_heads": "heads", "intermediate_size": "ffn", "rope_theta": "rope_theta",
               "max_position_embeddings": "max_positions"}
-"""Settings of the backbone in config.json -> parameters of `showo_config`, whose defaults are Phi-1.5's."""
 
 
 def _text(config: dict) -> tuple[int, int, str]:
