@@ -6,11 +6,7 @@
     found = detect(picture)               # (Thing("red", "circle", cell=0, box=(1, 1, 23, 23)), ...)
     matches(found, sample)                # the picture shows exactly what its caption asks for
 
-    agreement(model, batch)               # per layer and task: does a per-token causal decision do what top-k would?
-    loss_by_decision(model, batch)        # and its cost: loss per task, decided by top-k and per token
-    cache_share(model, rows)              # share of the dense cache that the layers fill
-    guidance(model, tokenizer, samples)   # guidance branches that decide each for itself or together
-    in_use(model, tokenizer, batches)     # these four at once
+    in_use(model, tokenizer, batches)     # agreement, loss_by_decision, cache_share and guidance at once
 
 The detector has no learned part. The background is the palette's one nearest to most pixels; each pixel is then read as
 a mix of it with one palette color, and counts for that color where the mix is more than half. A majority of 3 x 3
@@ -63,8 +59,8 @@ class Quality:
 
     def flat(self) -> dict[str, float]:
         """One flat dictionary (group/name), for records and tables; without the counts."""
-        groups = {"questions": self.questions, "pictures": self.pictures, "losses": self.losses}
-        return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        return {f"{group}/{name}": value for group in ("questions", "pictures", "losses")
+                for name, value in getattr(self, group).items()}
 
 
 @torch.no_grad()
@@ -169,8 +165,10 @@ def _shape_of(mask: np.ndarray, image_size: int) -> str:
     short, long = sorted(mask.shape)
     if short < SMALLEST * image_size or long > LARGEST * image_size or long > LONGEST * short:
         return ""
-    outlines = {shape: shape_mask(shape, *mask.shape) for shape in SHAPES}
-    overlaps = {shape: (mask & outline).sum() / (mask | outline).sum() for shape, outline in outlines.items()}
+    overlaps = {}
+    for shape in SHAPES:
+        outline = shape_mask(shape, *mask.shape)
+        overlaps[shape] = (mask & outline).sum() / (mask | outline).sum()
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= LEAST_OVERLAP else ""
 
@@ -249,7 +247,7 @@ def guidance(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: Sequ
         right = _as_captioned(image_tokenizer, codes.view(-1, *layout.grid), samples)
         unmasked = {"masked": torch.zeros(layout.image_tokens, dtype=torch.bool)}
         known = {"prompt": True} if layout.causal_images else unmasked
-        texts = [*captions, *[""] * len(captions)]
+        texts = captions + [""] * len(captions)
         batch = pack([layout.t2i(text, c, **known) for text, c in zip(texts, [*codes, *codes])])
         batch = (batch.share_scores() if share else batch).to(model.device)
         with record_routing() as log:
@@ -276,7 +274,7 @@ def in_use(model: UnifiedModel, image_tokenizer: ImageTokenizer, batches: Batche
         calibrate(model, batches.held_out("train", 32))
         found |= {"agreement": agreement(model, held_out), "decided": loss_by_decision(model, held_out)}
     codes = batches.codes(samples)
-    rows = {"mmu": [batches.mmu(s, c) for s, c in zip(samples, codes)],
+    rows = {"mmu": list(map(batches.mmu, samples, codes)),
             "t2i": batches.t2i([s.caption for s in samples], codes, torch.Generator(), drop=False)}
     found["cache"] = [{"task": task, "share": cache_share(model, some)} for task, some in rows.items()]
     if all(sample.things for sample in samples) and (decides or not model.layout.causal_images):

@@ -30,18 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_record import (
-    AttentionRecord,
-    CaptureError,
-    LayerAttention,
-    check_layer,
-    check_place,
-    edges,
-    one_head,
-    places,
-    read_tensors,
-    write_tensors,
-)
+from .. import attention_record
+from ..attention_record import AttentionRecord, CaptureError, LayerAttention
 from ..batch import Batch, Modality, Task
 from ..capture import capture_summary
 from ..models.unified import UnifiedModel
@@ -115,9 +105,7 @@ def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tens
     out = {name: torch.full((len(rows), *size), torch.nan) for name, size in sizes.items()}
     if not len(batch):
         return out
-    head = torch.zeros_like(batch.row)                          # place of the first token of every token's row
-    for span in spans:
-        head[span] = span.start
+    head = torch.tensor([span.start for span in spans], device=batch.row.device)[batch.row]     # first of its row
     first = head == torch.arange(len(head), device=head.device)
     # a row's first token is a kind of its own, so that one pass also gives the sink; `to` adds it to its modality again
     given, entropy, distance = attention.mass(torch.where(first, kinds, batch.modality), kinds + 1)
@@ -176,10 +164,10 @@ class Overview:
         i, some = self._at(layer, head)
         if isinstance(query, Modality):
             return self.received[i, some, query].float().mean(0)
-        check_place("token", query, len(self.tokens))
+        attention_record.check_place("token", query, len(self.tokens))
         out = torch.full((len(self.tokens),), torch.nan)
         if self.kept[i, query]:
-            bins = edges(int(self.kept[i].sum()), self.maps.shape[-1])
+            bins = attention_record.edges(int(self.kept[i].sum()), self.maps.shape[-1])
             own = int(torch.searchsorted(bins, self.kept[i, :query].sum(), right=True)) - 1
             size = bins.diff()
             out[self.kept[i]] = (self.maps[i, some, own, : len(size)].float().mean(0) / size).repeat_interleave(size)
@@ -201,13 +189,13 @@ class Overview:
         tensors |= {} if self.picture is None else {"picture": torch.tensor(self.picture)}
         notes = {"about": dict(self.about), "task": int(self.task), "tokens": self.tokens, "grid": self.grid,
                  "layers": self.layers}
-        return write_tensors(folder, "overview", tensors, notes)
+        return attention_record.write_tensors(folder, "overview", tensors, notes)
 
     @classmethod
     def load(cls, folder: str | Path) -> Overview:
         """Read what `save` wrote. Raises `CaptureError` for a folder without an overview, or with a damaged one."""
         what = ("overview of attention", "Overview.save", "maps.npz")
-        with read_tensors(folder, "overview", *what) as (tensors, notes):
+        with attention_record.read_tensors(folder, "overview", *what) as (tensors, notes):
             task, layers = Task(notes["task"]), tuple(notes["layers"])
             found = Patterns(task, layers, *(tensors[f"patterns.{name}"] for name in STATISTICS))
             picture = tensors["picture"].numpy() if "picture" in tensors else None
@@ -216,8 +204,8 @@ class Overview:
 
     def _at(self, layer: int, head: int | None) -> tuple[int, slice]:
         """Index of a layer, and of a head (None: all)."""
-        check_layer(layer, self.layers, "overview")
-        return self.layers.index(layer), one_head(head, self.heads)
+        attention_record.check_layer(layer, self.layers, "overview")
+        return self.layers.index(layer), attention_record.one_head(head, self.heads)
 
 
 def capture_overview(model: UnifiedModel, batch: Batch, row: int = 0, picture: np.ndarray | None = None) -> Overview:
@@ -238,7 +226,7 @@ def _pooled(whole: Batch, attention: LayerAttention, row: int) -> dict[str, obje
     """What an overview holds of one layer."""
     part, in_whole = attention.batch, whole.rows()[row]
     span = part.rows()[row]
-    at = (places(whole, part)[span] - in_whole.start).cpu()
+    at = (attention_record.places(whole, part)[span] - in_whole.start).cpu()
     n, modality = in_whole.stop - in_whole.start, part.modality[span]
     kept = torch.zeros(n, dtype=torch.bool)
     kept[at] = True

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,7 @@ class ShowoLayout(Layout):
                     f"{len(picture)} features and {len(system_ids)} tokens of system prompt leave no room for a "
                     f"conversation in rows of {self.text_budget} + {self.image_tokens} + 3 tokens; load the model with "
                     "a larger text_budget (Show-o's own: 512 or 576).")
-        ids, learned, parts = self._turns(turns, open_ended, budget)
-        if picture.is_floating_point():
-            return self._with_features(picture, system_ids, ids, learned, parts)
-        return self._with_codes(picture, ids, learned, parts)
+        return self._about(picture, *self._turns(turns, open_ended, budget), system_ids)
 
     def mmu_caption(self, codes: Tensor, text: str, open_ended: bool = False) -> TokenSequence:
         """An image and a text that is learned from its first token on: [mmu] [soi] N codes [eoi] [sot] text [eot].
@@ -113,7 +111,7 @@ class ShowoLayout(Layout):
         """
         ids = self._begun(text)
         ids = ids if open_ended else self._ended(ids, self.text_budget)
-        return self._with_codes(codes, ids, [not open_ended] * len(ids), [(len(ids), "keep")])
+        return self._about(codes, ids, [not open_ended] * len(ids), [(len(ids), "keep")])
 
     def lm(self, text: str) -> TokenSequence:
         """Plain text: [sot] text [eot], causal, every next token a target; cut at the length of the other tasks."""
@@ -121,26 +119,21 @@ class ShowoLayout(Layout):
         target = shifted(ids, torch.ones_like(ids, dtype=torch.bool))
         return self._sequence(Task.LM, ids, prefix_hi(0, len(ids)), target, [(len(ids), "topk")])
 
-    def _with_codes(self, codes: Tensor, ids: list[int], learned: list[bool], parts: list) -> TokenSequence:
-        """[mmu] [soi] codes [eoi], all of which see one another, and causal text."""
-        image = torch.cat([torch.tensor([self.mmu_task, self.soi]), self.code_ids[codes], torch.tensor([self.eoi])])
-        prefix, full = len(image), torch.cat([image, torch.tensor(ids, dtype=torch.long)])
-        target = shifted(full, torch.tensor([False] * prefix + learned))
-        return self._sequence(Task.MMU, full, prefix_hi(prefix, len(full)), target, [(prefix, "topk"), *parts])
-
-    def _with_features(self, features: Tensor, system_ids: list[int], ids: list[int], learned: list[bool],
-                       parts: list) -> TokenSequence:
-        """[mmu] system [soi] features [eoi] text, causal but for the features, which everything sees.
-
-        The features are packed first and keep their positions, so that what the tokens before them see is one interval.
-        """
-        f, front = len(features), len(system_ids) + 2
-        full = torch.tensor([FEATURE] * f + [self.mmu_task, *system_ids, self.soi, self.eoi, *ids])
-        position = torch.arange(len(full))
-        position[:f], position[f:f + front] = torch.arange(front, front + f), torch.arange(front)
-        hi = torch.arange(1, len(full) + 1)
-        hi[:f] = f + front
-        prefix = f + front + 1
+    def _about(self, picture: Tensor, ids: list[int], learned: list[bool], parts: list,
+               system: Seq[int] = ()) -> TokenSequence:
+        """[mmu] [soi] codes [eoi], all of which see one another, and causal text; or [mmu] system [soi] features [eoi]
+        text, causal but for the features, which everything sees."""
+        if picture.is_floating_point():
+            # packed first, at their own positions, so that what the tokens before them see is one interval
+            f, front, features = len(picture), len(system) + 2, picture
+            full = torch.tensor([FEATURE] * f + [self.mmu_task, *system, self.soi, self.eoi, *ids])
+            position, hi, prefix = torch.arange(len(full)), torch.arange(1, len(full) + 1), f + front + 1
+            position[:f], position[f:f + front] = torch.arange(front, front + f), torch.arange(front)
+            hi[:f] = f + front
+        else:
+            full = torch.tensor([self.mmu_task, self.soi, *self.code_ids[picture].tolist(), self.eoi, *ids])
+            position, features, prefix = None, None, len(full) - len(ids)
+            hi = prefix_hi(prefix, len(full))
         target = shifted(full, torch.tensor([False] * prefix + learned))
         return self._sequence(Task.MMU, full, hi, target, [(prefix, "topk"), *parts], position, features)
 
