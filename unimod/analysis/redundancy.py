@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..batch import Modality, Task
 from ..capture import AttentionRecord, capture_batch
-from ..config import ParameterError
+from ..config import ParameterError, one_of
 from ..data.batches import Batches
 from ..models.unified import UnifiedModel
 
@@ -78,8 +78,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         for name, allowed in ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ParameterError(f"{name}={getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}.")
+            one_of(name, getattr(self, name), allowed)
 
     def of(self, maps: Tensor, modality: Tensor) -> Tensor:
         """The entries that count. maps: [..., n, n], modality: int64 [n] -> [..., m, n]."""

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..baselines import own_class
-from ..config import MODELS, ParameterError, RouterConfig, expanded
+from ..config import MODELS, ParameterError, RouterConfig, expanded, one_of
 from ..layers import MoDLayer, apply_mod, routed_layers
 from ..plan import CapacityPlan
 from ..router import TaskRouter
@@ -68,11 +68,10 @@ class NoText:
 def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, grid: tuple[int, int] = (6, 6),
                 text_budget: int = 96, seed: int = 0) -> UnifiedModel:
     """A tiny model with fresh weights. Raises `ParameterError` for an unknown name."""
-    builders = {"showo-tiny": showo.tiny, "emu3-tiny": emu3.tiny}
-    if name not in builders:
-        raise ParameterError(f"There is no model {name!r}. Allowed: {', '.join(MODELS)}.")
+    one_of("model", name, MODELS)
     torch.manual_seed(seed)
-    return builders[name](WordTokenizer(words), codebook_size, grid, text_budget)
+    builder = {"showo-tiny": showo.tiny, "emu3-tiny": emu3.tiny}[name]
+    return builder(WordTokenizer(words), codebook_size, grid, text_budget)
 
 
 def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None,

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import expanded
+from ..config import expanded, one_of
 from .weights import CheckpointError, Weights, fill, read_json
 
 # name -> class, imported when first used
@@ -245,14 +245,12 @@ def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> Reconstr
 def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokenizer:
     """A new tokenizer: `name` is a key of MEMBERS, `options` are fields of its config; `seed` draws the first weights.
 
-    Raises ValueError for an unknown name or option.
+    Raises `ParameterError` for an unknown name or option.
     """
-    if name not in MEMBERS:
-        raise ValueError(f"unknown image tokenizer {name!r}: choose one of {', '.join(MEMBERS)}")
+    one_of("image tokenizer", name, tuple(MEMBERS))
     cls = pkgutil.resolve_name(MEMBERS[name])
-    allowed = [field.name for field in fields(cls.Config)]
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"unknown option {unknown[0]!r} for image tokenizer '{name}': it takes {', '.join(allowed)}")
+    for option in options:
+        one_of(f"option of image tokenizer '{name}'", option, tuple(field.name for field in fields(cls.Config)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(cls.Config(**options))

@@ -33,7 +33,7 @@ class Layout:
     kind: ClassVar[str]  # name of the model family, as in `Family.name`
     causal_images: ClassVar[bool]  # images are generated token by token; otherwise by masked decoding
     drop_caption: ClassVar[float] = 0.1  # share of t2i sequences that training writes without caption, for guidance
-    whole_turns: ClassVar[bool] = True  # a conversation that is too long ends before the turn that does not fit
+    whole_turns: ClassVar[bool] = True  # a conversation too long ends before the turn that does not fit, else inside it
     stop: int  # the token that ends an answer: eos where a model has one, else the text's eot
 
     def __init__(self, text: Text, special: Mapping[str, int], code_ids: Tensor, grid: tuple[int, int],
@@ -42,8 +42,7 @@ class Layout:
         self.grid, self.text_budget, self.vocab_size = tuple(grid), text_budget, vocab_size
         self.codebook_size, self.stop = len(code_ids), special.get("eos", text.eot)
         run = slice(int(code_ids[0]), int(code_ids[0]) + len(code_ids))
-        # a slice of the head is a view, an index tensor copies its rows at every step
-        # where the image codes are in the vocabulary, in code order: an index into rows of the head
+        # the image codes' rows of the head, in code order: a slice is a view, an index tensor copies them at every step
         self.codes_at = run if torch.equal(code_ids, torch.arange(run.start, run.stop)) else code_ids
         for name, i in special.items():
             setattr(self, name, i)
