@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("config", "params", "batch", "files", "mask", "versions"),
+    ("config", "params", "batch", "files", "mask", "upload", "versions"),
     ("ops",),
     ("baselines", "routing", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),
-    ("data", "flops", "attention_record", "capture", "generate", "train", "evaluate", "analysis", "presets"),
+    ("data", "flops", "attention_record", "capture", "generate", "graph", "train", "evaluate", "analysis", "presets"),
     ("bench", "experiment", "gallery", "views"),
     ("workbook",),
     ("__main__",),

@@ -207,7 +207,7 @@ class Fading:
     def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
                 plan: LayerPlan | None = None) -> Routing:
         """As `TaskRouter.forward`."""
-        state, plan = state or RoutingState(), plan or self.layer_plan(batch)
+        state, plan = state or RoutingState(), plan or self.plan_of(batch)
         routing = super().forward(h, batch, state, plan)
         if not self.training:
             return routing

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import RULES
 from .mask import IntervalMask, mask_kind
+from .upload import upload
 
 IGNORE = -100
 """Target of a token that predicts nothing (torch's own convention)."""
@@ -185,19 +186,21 @@ class Batch:
         return [slice(end - n, end) for end, n in zip(ends, self.lengths)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`. To CUDA the copies are pinned and nothing waits for them; the host keeps what it
-        must know."""
-        up = torch.device(device).type == "cuda"            # the other way the host would read before the copy is there
+        """The same batch on `device`. What goes to a device goes in one pinned copy that nothing waits for; the host
+        keeps what it must know."""
+        if self.ids.device.type != "cpu":                   # from one device to another, or back
+            moved = {f.name: x.to(device) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+            moved = replace(self, **moved, mask=replace(self.mask, lo=self.mask.lo.to(device),
+                                                        hi=self.mask.hi.to(device)))
+        elif (moved := upload(self, device)) is self:
+            return self
+        return moved.with_host(self.host or self)
 
-        def move(x: Tensor) -> Tensor:
-            return (x.pin_memory() if up and not x.is_cuda else x).to(device, non_blocking=up)
-
-        tensors = {f.name: move(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        mask = replace(self.mask, lo=move(self.mask.lo), hi=move(self.mask.hi))
+    def with_host(self, host: Batch) -> Batch:
+        """This batch, which `host` is on the host."""
         # not a field of __init__, so that replace cannot carry it on to a batch with other tokens
-        moved = replace(self, **tensors, mask=mask)
-        object.__setattr__(moved, "host", self.host or self)
-        return moved
+        object.__setattr__(self, "host", host)
+        return self
 
     def __str__(self) -> str:
         lines = ["row  task  tokens  text  image  special  targets"]
@@ -207,6 +210,26 @@ class Batch:
             lines.append(f"{b:3d}  {task.name.lower():4s}  {self.lengths[b]:6d}  "
                          f"{count[0]:4d}  {count[1]:5d}  {count[2]:7d}  {targets:7d}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The N labelled tokens of a batch and what each counts in its loss."""
+
+    index: Tensor
+    """int64 [N], ascending: where they lie in the batch."""
+    target: Tensor
+    """int64 [N]: what each must predict."""
+    task: Tensor
+    """int64 [N]: the task of each; one more than there are for a token that counts in no loss."""
+    coefficient: Tensor
+    """float32 [tasks]: each task's weight in the sum."""
+    scale: Tensor
+    """float32 [tasks]: 1 / the task's targets, 0 where it has none."""
+    weight: Tensor
+    """float32 [N]: their product, per token."""
+    counts: tuple[int, ...]
+    """Targets of each task, on the host."""
 
 
 _KIND = {

@@ -9,9 +9,9 @@ The way of a batch, from `pack` to the loss:
     losses.losses                       asks the model, then the head, of labelled tokens only
     models.unified.UnifiedModel.forward embeds; works out `router.routing_plan` once; runs the layers
       layers.MoDLayer.forward           a routed layer:
-        router.TaskRouter.forward         scores, top-k of each segment (ops.select), gates -> Routing
+        router.TaskRouter.forward         scores, top-k of each segment (ops.select), gates -> Routing; where kernels
+                                          run, with the gather of the kept tokens in one op (ops.route)
         routing.ForwardState.of_kept      the kept tokens' mask
-        MoDLayer._gather                  the kept tokens
         the stock layer                   attention by seam._attend -> ops.attention.interval_attention
         ops.gather_scatter.scatter        its output back among the skipped tokens
 
@@ -35,11 +35,12 @@ from . import seam
 from .baselines import RandomRouter, fade, own_class, router_class, suits
 from .capacity import LearnedCapacity
 from .config import ParameterError, RouterConfig
+from .ops.attention import attention_runs
 from .ops.backend import backend
-from .ops.gather_scatter import gather_norm, scatter, scatter_
+from .ops.gather_scatter import scatter, scatter_
 from .plan import CapacityPlan
 from .router import TaskRouter
-from .routing import ForwardState, Routing
+from .routing import ForwardState, Gather, LayerPlan, Routing
 
 _LOG: ContextVar[dict[int, Routing] | None] = ContextVar("routing_log", default=None)
 
@@ -113,24 +114,26 @@ class MoDLayer(nn.Module):
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
         if unimod.decode:
             return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
-        h, earlier = hidden_states.squeeze(0), unimod.earlier    # not [0], whose backward fills a tensor of zeros
-        routing = self.router(h, unimod.batch, earlier, unimod.plan.get(self.number))
+        h, earlier, plan = hidden_states.squeeze(0), unimod.earlier, unimod.plan.layers.get(self.number)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        rotary = torch.cat(position_embeddings, -1).squeeze(0) if unimod.rotary is None else unimod.rotary
+        gather = None if recompute or plan is None else self._gather(h, rotary, unimod, plan)
+        routing = self.router(h, unimod.batch, earlier, plan, *(() if gather is None else (gather,)))
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
-        index, scale = routing.index, routing.skip_scale
+        found, index, scale = routing.gathered, routing.index, routing.skip_scale
+        h = h if found is None else found.h
         skipped = h if scale is None else h * scale[:, None].to(h.dtype)
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
             return skipped[None]
         received = earlier.received
         # gathered, not computed anew: cos and sin of the kept tokens' own positions, in float32
-        rotary = tuple(x.index_select(1, index) for x in position_embeddings)
-        run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing), position_embeddings=rotary, **kwargs)
+        angles = rotary.index_select(0, index) if found is None else found.rotary
+        run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing),
+                      position_embeddings=angles[None].chunk(2, -1), **kwargs)
         # the router stays outside: its decision is needed to scatter, and costs 2 D FLOPs a token
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            x, y, gated = checkpoint(run, hidden_states, use_reentrant=False)
-        else:
-            x, y, gated = run(hidden_states)
+        x, y, gated = checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
         if earlier.needs_attention:                         # skipped tokens keep what they received last
             received = earlier.received.new_zeros(len(h)) if received is None else received
             earlier.received = received.index_copy(0, index, earlier.received)
@@ -146,13 +149,17 @@ class MoDLayer(nn.Module):
                                                                                           Tensor | None]:
         """The kept tokens [K, D], the layer's output on them, and what the gate multiplies where that is not their
         difference."""
-        norm = seam.input_norm(self.layer)
+        found, norm = routing.gathered, seam.input_norm(self.layer)
+        if found is None:
+            x = hidden_states.squeeze(0).index_select(0, routing.index)[None]
+        else:
+            x = found.x[None]
+            norm.given = x, found.normed[None]              # the very tensor by which the norm knows its result
         try:
-            x = self._gather(hidden_states, routing, norm)
             y, gated = self._layer(x, **kwargs)
             return x.squeeze(0), y.squeeze(0), None if gated is None else gated.squeeze(0)
         finally:
-            if isinstance(norm, PrecomputedNorm):
+            if found is not None:
                 norm.given = None
 
     def _layer(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
@@ -172,17 +179,17 @@ class MoDLayer(nn.Module):
         skipped = hidden_states * gate.to(y.dtype) if self.router.config.scale_skipped else hidden_states
         return torch.where(kept, (y + (gate - 1).to(y.dtype) * gated).to(y.dtype), skipped)
 
-    def _gather(self, hidden_states: Tensor, routing: Routing, norm: nn.Module | None) -> Tensor:
-        """The kept tokens: [1, K, D]. Where a kernel normalises them on the way, the layer's norm hands out the
-        result."""
-        h = hidden_states.squeeze(0)
+    def _gather(self, h: Tensor, rotary: Tensor, state: ForwardState, plan: LayerPlan) -> Gather | None:
+        """What the kept tokens bring along, where kernels score, choose, gather and normalise them in one op; None
+        where the plain ops do."""
+        norm = seam.input_norm(self.layer)
         known = seam.known_norm(norm.stock) if isinstance(norm, PrecomputedNorm) else None
-        fits = known is not None and known.weight.dtype == h.dtype
-        if not fits or backend("kernels", h.device.type, h.dtype) != "triton":
-            return h.index_select(0, routing.index)[None]
-        x, normed = gather_norm(h, routing.index, known, routing.rank)
-        norm.given = x[None], normed[None]
-        return norm.given[0]                                # the very tensor by which the norm knows its result
+        fits = known is not None and known.weight.dtype == h.dtype and not torch.compiler.is_compiling()
+        if not fits or backend("kernels", h.device.type, h.dtype) != "triton" or not self.router.fuses(state.batch,
+                                                                                                       plan):
+            return None
+        runs = attention_runs(state.attention)
+        return Gather(known, rotary, *((None, None) if runs is None else (runs.bounds.flatten(), runs.causal)))
 
     def keep_norm(self) -> None:
         """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import Batch, Task
-from .routing import Routing
+from .batch import Batch, Targets, Task
+from .routing import BatchPlan, Routing
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,39 @@ COEFFICIENTS = {Task.T2I: 1.0, Task.MMU: 1.0, Task.LM: 0.1}
 """Loss weights of Show-o: t2i 1, lm 0.1, mmu 1."""
 
 
-def losses(model: nn.Module, batch: Batch) -> Losses:
+def targets_of(batch: Batch) -> Targets | None:
+    """The labelled tokens of a batch on the host; None where there is none."""
+    counts, index = batch.target_counts, batch.labelled
+    if not sum(counts):
+        return None
+    # per task, not over all targets: a picture has 36 to 8,100 of them, an answer a few
+    coefficient, scale = torch.tensor([[COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]])
+    task = batch.task[index]
+    return Targets(index, batch.target[index], task, coefficient, scale, (coefficient * scale)[task], counts)
+
+
+def losses(model: nn.Module, batch: Batch, plan: BatchPlan | None = None) -> Losses:
     """Loss of a `UnifiedModel` on a batch; the head sees labelled tokens only. A task without targets contributes
     nothing.
 
-    Raises ValueError when no token of the batch has a target.
+    plan: `model.plan(batch)`, where it was made already. Raises ValueError when no token of the batch has a target.
     """
-    counts = batch.target_counts
-    if not sum(counts):
+    plan = plan or model.plan(batch)
+    if (targets := plan.targets) is None:
         raise ValueError("No token of this batch has a target, so there is nothing to learn from it.")
-    where = batch.labelled
-    hidden, target, task = model(batch)[where], batch.target[where], batch.task[where]
-    # per task, not over all targets: a picture has 36 to 8,100 of them, an answer a few
-    coefficient, scale = (torch.tensor(x).to(hidden.device, non_blocking=True)
-                          for x in ([COEFFICIENTS[t] for t in Task], [1 / n if n else 0.0 for n in counts]))
-    chunked = model.one_head and len(where) * model.head.out_features > CHUNKED
+    hidden = model(batch, plan=plan).index_select(0, targets.index)     # not [], whose backward sorts the indices
+    chunked = model.one_head and len(hidden) * model.head.out_features > CHUNKED
     # the sum that is learned from is made chunk by chunk, and never seen by its parts
     if chunked:
-        total, entropy = model.weighted_nll(hidden, target, (coefficient * scale)[task])
+        total, entropy = model.weighted_nll(hidden, targets.target, targets.weight)
     else:
-        entropy = model.nll(hidden, target)
-    # index_add, not a loop over tasks with boolean masks, whose sizes would be read from the device
-    per_task = torch.zeros(len(Task), device=entropy.device).index_add(0, task, entropy) * scale
-    total = total if chunked else (per_task * coefficient).sum()
-    return Losses(total, torch.where(scale > 0, per_task.detach(), torch.nan), counts)
+        entropy = model.nll(hidden, targets.target)
+    # index_add, not a loop over tasks with boolean masks, whose sizes would be read from the device; a further place
+    # for tokens that count in no loss
+    sums = torch.zeros(len(Task) + 1, device=entropy.device).index_add(0, targets.task, entropy)
+    per_task = sums[:len(Task)] * targets.scale
+    total = total if chunked else (per_task * targets.coefficient).sum()
+    return Losses(total, torch.where(targets.scale > 0, per_task.detach(), torch.nan), targets.counts)
 
 
 def membership(log: Mapping[int, Routing]) -> Tensor:

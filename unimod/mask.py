@@ -47,6 +47,44 @@ class IntervalMask:
         return (self.lo[:, None] <= j) & (j < self.hi[:, None])
 
 
+@dataclass(frozen=True)
+class KeptMask:
+    """The mask of the K tokens that a routed layer keeps of a batch. Its intervals are worked out when somebody asks:
+    kernels for sequences of different lengths need none."""
+
+    whole: IntervalMask
+    """The mask of the batch."""
+    index: Tensor
+    """int64 [K], ascending: the kept tokens."""
+    rank: Tensor
+    """int64 [T + 1]: how many kept tokens lie before each token."""
+    lengths: tuple[int, ...]
+    """Kept tokens of each sequence, on the host: [B], adding up to K."""
+    bounds: Tensor | None = None
+    """int32 [C]: where the runs of the batch's attention begin among the kept tokens, if the gather found it
+    (`ops.attention_varlen.Plan.bounds`)."""
+    flags: Tensor | None = None
+    """bool [K]: `ops.attention_varlen.Plan.causal` of the kept tokens, likewise."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`mask_kind` of each sequence: as in the batch."""
+        return self.whole.kinds
+
+    @property
+    def lo(self) -> Tensor:
+        """int64 [K]: as `IntervalMask.lo`."""
+        return self.rank.index_select(0, self.whole.lo.index_select(0, self.index))
+
+    @property
+    def hi(self) -> Tensor:
+        """int64 [K]: as `IntervalMask.hi`."""
+        return self.rank.index_select(0, self.whole.hi.index_select(0, self.index))
+
+
 def prefix_hi(prefix: int, total: int) -> Tensor:
     """Upper ends of a sequence whose first `prefix` tokens see one another and whose rest is causal (0: all causal):
     int64 [n]."""

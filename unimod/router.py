@@ -4,7 +4,7 @@
 
 UniMoD (arXiv 2502.06474) gives each task its own router; Mixture-of-Depths (MoD, arXiv 2404.02258) has one. Both are
 the `TaskRouter` of this file, with `shared` off or on; what other methods do otherwise is in `baselines`. What depends
-on the batch and the capacities alone is worked out once per batch and not per layer: `routing_plan`.
+on the batch and the capacities alone is worked out once per batch, on the host: `routing_plan`.
 
 How to add a router: override what it does otherwise, most often `scores`, and name the class when routing a model.
 
@@ -38,8 +38,10 @@ from torch import Tensor, nn
 
 from .batch import Batch, Segment, Task, spread
 from .config import RouterConfig
-from .ops.select import prefix_count, select
-from .routing import LayerPlan, Routing, RoutingState
+from .ops.route import GATE, Scorer, route_gather
+from .ops.select import prefix_count, segment_sizes, select
+from .routing import Gather, LayerPlan, Routing, RoutingState
+from .upload import upload
 
 Selected = tuple[Tensor, Tensor, Tensor, tuple[Segment, ...]]
 """`Routing.index`, `.kth`, `.rank` and `.segments`."""
@@ -68,10 +70,17 @@ class TaskRouter(nn.Module):
         """`capacity.LearnedCapacity`, where capacities are learned."""
         self.register_buffer("threshold", torch.full((len(Task),), math.nan))
 
-    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None,
-                plan: LayerPlan | None = None) -> Routing:
-        """Route h: [T, D]. Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
-        state, plan = state or RoutingState(), plan or self.layer_plan(batch)
+    def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None,
+                gather: Gather | None = None) -> Routing:
+        """Route h: [T, D]. gather: also gather the kept tokens in the same op, where `fuses` says so. Raises
+        RuntimeError for a threshold segment before `generate.calibrate` was called."""
+        state, plan = state or RoutingState(), plan or self.plan_of(batch)
+        if gather is not None:
+            scorer = Scorer(self.proj.weight, self.proj.bias, self.config.gate, self.config.gain)
+            found = route_gather(h, scorer, batch.task, plan.eligible, plan.lengths, plan.kept, plan.sizes, gather.norm,
+                                 gather.rotary, gather.bounds, gather.flags)
+            return Routing(found.index, found.weight, found.score, plan.segments, found.kth, plan.eligible,
+                           rank=found.rank, gathered=found)
         # detached: the predictor learns what the router decides and must not move what it decides from (MoD, 3.5 b)
         predicted = self._of_task(self.predict(h.detach()), batch) if self.config.predictor else None
         score = self.scores(h, batch, state)
@@ -87,6 +96,14 @@ class TaskRouter(nn.Module):
         skip_scale = gate if self.config.scale_skipped else None
         return Routing(index, gate.index_select(0, index), score, segments, kth, eligible, predicted, skip_scale, rank)
 
+    def fuses(self, batch: Batch, plan: LayerPlan) -> bool:
+        """Whether a linear score and its top-k are all that decides here: then `route_gather` does in three kernels
+        what takes about 30 ops otherwise."""
+        c = self.config
+        other = c.hidden or c.normalised or c.predictor or c.scale_skipped or (c.noise and self.training)
+        held = batch.score_source is not None or plan.always is not None or plan.threshold_tasks
+        return type(self) is TaskRouter and type(self.proj) is Float32Linear and not other and not held
+
     def decode(self, h: Tensor, batch: Batch, state: RoutingState) -> tuple[Tensor, Tensor] | None:
         """Route a decode step, one token of every sequence, at one size and without waiting for the device: which
         tokens are kept, bool [T], and the gate on each one's update, float32 [T]. None where the rule keeps all.
@@ -98,11 +115,15 @@ class TaskRouter(nn.Module):
         kept = self._above_threshold(_judged(score, batch), _judged(predicted, batch), batch)
         return always | kept, torch.where(always, 1.0, self.gate(score))
 
+    def plan_of(self, batch: Batch) -> LayerPlan:
+        """`layer_plan` on the device of the batch."""
+        return upload(self.layer_plan(batch.host or batch), batch.ids.device)
+
     def layer_plan(self, batch: Batch) -> LayerPlan:
-        """What routing this layer needs of a batch, apart from hidden states."""
+        """What routing this layer needs of a batch on the host, apart from hidden states."""
         lengths, kept = tuple(s.length for s in batch.segments), self.kept_counts(batch)
-        device, drops = batch.ids.device, [self.may_drop(s) for s in batch.segments]
-        eligible = spread(torch.tensor(drops), lengths, device)
+        drops = [self.may_drop(s) for s in batch.segments]
+        eligible = spread(torch.tensor(drops), lengths, batch.ids.device)
         # None, not a mask of False: most methods always keep nothing, and every mask costs each layer two kernels
         always = batch.of_kind(self.config.always_keep) if self.config.always_keep else None
         tasks = frozenset(s.task for s, may in zip(batch.segments, drops) if may and s.rule == "threshold")
@@ -110,7 +131,8 @@ class TaskRouter(nn.Module):
             raise RuntimeError("always_keep='labelled' asks for targets, which a token that is generated has not; "
                                "generate with another kind or none.")
         segments = tuple(replace(s, length=k) for s, k in zip(batch.segments, kept))
-        return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks)
+        return LayerPlan(lengths, kept, segments, eligible if always is None else eligible & ~always, always, tasks,
+                         segment_sizes(lengths, kept))
 
     def capacities(self) -> tuple[float, ...]:
         """Capacity of each task."""
@@ -150,7 +172,7 @@ class TaskRouter(nn.Module):
 
     def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
         """Top-k of every segment."""
-        return *select(ranked, plan.lengths, plan.kept), plan.segments
+        return *select(ranked, plan.lengths, plan.kept, plan.sizes), plan.segments
 
     def gate(self, score: Tensor) -> Tensor:
         """What multiplies the update, by score: [T]."""
@@ -191,7 +213,8 @@ class TaskRouter(nn.Module):
 
 
 def routing_plan(routers: Mapping[int, TaskRouter], batch: Batch) -> dict[int, LayerPlan]:
-    """The `LayerPlan` of every routed layer, by layer number; layers of the same router and capacity share one."""
+    """The `LayerPlan` of every routed layer for a batch on the host, by layer number; layers of the same router and
+    capacity share one."""
     made: dict[tuple, LayerPlan] = {}
     found = {}
     for number, router in routers.items():
@@ -213,21 +236,6 @@ def share(capacity: float, n: int) -> int:
 def _judged(score: Tensor | None, batch: Batch) -> Tensor | None:
     """The score by which each token is judged: its own, or that of its score source."""
     return score if score is None or batch.score_source is None else score[batch.score_source]
-
-
-def _straight_through(score: Tensor, gain: float) -> Tensor:
-    soft = torch.sigmoid(score)
-    return 1 + (soft - soft.detach())
-
-
-GATE = {
-    "tanh": lambda score, gain: 1 + gain * torch.tanh(score),
-    "sigmoid": lambda score, gain: torch.sigmoid(score),
-    "raw": lambda score, gain: score.clone(),
-    "none": lambda score, gain: torch.ones_like(score),
-    "straight-through": _straight_through,
-}
-"""The gates of `config.GATES`: float32 [T] scores -> float32 [T] factors on the update."""
 
 
 class Float32Linear(nn.Linear):

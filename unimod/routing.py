@@ -1,7 +1,8 @@
 """What routing decides and what a forward carries: data only.
 
     Routing       a router's decision for one layer: the only currency between router, layer, loss and view
-    LayerPlan     what routing one layer needs of a batch, worked out once per batch and not per layer
+    LayerPlan     what routing one layer needs of a batch
+    BatchPlan     all that is worked out once per batch and not per layer: routing, attention, targets
     RoutingState  what earlier decisions mean for later layers
     ForwardState  all that goes through the decoder layers beside the hidden states
 """
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .batch import Batch, Segment, Task, lengths_of
-from .mask import IntervalMask
-from .ops.attention import KeptOf
+from .batch import Batch, Segment, Targets, Task, lengths_of
+from .mask import IntervalMask, KeptMask
+from .ops.gather_scatter import Norm
+from .ops.route import Routed
 from .ops.select import prefix_count
 
 
@@ -41,7 +43,9 @@ class Routing:
     skip_scale: Tensor | None = None
     """[T]: factor on the skipped tokens, where it is not 1 (p-MoD)."""
     rank: Tensor | None = None
-    """int64 [T + 1]: how many kept tokens lie before each token; for `IntervalMask.take` and the kernels."""
+    """int64 [T + 1]: how many kept tokens lie before each token; for masks and kernels."""
+    gathered: Routed | None = None
+    """The kept tokens, where one op scored, chose and gathered them."""
 
     @property
     def kept(self) -> Tensor:
@@ -65,6 +69,34 @@ class LayerPlan:
     """bool [T]: the tokens that are always kept; None where there are none."""
     threshold_tasks: frozenset[Task]
     """Tasks with a segment that is judged by a threshold."""
+    sizes: Tensor
+    """int32 [S, 4]: `ops.select.segment_sizes` of lengths and kept."""
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What the kept tokens of a layer bring along: the arguments of `ops.route.route_gather` that are not the
+    router's."""
+
+    norm: Norm
+    rotary: Tensor
+    bounds: Tensor
+    flags: Tensor | None
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a forward needs of a batch that no weight or hidden state changes; `UnifiedModel.plan` makes it on the host
+    and moves it in one copy."""
+
+    layers: Mapping[int, LayerPlan] = field(default_factory=dict)
+    """By number, of each routed layer."""
+    attention: dict = field(default_factory=dict)
+    """`ops.attention.prepared` of the batch's mask."""
+    targets: Targets | None = None
+    """What the losses ask for; None where nothing is labelled."""
+    segment: Tensor | None = None
+    """int64 [T]: `Batch.segment_numbers`, where a router asks for the attention that tokens receive."""
 
 
 @dataclass
@@ -96,16 +128,19 @@ class ForwardState:
 
     batch: Batch
     """The whole batch."""
-    mask: IntervalMask | None = None
+    mask: IntervalMask | KeptMask | None = None
     """Whom the tokens that the layer is given may attend to; default: the batch's own mask."""
     index: Tensor | None = None
     """int64 [K]: which tokens of the batch the layer is given; None: all."""
     segments: tuple[Segment, ...] = ()
     """The segments of these tokens, where there is an `index`."""
-    plan: Mapping[int, LayerPlan] = field(default_factory=dict)
-    """`routing_plan` of the batch."""
+    plan: BatchPlan = field(default_factory=BatchPlan)
+    """What was worked out from the batch beforehand."""
     earlier: RoutingState = field(default_factory=RoutingState)
     """Decisions of earlier layers, for methods that look back."""
+    rotary: Tensor | None = None
+    """float32 [T, R]: cosines and sines of the batch's positions side by side, gathered by routed layers; None: as the
+    layer is given them."""
     cache: object | None = None
     """Keys and values of earlier tokens (`models.cache.KVCache`), read and written."""
     decode: bool = False
@@ -114,7 +149,7 @@ class ForwardState:
     active: Tensor | None = None
     """bool [B]: in a decode step the sequences whose token is kept in this layer; None: all."""
     attention: dict = field(default_factory=dict)
-    """What attention worked out from the mask, for the layers that have the same one."""
+    """What attention works out from the batch's mask, for all layers: `plan.attention`, and what that lacks."""
     compiled: bool = False
     """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
 
@@ -123,12 +158,12 @@ class ForwardState:
 
     def of_kept(self, routing: Routing) -> ForwardState:
         """The state for the tokens that a routed layer keeps."""
-        segments = routing.segments
         # positions are not taken: kept tokens keep their rotary angles (gamma-MoD numbers them anew)
-        mask = self.batch.mask.take(routing.index, lengths_of(segments), routing.rank)
         rank = prefix_count(routing.index, len(self.batch)) if routing.rank is None else routing.rank
-        kept_of = KeptOf(self.attention, self.batch.mask, routing.index, rank)
-        return replace(self, mask=mask, index=routing.index, segments=segments, attention={"kept_of": kept_of})
+        found = routing.gathered
+        mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments),
+                        *((found.bounds, found.flags) if found else ()))
+        return replace(self, mask=mask, index=routing.index, segments=routing.segments)
 
     def given(self) -> Batch:
         """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""

@@ -148,19 +148,21 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float,
             state: ForwardState) -> Tensor:
-    q, k, v = query[0].to(value.dtype), key[0].to(value.dtype), value[0]
+    # squeeze, not [0], whose backward fills a tensor of zeros: three copies a layer
+    q, k, v = query.squeeze(0).to(value.dtype), key.squeeze(0).to(value.dtype), value.squeeze(0)
     mask = state.mask
     observer = None if torch.compiler.is_compiling() else _OBSERVER.get()
     if observer is not None:
         observer(module, q, k, state.given())
     if state.earlier.needs_attention:
-        segment = state.batch.segment_numbers()
+        segment = state.plan.segment
+        segment = state.batch.segment_numbers() if segment is None else segment
         segment = segment if state.index is None else segment[state.index]
         state.earlier.received = attention_received(q, k, mask.lo, mask.hi, segment, mask.lengths, scaling)
     if state.cache is not None:
         return state.cache.attend(layer_number(module), q, k, v, state, scaling)[None]
     memo = None if torch.compiler.is_compiling() else state.attention
-    return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scaling, mask.kinds, memo)[None]
+    return interval_attention(q, k, v, mask, scaling, memo)[None]
 
 
 _attend_outside = torch.compiler.disable(_attend)

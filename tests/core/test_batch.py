@@ -1,5 +1,7 @@
 """Batch intervals against dense masks written here from the rules of the reference models, pads and all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,7 +85,7 @@ def test_interval_attention_equals_softmax_over_the_dense_mask(kv_heads, ragged)
     q = torch.randn(4, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True)
     k, v = (torch.randn(kv_heads, len(packed), 8, generator=g, dtype=torch.double, requires_grad=True)
             for _ in range(2))
-    out = interval_attention(q, k, v, packed.mask.lo, packed.mask.hi, packed.lengths, 0.3)
+    out = interval_attention(q, k, v, replace(packed.mask, kinds=()), 0.3)
     kk, vv = (x.repeat_interleave(4 // kv_heads, 0) for x in (k, v))
     weights = (q @ kk.transpose(1, 2) * 0.3).masked_fill(~as_dense(packed), -torch.inf).softmax(-1)
     expected = (weights @ vv).transpose(0, 1)

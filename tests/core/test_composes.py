@@ -10,7 +10,7 @@ from unimod.config import RouterConfig
 from unimod.layers import apply_mod, record_routing
 from unimod.losses import losses
 from unimod.plan import last_half
-from unimod.routing import ForwardState, RoutingState
+from unimod.routing import BatchPlan, ForwardState, RoutingState
 
 METHODS = ("gamma-mod", "p-mod", "random", "a-mod", "tread", "early-exit", "layer-drop", "competitive")
 
@@ -83,7 +83,7 @@ def test_a_routed_layer_compiles_without_a_graph_break(model, packed, config):
         h = model.embed(packed)[None]
         rotary = model.rotary(h.new_empty(0), position_ids=packed.position[None])
     arguments = {"position_embeddings": rotary, "attention_mask": None, "position_ids": packed.position[None]}
-    plan = {5: layer.router.layer_plan(packed)}                   # as the model makes it before its layers run
+    plan = BatchPlan({5: layer.router.layer_plan(packed)})    # as the model makes it before its layers run
     weight, found = layer.mlp.fc1.weight if hasattr(layer.mlp, "fc1") else layer.mlp.up_proj.weight, []
     torch.compiler.reset()
     for run in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):

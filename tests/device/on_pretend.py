@@ -115,7 +115,7 @@ def test_attention_is_planned_without_a_wait(name):
     with On() as device:
         moved = packed.to(DEVICE)
         device.waits.clear()
-        attention_varlen.prepare(moved.mask.lo, moved.mask.hi, moved.lengths, moved.mask.kinds)
+        attention_varlen.prepare(moved.mask)
         assert not device.waits
 
 

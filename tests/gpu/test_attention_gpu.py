@@ -50,7 +50,7 @@ def tensors(batch, heads, kv_heads, width, dtype=torch.bfloat16):
 def run(name, batch, inputs):
     scale = inputs[0].shape[2] ** -0.5
     with use_backend(name):
-        out = interval_attention(*inputs, batch.mask.lo, batch.mask.hi, batch.lengths, scale, batch.mask.kinds)
+        out = interval_attention(*inputs, batch.mask, scale)
     mix = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(out.dtype)
     return [out, *torch.autograd.grad(out, inputs, mix)]
 

@@ -9,24 +9,35 @@ from triton.compiler import ASTSource
 
 from unimod.ops import attention_triton as attention
 from unimod.ops import kernels_triton as kernels
+from unimod.ops import route_triton as route
 
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-TYPES = dict.fromkeys(("rank", "index", "last", "lo", "hi", "label", "position", "segment", "first"), "*i64")
-TYPES |= dict.fromkeys(("dweight", "dbias", "lse", "mass", "entropy", "distance", "received"), "*fp32")
-TYPES |= dict.fromkeys(("eps", "scale"), "fp32") | {"sizes": "*i32"}
-VALUES = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "dx", "dn", "weight", "bias", "score", "q",
-          "k"}
+TYPES = dict.fromkeys(("rank", "index", "last", "lo", "hi", "label", "position", "segment", "first", "task"), "*i64")
+TYPES |= dict.fromkeys(("sums", "lse", "mass", "entropy", "distance", "received", "score", "factor", "dweight",
+                        "grad_factor", "grad_score", "rotary", "rotary_out"), "*fp32")
+TYPES |= dict.fromkeys(("eps", "scale", "gain"), "fp32") | dict.fromkeys(("sizes", "bounds", "bounds_out"), "*i32")
+TYPES |= dict.fromkeys(("eligible", "flags", "flags_out"), "*i1")
+VALUES = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "weight", "bias", "scorer", "shift",
+          "grad_h", "grad_x", "grad_n", "q", "k"}
 """Pointers to the dtype of the model; any other argument is an int32."""
+BACKWARD = {"NORM": True, "SCORER": True}
+WIDE = kernels.row_block(4096)
+SHOWO = kernels.row_block(2048)
 ROUTED = [
-    (kernels.select_kernel, {"BLOCK": 2**14, "num_warps": 32}),
-    (kernels.scatter_kernel, {"GATED": False, "INPLACE": False}),
-    (kernels.scatter_kernel, {"GATED": True, "INPLACE": True}),
-    (kernels.scatter_backward_kernel, {"GATED": False, "LEARNED": True}),
-    (kernels.scatter_backward_kernel, {"GATED": True, "LEARNED": False}),
-    (kernels.gather_kernel, {"CENTRED": True, "BIAS": True}),
-    (kernels.gather_kernel, {"CENTRED": False, "BIAS": False}),
-    (kernels.gather_backward_kernel, {"CENTRED": True, "BIAS": True}),
-    (kernels.gather_backward_kernel, {"CENTRED": False, "BIAS": False}),
+    (kernels.select_kernel, {"BLOCK": 2**14, "num_warps": 32, "GATE": "tanh"}),
+    (kernels.select_kernel, {"BLOCK": 2**14, "num_warps": 32, "GATE": None, "eligible": None, "factor": None}),
+    (kernels.scatter_kernel, WIDE | {"INPLACE": False, "gated": None}),
+    (kernels.scatter_kernel, WIDE | {"INPLACE": True}),
+    (kernels.scatter_backward_kernel, WIDE | {"gated": None, "dgated": None}),
+    (kernels.scatter_backward_kernel, WIDE | {"h": None, "y": None, "gated": None, "dweight": None}),
+    (route.score_kernel, WIDE | {"TASKS": 3}),
+    (route.gather_kernel, SHOWO | {"CENTRED": True, "ANGLES": 128}),
+    (route.gather_kernel, WIDE | {"CENTRED": False, "ANGLES": 256, "bias": None, "flags": None}),
+    (route.route_backward_kernel, SHOWO | BACKWARD | {"CENTRED": True, "BIAS": True, "TASKS": 3, "GATE": "tanh"}),
+    (route.route_backward_kernel, WIDE | BACKWARD | {"CENTRED": False, "BIAS": False, "TASKS": 3, "GATE": "sigmoid"}),
+    (route.route_backward_kernel, WIDE | BACKWARD | {"CENTRED": False, "BIAS": False, "TASKS": 1, "GATE": "raw",
+                                                     "grad_score": None, "task": None}),
+    (route.total_kernel, {"ROWS": 6, "AHEAD": 2, "TASKS": 3, "LINES": route.LINES, "COLUMNS": route.COLUMNS}),
 ]
 
 
@@ -53,8 +64,8 @@ def compiles(kernel, constants, dtype, arch, warps=4):
                                          (100, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("kernel, constants", ROUTED)
 def test_kernels_of_a_routed_layer(kernel, constants, dtype, arch):
-    constants = kernels.row_block(4096) | constants
-    compiles(kernel, constants, dtype, arch, constants.pop("num_warps"))
+    constants = dict(constants)
+    compiles(kernel, constants, dtype, arch, constants.pop("num_warps", 4))
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

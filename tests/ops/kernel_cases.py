@@ -10,7 +10,8 @@ from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
 
 from unimod.ops.backend import use_backend
 from unimod.ops.gather_scatter import gather_norm, scatter, scatter_
-from unimod.ops.select import prefix_count, reference_select, select
+from unimod.ops.route import Routed, Scorer, route_gather
+from unimod.ops.select import prefix_count, reference_select, segment_sizes, select
 from unimod.seam import known_norm
 
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -18,6 +19,11 @@ ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0
 SHAPES = {"one token": (1, 16, (0,)), "none kept": (9, 33, ()), "one kept": (23, 64, (22,)),
           "all kept": (17, 40, tuple(range(17))), "ragged": (61, 100, (*range(0, 20, 3), 40, 41, 42, 60))}
 """Tokens, width, and the tokens that are kept."""
+ROUTES = {"one token": ((1,), (1,), 16), "none kept": ((3, 2), (0, 0), 17), "all kept": ((4, 2), (4, 2), 20),
+          "ragged": ((6, 0, 5, 3), (2, 0, 3, 0), 33)}
+"""Tokens and kept tokens of each segment, width."""
+FLOATS = ("h", "x", "normed", "weight", "score")
+"""What `Routed` has a gradient from."""
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def both(run, leaves, seed):
             outs = run(*inputs)
             grads = [draw(*out.shape, seed=seed + n, device=out.device, dtype=leaves[0].dtype).detach().to(out.dtype)
                      for n, out in enumerate(outs)]
-            found.append((*outs, *torch.autograd.grad(outs, inputs, grads)))
+            found.append((*outs, *torch.autograd.grad(outs, inputs, grads, allow_unused=True)))
     return found
 
 
@@ -55,6 +61,9 @@ def allowed(dtype, device):
 
 def near(ours, truth, dtype, names):
     for name, a, b in zip(names, ours, truth, strict=True):
+        if a is None or b is None:
+            assert a is b, f"{name}: a gradient of one, none of the other"
+            continue
         assert a.shape == b.shape, name
         error, scale = allowed(dtype, a.device), b.detach().abs().max().item() if b.numel() else 1.0
         torch.testing.assert_close(a.double(), b, rtol=error, atol=error * scale / 4,
@@ -125,3 +134,52 @@ def check_select(score, lengths, keep):
     there = torch.tensor(lengths) > 0
     assert torch.equal(last.cpu()[there], expected[1][there])
     assert ((last >= 0) & (last < len(score))).all()
+
+
+def route_inputs(device, lengths, kept, tasks=3, flags=True):
+    """What `route_gather` takes beside hidden states, weights and norm, by its names."""
+    T, g = sum(lengths), torch.Generator().manual_seed(50)
+    task = torch.randint(tasks, (T,), generator=g)
+    eligible = torch.rand(T, generator=g) < .7
+    rotary = torch.randn(T, 24, generator=g)
+    bounds = torch.randint(T + 1, (21,), generator=g, dtype=torch.int32)
+    marks = torch.rand(T, generator=g) < .5 if flags else None
+    tensors = {"task": task, "eligible": eligible, "sizes": segment_sizes(lengths, kept), "rotary": rotary,
+               "bounds": bounds, "flags": marks}
+    return {"lengths": lengths, "kept": kept} | {n: None if x is None else x.to(device) for n, x in tensors.items()}
+
+
+def check_route(device, dtype, lengths, kept, width, *, kind="layer", gate="tanh", tasks=3, used=FLOATS, frozen=(),
+                flags=True):
+    """`used`: from which outputs a gradient comes; `frozen`: leaves that need none."""
+    given = route_inputs(device, lengths, kept, tasks, flags)
+    module = norm_module(kind, width, device, dtype)
+    leaves = {"h": draw(sum(lengths), width, seed=40, device=device, dtype=dtype)}
+    for name, shape in (("scorer", (tasks, width)), ("shift", (tasks,))):   # float32 numbers that bfloat16 holds
+        x = draw(*shape, seed=len(leaves) + 41, device=device, dtype=torch.bfloat16).detach()
+        leaves[name] = x.float().div_(8).requires_grad_()
+    leaves |= dict(module.named_parameters())
+    learned = [name for name in leaves if name not in frozen]
+    fixed = {name: leaves[name].detach() for name in frozen}
+    seen = []
+
+    def run(*values):
+        now = {name: x.to(values[0].dtype) if values[0].dtype == torch.double else x for name, x in fixed.items()}
+        now |= dict(zip(learned, values))
+        norm = replace(known_norm(module), weight=now["weight"], bias=now.get("bias"))
+        out = route_gather(now["h"], Scorer(now["scorer"], now["shift"], gate, 0.2), norm=norm, **given)
+        seen.append(out)
+        return tuple(getattr(out, name) for name in used)
+    found = both(run, [leaves[name] for name in learned], 60)
+    near(*found, dtype, (*used, *(f"d{name}" for name in learned)))
+    ours, truth = seen
+    for name in set(Routed._fields) - set(FLOATS) - {"kth"}:
+        a, b = getattr(ours, name), getattr(truth, name)
+        assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b)), name
+    there = torch.tensor(lengths) > 0
+    assert torch.equal(ours.kth.cpu()[there], truth.kth.cpu()[there])
+    for name in FLOATS:
+        near([getattr(ours, name).detach()], [getattr(truth, name).detach()], dtype, [name])
+    assert ours.weight.dtype == ours.score.dtype == torch.float32 and ours.normed.dtype == dtype
+    again = both(run, [leaves[name] for name in learned], 60)[0]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[0], again)), "runs repeat bit by bit"

@@ -1,6 +1,7 @@
 """Every backend of interval attention against the reference, as far as a CPU goes: all but the kernels themselves."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,14 +16,15 @@ from unimod.batch import Task, pack
 from unimod.capture import capture_batch
 from unimod.config import RouterConfig
 from unimod.layers import apply_mod
-from unimod.mask import mask_kind
+from unimod.mask import KeptMask, mask_kind
 from unimod.models.checkpoint import build_model
 from unimod.ops import attention
 from unimod.ops import attention_varlen as varlen
-from unimod.ops.attention import KeptOf, attention_mass, interval_attention
+from unimod.ops.attention import attention_mass, interval_attention
 from unimod.ops.backend import use_backend
 from unimod.ops.select import prefix_count
 from unimod.plan import last_half
+from unimod.upload import upload
 
 EVERY = [row for rows in ROWS.values() for row in rows]
 
@@ -49,13 +51,12 @@ def same(out, batch, inputs):
 
 
 def attend(batch, inputs, memo=None):
-    return interval_attention(*inputs, batch.mask.lo, batch.mask.hi, batch.lengths, 0.3, batch.mask.kinds, memo)
+    return interval_attention(*inputs, batch.mask, 0.3, memo)
 
 
 def by_runs(batch, inputs, name="slow"):
     """By the calls of a kernel for sequences of different lengths."""
-    plan = varlen.prepare(batch.mask.lo, batch.mask.hi, batch.lengths, batch.mask.kinds)
-    return varlen.attend(*inputs, plan, 0.3, name)
+    return varlen.attend(*inputs, varlen.prepare(batch.mask), 0.3, name)
 
 
 def split(batch, inputs):
@@ -104,11 +105,11 @@ def test_masks_are_known_on_the_host_and_outlive_routing_and_moving():
     assert smaller.mask.kinds == batch.mask.kinds == batch.to("cpu").mask.kinds
 
 
-@pytest.mark.parametrize("module", [attention, varlen])
-def test_no_backend_reads_from_the_device(module):
+def test_no_backend_reads_from_the_device():
     """A meta tensor has nothing to read."""
-    batch = pack(ROWS["showo"])
-    module.prepare(batch.mask.lo.to("meta"), batch.mask.hi.to("meta"), batch.lengths, batch.mask.kinds)
+    mask = pack(ROWS["showo"]).to("meta").mask
+    varlen.prepare(mask)
+    upload(attention.Padded.of(mask.lengths), "meta").allowed(mask)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, {}), (torch.bfloat16, {"atol": 0.02, "rtol": 0.02})])
@@ -125,10 +126,10 @@ def test_what_a_kernel_cannot_express_goes_to_sdpa_and_is_said_once(monkeypatch,
     attention._say.cache_clear()
     batch = pack([GENERAL, *ROWS["showo"]])
     inputs, narrow = tensors(batch), tensors(batch, width=12)
-    for masks in (batch.mask.kinds, batch.mask.kinds, ()):
-        out = interval_attention(*inputs, batch.mask.lo, batch.mask.hi, batch.lengths, 0.3, masks)
+    for kinds in (batch.mask.kinds, batch.mask.kinds, ()):
+        out = interval_attention(*inputs, replace(batch.mask, kinds=kinds), 0.3)
         torch.testing.assert_close(out, truth(*inputs, batch))
-    interval_attention(*narrow, batch.mask.lo, batch.mask.hi, batch.lengths, 0.3, ("causal",) * len(batch.mask.kinds))
+    interval_attention(*narrow, replace(batch.mask, kinds=("causal",) * len(batch.mask.kinds)), 0.3)
     said = "".join(capsys.readouterr()).splitlines()        # on stdout where a kernel's package is loaded
     assert len(said) == 3 and said[0].startswith("unimod: attention by sdpa instead of varlen where ")
     assert "neither causal nor" in said[0] and "does not know" in said[1] and "heads are 12 wide" in said[2]
@@ -136,16 +137,17 @@ def test_what_a_kernel_cannot_express_goes_to_sdpa_and_is_said_once(monkeypatch,
 
 @pytest.mark.parametrize("kind", ["showo-tiny", "emu3-tiny"])
 def test_a_routed_model_by_runs_equals_one_by_sdpa(kind, monkeypatch):
-    """Outputs and gradients of the whole model; a mask is prepared once for the layers that share it."""
+    """Outputs and gradients of the whole model; what a mask asks for is worked out once, kept tokens' dense mask per
+    layer."""
     torch.manual_seed(0)
     model = build_model(kind, WORDS, codebook_size=16, grid=(3, 4), text_budget=24)
     apply_mod(model, last_half(8), RouterConfig(std=0.5))
     monkeypatch.setitem(varlen.KERNELS, "varlen", SlowKernel())
     found = []
-    for name, module in (("sdpa", attention), ("varlen", varlen)):
+    for name, where, what in (("sdpa", attention.Padded, "allowed"), ("varlen", varlen, "prepare")):
         batch, asked = pack(ROWS[kind.removesuffix("-tiny")]), []
-        prepare = module.prepare
-        monkeypatch.setattr(module, "prepare", lambda *a, prepare=prepare, asked=asked: asked.append(a) or prepare(*a))
+        made = getattr(where, what)
+        monkeypatch.setattr(where, what, lambda *a, made=made, asked=asked: asked.append(a) or made(*a))
         monkeypatch.setattr(attention, "backend", lambda family, *_, name=name: name)
         h = model(batch)
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -176,16 +178,20 @@ def test_the_plan_of_kept_tokens_is_read_off_the_plan_of_the_batch(name, kept, m
     monkeypatch.setitem(varlen.KERNELS, "slow", kernel)
     monkeypatch.setattr(attention, "_implementation", lambda *_: "slow")
     monkeypatch.setattr(varlen, "prepare", lambda *mask: made.append(1) or prepare(*mask))
-    memo = {}
-    for _ in range(2):
+    memo, rank = {}, prefix_count(index, len(whole))
+    kept = KeptMask(whole.mask, index, rank, batch.lengths)
+    assert torch.equal(kept.lo, batch.mask.lo) and torch.equal(kept.hi, batch.mask.hi)
+    plan = prepare(whole.mask)
+    gathered = replace(kept, bounds=rank[plan.bounds.flatten()].int(),
+                       flags=None if plan.causal is None else plan.causal[index])
+    for mask in (kept, gathered):
         inputs = tensors(batch)
-        kept_of = KeptOf(memo, whole.mask, index, prefix_count(index, len(whole)))
-        same(attend(batch, inputs, {"kept_of": kept_of}), batch, inputs)
+        same(interval_attention(*inputs, mask, 0.3, memo), batch, inputs)
     assert len(made) == 1 and kernel.pairs == 2 * int((batch.mask.hi - batch.mask.lo).sum())
     monkeypatch.setattr(attention, "_implementation", lambda *_: "sdpa")
-    once = {"kept_of": kept_of}
-    same(attend(batch, inputs, once), batch, inputs)
-    assert list(once) == ["kept_of"], "a dense mask of kept tokens serves one layer, and would be held"
+    memo = {}
+    same(interval_attention(*inputs, kept, 0.3, memo), batch, inputs)
+    assert [key for key, _ in memo] == [batch.lengths], "kept tokens' dense mask serves one layer, and would be held"
 
 
 @pytest.mark.parametrize("takes", [(), ("scale", "window_size"), ("scale", "window_size", "enable_gqa")],

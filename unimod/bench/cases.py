@@ -279,8 +279,7 @@ def attention(job: Job) -> Iterator[dict]:
         memo = {}  # kept from run to run: a model's forward, too, works it out once for all its layers
 
         def forward(memo: dict = memo) -> Tensor:
-            lo, hi, kinds = batch.mask.lo, batch.mask.hi, batch.mask.kinds
-            return interval_attention(q, k, v, lo, hi, batch.lengths, d**-0.5, kinds, memo)
+            return interval_attention(q, k, v, batch.mask, d**-0.5, memo)
 
         columns = {"capacity": 1.0, "backend": name, "note": "one layer"}
         cases.append(Case(columns, (name,), forward, lambda out: out.backward(grad)))

@@ -59,7 +59,7 @@ class KVCache:
         used.index_add_(0, row, torch.ones_like(row))
         if first:
             self._most[layer] = max(mask.lengths)
-            return interval_attention(q, k, v, mask.lo, mask.hi, mask.lengths, scale, mask.kinds, state.attention)
+            return interval_attention(q, k, v, mask, scale, state.attention)
         # known on the host, at least what any row holds
         most = self._most[layer] = min(self._most[layer] + 1, self.room)
         # a slice is a view; indexing by sequence copies the cache, which only sequences that have ended cost

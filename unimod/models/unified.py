@@ -12,7 +12,7 @@ The layers are transformers' own, and attend over the intervals of the batch thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import seam
-from ..batch import FEATURE, Batch
+from ..batch import FEATURE, Batch, lengths_of
 from ..config import ParameterError
 from ..layers import MLPGatedLayer, MoDLayer
+from ..losses import targets_of
+from ..ops.attention import prepared
 from ..ops.cross_entropy import linear_cross_entropy
 from ..router import routing_plan
-from ..routing import ForwardState
+from ..routing import BatchPlan, ForwardState, LayerPlan
+from ..upload import upload
 from ..versions import explained
 from .cache import KVCache
 from .layout import Layout
@@ -99,32 +102,58 @@ class UnifiedModel(nn.Module):
         return h.masked_scatter((batch.ids == FEATURE)[:, None],
                                 self.projector(batch.features.to(h.dtype)).to(h.dtype))
 
-    def forward(self, batch: Batch, cache: KVCache | None = None, decode: bool = False) -> Tensor:
-        """Hidden states after the final norm: [T, D]. `cache` is read and written; `decode` as in `ForwardState`.
+    def plan(self, batch: Batch, attention: bool = True, targets: bool = True) -> BatchPlan:
+        """What is worked out once for all layers and the losses, on the host, and moved to the batch's device in one
+        copy. attention, targets: whether that of the mask and of the losses, too."""
+        host, routers = batch.host or batch, {x.number: x.router for x in self._live() if hasattr(x, "router")}
+        layers = routing_plan(routers, host)
+        memo = self.attention_plan(host, layers) if attention else {}
+        scored = any(router.needs_attention for router in routers.values())
+        return upload(BatchPlan(layers, memo, targets_of(host) if targets else None,
+                                host.segment_numbers() if scored else None), batch.ids.device)
+
+    def attention_plan(self, batch: Batch, layers: Mapping[int, LayerPlan], slots: int = 1) -> dict:
+        """`ops.attention.prepared` for a batch on the host and its layers' plans."""
+        device = self.device.type
+        cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else self.head.weight.dtype
+        known = {lengths_of(plan.segments) for plan in layers.values() if not plan.threshold_tasks}
+        width = self.width // self.decoder.config.num_attention_heads
+        return prepared(batch.mask, known, device, dtype, width, slots)
+
+    def _live(self) -> list[nn.Module]:
+        """The layers that a forward goes through."""
+        return [layer for i, layer in enumerate(self.layers) if i not in self.skipped]
+
+    def forward(self, batch: Batch, cache: KVCache | None = None, decode: bool = False,
+                plan: BatchPlan | None = None) -> Tensor:
+        """Hidden states after the final norm: [T, D]. `cache` is read and written; `decode` as in `ForwardState`; plan:
+        `plan(batch)`, where it was made already.
 
         cos and sin are computed and applied in float32 whatever the weights' dtype.
         """
         h = self.embed(batch)[None]
-        position = batch.position[None]
-        layers = [layer for i, layer in enumerate(self.layers) if i not in self.skipped]
-        # by attribute: a wrapper around a layer, such as torch's checkpoint_wrapper, hands these through
-        routers = {layer.number: layer.router for layer in layers if hasattr(layer, "router")}
-        plan = {} if decode else routing_plan(routers, batch)
+        if plan is None:                                    # a cache that grows by a token has no use for the mask
+            plan = BatchPlan() if decode else self.plan(batch, cache is None or cache.fresh, targets=False)
         # once for all layers; in bfloat16 angles beyond position 256 would be whole radians apart
-        rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=position)
-        state = ForwardState(batch, plan=plan, cache=cache, decode=decode, compiled=self.compiled)
-        earlier = state.earlier
+        angles = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
+        # side by side, so that a routed layer gathers both at once
+        rotary = torch.cat(angles, -1)
+        state = ForwardState(batch, plan=plan, rotary=rotary.squeeze(0), cache=cache, decode=decode,
+                             attention=dict(plan.attention), compiled=self.compiled)
+        layers, earlier = self._live(), state.earlier
         with explained():
             for layer, following in zip(layers, [*layers[1:], None]):
+                # by attribute: a wrapper around a layer, such as torch's checkpoint_wrapper, hands these through
                 if not hasattr(layer, "router"):            # a span ends at a dense layer
                     earlier.routing = earlier.decision = None
                 scored = hasattr(following, "router") and following.router.needs_attention
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
-                h = seam.layer_output(layer(h, attention_mask=None, position_ids=position, position_embeddings=rotary,
+                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=rotary.chunk(2, -1),
                                             unimod=state))
         if cache is not None:
             cache.fresh = False
-        return seam.final_norm(self.decoder)(h)[0]
+        return seam.final_norm(self.decoder)(h).squeeze(0)
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Negative log-likelihood of each target, in nats and float32. hidden: [N, D], target: int64 [N]."""

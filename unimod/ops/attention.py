@@ -6,13 +6,13 @@
 
 This file holds the reference: sequences are padded to one length, the mask is boolean, the operators are torch's own.
 Kernels for sequences of different lengths are in `attention_varlen`, the statistics' Triton kernels in
-`attention_triton`; both are imported when they are first used. A backend has two halves: a plan, made from the
-intervals once for all layers that share them, and the attention by that plan.
+`attention_triton`; both are imported when they are first used. What depends on the mask alone is worked out once per
+batch, for dense and routed layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mask import IntervalMask
+from ..mask import IntervalMask, KeptMask
+from ..upload import upload
 from .backend import backend, say
 
 ENTRIES = 2**23
@@ -28,44 +29,40 @@ ENTRIES = 2**23
 _say = cache(say)
 
 
-def interval_attention(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, lengths: tuple[int, ...], scale: float,
-                       masks: tuple[str, ...] = (), memo: dict | None = None) -> Tensor:
+def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | KeptMask, scale: float,
+                       memo: dict | None = None) -> Tensor:
     """Attention of packed tokens: [T, H, d] in q's dtype.
 
-    q: [H, T, d]; k, v: [H_kv, T, d] (H a multiple of H_kv); lo, hi: int64 [T], an interval never leaves its sequence;
-    lengths: tokens of each sequence, adding up to T. masks: the kind of each sequence's mask (`mask.mask_kind`), where
-    the host knows it; lo is then the sequence's first token. memo: where plans are kept for further calls with the same
-    intervals.
+    q: [H, T, d]; k, v: [H_kv, T, d] (H a multiple of H_kv). memo: what was worked out from the mask of a batch, for all
+    its layers, dense and routed; see `prepared`.
     """
-    name = _implementation(q.device.type, q.dtype, masks, q.shape[2])
+    name = _implementation(q.device.type, q.dtype, mask.kinds, q.shape[2])
+    kept = isinstance(mask, KeptMask)
+    whole = mask.whole if kept else mask
     if name == "sdpa":
-        # kept tokens' masks [B, n, n] serve one layer: a memo that a recomputed layer holds would keep them all
-        memo = None if memo and "kept_of" in memo else memo
-        return attend(q, k, v, _kept(memo, prepare, lo, hi, lengths, masks), scale)
+        padded = _kept(memo, mask.lengths, lambda: upload(Padded.of(mask.lengths), q.device))
+        # the mask [B, n, n] of kept tokens serves one layer: a memo would hold those of all layers
+        allow = padded.allowed(mask) if kept else _kept(memo, "allowed", lambda: padded.allowed(mask))
+        return attend(q, k, v, padded, allow, scale)
     from . import attention_varlen
 
-    kept_of = memo.get("kept_of") if memo else None
-    if kept_of is None:
-        plan = _kept(memo, attention_varlen.prepare, lo, hi, lengths, masks)
-    else:
-        whole = kept_of.mask
-        plan = _kept(kept_of.memo, attention_varlen.prepare, whole.lo, whole.hi, whole.lengths, whole.kinds)
-        plan = plan.take(kept_of.index, kept_of.rank, lengths)
-    return attention_varlen.attend(q, k, v, plan, scale, name)
+    plan = _kept(memo, "runs", lambda: attention_varlen.prepare(whole))
+    return attention_varlen.attend(q, k, v, plan.take(mask) if kept else plan, scale, name)
 
 
-@dataclass(frozen=True)
-class KeptOf:
-    """That a batch is what a routed layer keeps of another one, whose plan then serves it: `memo["kept_of"]`."""
+def prepared(mask: IntervalMask, kept: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype, width: int,
+             slots: int = 1) -> dict:
+    """A memo of `interval_attention` with what it would work out on its first call, so that no layer copies anything to
+    its device: tensors of the mask's device, for heads of this width in this dtype on `device`.
 
-    memo: dict
-    """The memo of the whole batch."""
-    mask: IntervalMask
-    """The mask of the whole batch."""
-    index: Tensor
-    """int64 [K], ascending: the kept tokens."""
-    rank: Tensor
-    """int64 [T + 1]: how many kept tokens lie before each token."""
+    kept: the lengths of the sequences in each routed layer, where the host knows them. slots: a multiple of which the
+    padded length is, so that it stays the same from batch to batch.
+    """
+    if _implementation(device, dtype, mask.kinds, width) != "sdpa":
+        from . import attention_varlen
+
+        return {_key("runs"): attention_varlen.prepare(mask)}
+    return {_key(lengths): Padded.of(lengths, -(-max(lengths) // slots) * slots) for lengths in {mask.lengths, *kept}}
 
 
 @torch.no_grad()
@@ -83,7 +80,7 @@ def attention_received(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Te
         from . import attention_triton
 
         return attention_triton.attention_received(q, k, lo, hi, segment, scale)
-    padded = Padded(lengths, q.device)
+    padded = upload(Padded.of(lengths), q.device)
     low, high = padded.intervals(lo, hi)
     of = padded.pad((segment + 1)[None, :, None])[:, 0, :, 0]   # 0 for a pad
     total, asked = (torch.zeros(len(lengths), padded.n, device=q.device) for _ in range(2))
@@ -110,7 +107,7 @@ def attention_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, label: Tensor, 
         from . import attention_triton
 
         return attention_triton.attention_mass(q, k, lo, hi, label, position, labels, scale)
-    padded = Padded(lengths, q.device)
+    padded = upload(Padded.of(lengths), q.device)
     low, high = padded.intervals(lo, hi)
     kinds = padded.pad(F.one_hot(label, labels).float()[None])              # [B, 1, n, labels]
     at = padded.pad(position[None, :, None])[:, :, :, 0].float()            # [B, 1, n]
@@ -140,50 +137,54 @@ def within(lo: Tensor, hi: Tensor, j: Tensor) -> Tensor:
     return (j >= lo[..., None]) & (j < hi[..., None])
 
 
+@dataclass(frozen=True)
 class Padded:
-    """B packed sequences as a padded batch of n slots each, n the longest. `place`: the slot of each packed token in [B
-    * n]."""
+    """B packed sequences as a padded batch of n slots each."""
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
-        self.lengths, self.n = lengths, max(lengths)
-        size = torch.tensor(lengths)
+    lengths: tuple[int, ...]
+    n: int
+    begin: Tensor
+    """int64 [T]: the first token of each token's sequence."""
+    place: Tensor | None
+    """int64 [T]: the slot of each packed token in [B * n]; None where every sequence has n tokens."""
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], n: int = 0) -> Padded:
+        """The padding of sequences of these lengths to n slots (default the longest), on the host."""
+        n, size = n or max(lengths), torch.tensor(lengths)
+        begin = torch.repeat_interleave(size.cumsum(0) - size, size, output_size=sum(lengths))
         row = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths))
-        begin = (size.cumsum(0) - size)[row]
-        place = row * self.n + torch.arange(sum(lengths)) - begin
-        self.even = min(lengths) == self.n                      # then padding is the identity
-        self.begin = begin.to(device, non_blocking=True)
-        self.place = slice(None) if self.even else place.to(device, non_blocking=True)
+        even = min(lengths) == n                                # then padding is the identity
+        return cls(lengths, n, begin, None if even else row * n + torch.arange(sum(lengths)) - begin)
 
     def pad(self, x: Tensor) -> Tensor:
         """[H, T, d] -> [B, H, n, d], zeros where there is no token."""
-        if not self.even:
+        if self.place is not None:
             x = x.new_zeros(x.shape[0], len(self.lengths) * self.n, x.shape[2]).index_copy(1, self.place, x)
         return x.unflatten(1, (-1, self.n)).transpose(0, 1)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, n, ...] -> [T, ...]."""
-        return x.flatten(0, 1)[self.place]
+        x = x.flatten(0, 1)
+        return x if self.place is None else x[self.place]
 
     def intervals(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Intervals counted within their sequences, each int64 [B, n]; pads see all, so that no softmax is empty."""
         low, high = lo - self.begin, hi - self.begin
-        if not self.even:
+        if self.place is not None:
             low = lo.new_zeros(len(self.lengths) * self.n).index_copy(0, self.place, low)
             high = hi.new_full((len(self.lengths) * self.n,), self.n).index_copy(0, self.place, high)
         return low.view(-1, self.n), high.view(-1, self.n)
 
-
-def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, ...]) -> tuple[Padded, Tensor | None]:
-    """The plan of `attend`: the padding and the mask bool [B, 1, n, n], None where every sequence is causal."""
-    padded = Padded(lengths, lo.device)
-    if set(masks) == {"causal"}:
-        return padded, None
-    return padded, within(*padded.intervals(lo, hi), torch.arange(padded.n, device=lo.device))[:, None]
+    def allowed(self, mask: IntervalMask | KeptMask) -> Tensor | None:
+        """Whom each slot may see: bool [B, 1, n, n]; None where every sequence is causal."""
+        if set(mask.kinds) == {"causal"}:
+            return None
+        return within(*self.intervals(mask.lo, mask.hi), torch.arange(self.n, device=mask.lo.device))[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: tuple[Padded, Tensor | None], scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, padded: Padded, allow: Tensor | None, scale: float) -> Tensor:
     """`interval_attention` by torch's scaled_dot_product_attention."""
-    padded, allow = plan
     out = F.scaled_dot_product_attention(*map(padded.pad, (q, k, v)), attn_mask=allow, is_causal=allow is None,
                                          scale=scale, enable_gqa=q.shape[0] != k.shape[0])
     return padded.unpad(out.transpose(1, 2))                    # [B, H, n, d] -> [T, H, d]
@@ -201,14 +202,22 @@ def _maps(q: Tensor, k: Tensor, padded: Padded, low: Tensor, high: Tensor,
         yield some, allow, attention_weights(query[:, :, some], key, allow[:, None], scale)
 
 
-def _kept(memo: dict | None, make: Callable, *intervals: object) -> object:
-    """The plan that `make` returns for these intervals, from `memo` where it is there."""
+def attention_runs(memo: dict) -> object | None:
+    """The `attention_varlen.Plan` of a batch in a memo; None where attention goes another way."""
+    return memo.get(_key("runs"))
+
+
+def _kept(memo: dict | None, what: object, make: Callable[[], object]) -> object:
+    """What `make` returns, from `memo` where it is there."""
     if memo is None:
-        return make(*intervals)
-    key = make, torch.is_inference_mode_enabled()           # a plan made in inference mode is no use to a backward pass
-    if key not in memo:
-        memo[key] = make(*intervals)
-    return memo[key]
+        return make()
+    if _key(what) not in memo:
+        memo[_key(what)] = make()
+    return memo[_key(what)]
+
+
+def _key(what: object) -> tuple:
+    return what, torch.is_inference_mode_enabled()          # what was made in inference mode is no use to a backward
 
 
 @torch.compiler.assume_constant_result

@@ -31,36 +31,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from ..mask import IntervalMask, KeptMask
+
 TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 """Arguments of `varlen_attn` in this torch; they differ between releases."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a kernel. cu_q, cu_k: int32 [runs + 1], where the runs of queries and of keys begin, on the
-    device."""
-
-    causal: bool
-    cu_q: Tensor
-    cu_k: Tensor
-
-
-@dataclass(frozen=True)
 class Plan:
-    """The calls for a batch (one, or causal and full), an upper bound of a run's length, and which output a query
-    takes: bool [T, 1, 1], True for the causal call's."""
+    """The calls of a kernel for a batch: a causal one, or a causal and a full one."""
 
-    calls: tuple[Call, ...]
+    bounds: Tensor
+    """int32 [calls, 2, runs + 1], on the device: where the runs of queries and of keys begin; [1, 1, B + 1] where the
+    causal call is alone, whose runs are the sequences."""
     longest: int
+    """No run is longer."""
     causal: Tensor | None = None
+    """bool [T]: whose output is the causal call's; None where it is alone."""
 
-    def take(self, index: Tensor, rank: Tensor, lengths: tuple[int, ...]) -> Plan:
-        """The plan of the tokens `index` (int64 [K], ascending), of which `lengths` lie in each sequence: a bound b is
-        behind rank[b] kept tokens (int64 [T + 1]). Three gathers for a routed layer, in place of `prepare`'s 40 ops."""
-        calls = tuple(Call(call.causal, *(rank.index_select(0, cu).int() for cu in (call.cu_q, call.cu_k)))
-                      for call in self.calls)
-        causal = None if self.causal is None else self.causal.index_select(0, index)
-        return Plan(calls, max(2, *lengths), causal)
+    def take(self, mask: KeptMask) -> Plan:
+        """The plan of the tokens that a routed layer keeps: a bound b is behind rank[b] of them. One gather or two, in
+        place of `prepare`'s 40 ops; none where the layer's gather found them already."""
+        bounds, causal = mask.bounds, mask.flags
+        if bounds is None:
+            bounds = mask.rank.index_select(0, self.bounds.flatten()).int()
+            causal = None if self.causal is None else self.causal.index_select(0, mask.index)
+        return Plan(bounds.view_as(self.bounds), longest(mask.lengths), causal)
+
+
+def longest(lengths: tuple[int, ...]) -> int:
+    """An upper bound of a run's length, the same for nearly all batches: kernels of a recorded step keep theirs."""
+    return max(256, -(-max(lengths) // 256) * 256)              # not 1, which a kernel may take for a decoding step
 
 
 def refuses(masks: tuple[str, ...], width: int) -> str:
@@ -74,17 +75,15 @@ def refuses(masks: tuple[str, ...], width: int) -> str:
     return ""
 
 
-def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, ...]) -> Plan:
-    """The plan of `attend`, from the intervals; nothing is read back from the device. Arguments as for
-    `interval_attention`."""
-    host = torch.tensor([lengths, [kind == "prefix" for kind in masks]])
+def prepare(mask: IntervalMask) -> Plan:
+    """The plan of `attend` on the mask's device; nothing is read back from it."""
+    hi, most = mask.hi, longest(mask.lengths)
+    host = torch.tensor([mask.lengths, [kind == "prefix" for kind in mask.kinds]])
     size, leading = host.to(hi.device, non_blocking=True)       # int64 [B] each
-    longest = max(2, *lengths)                                  # at 1 a kernel may take the batch for a decoding step
     e = size.cumsum(0)
     s = e - size
-    if set(masks) == {"causal"}:
-        cu = F.pad(e, (1, 0)).int()
-        return Plan((Call(True, cu, cu),), longest)
+    if set(mask.kinds) == {"causal"}:
+        return Plan(F.pad(e, (1, 0)).int()[None, None], most)
     row = torch.repeat_interleave(torch.arange(len(size), device=hi.device), size, output_size=len(hi))
     leading, i = leading.bool(), torch.arange(1, len(hi) + 1, device=hi.device)
     first = torch.where(leading[row], hi > i, hi < e[row])      # the queries of [s, m)
@@ -96,20 +95,22 @@ def prepare(lo: Tensor, hi: Tensor, lengths: tuple[int, ...], masks: tuple[str, 
         front = leading != causal                               # sequences whose first part this call computes
         begin, end, key = torch.where(front, s, m), torch.where(front, m, e), torch.where(front, x, e)
         bounds = torch.stack([torch.stack([begin, end, e, e], 1), torch.stack([s, key, key, e], 1)]).flatten(1)
-        calls.append(Call(causal, *F.pad(bounds, (1, 0)).int()))
-    return Plan(tuple(calls), longest, (first != leading[row])[:, None, None])
+        calls.append(F.pad(bounds, (1, 0)).int())
+    return Plan(torch.stack(calls), most, first != leading[row])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, name: str) -> Tensor:
     """`interval_attention` by one or two calls of the kernel `name` of `KERNELS`."""
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))            # [T, H, d]
-    outs = [KERNELS[name](q, k, v, call.cu_q, call.cu_k, plan.longest, call.causal, scale) for call in plan.calls]
-    return outs[0] if plan.causal is None else torch.where(plan.causal, *outs)
+    outs = [KERNELS[name](q, k, v, bounds[0], bounds[-1], plan.longest, causal, scale)
+            for causal, bounds in zip((True, False), plan.bounds)]
+    return outs[0] if plan.causal is None else torch.where(plan.causal[:, None, None], *outs)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int, causal: bool,
             scale: float) -> Tensor:
-    """q: [T, H, d]; k, v: [T, H_kv, d]; runs as in `Call`, none longer than `longest`. Returns [T, H, d]."""
+    """q: [T, H, d]; k, v: [T, H_kv, d]; cu_q, cu_k: int32 [runs + 1], where runs no longer than `longest` begin.
+    Returns [T, H, d]."""
     options: dict[str, object] = {"is_causal": causal}
     if "window_size" in TAKES:
         options = {"window_size": (-1, 0 if causal else -1)}

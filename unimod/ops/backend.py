@@ -3,6 +3,7 @@ on request.
 
     UNIMOD_BACKEND=reference python ...     # or triton; sdpa, varlen, flash; one of each: triton,varlen
     with use_backend("reference", "sdpa"): ...
+    with meta_as("cuda"), count_launches() as launched: ...     # the way of a GPU without one: shapes only
 
 Every op has a reference that runs anywhere; the others must give the same numbers.
 """
@@ -61,13 +62,16 @@ _MISSING: dict[str, Callable[[str, torch.dtype], str]] = {
     "triton": _triton, "reference": lambda *_: "", "flash": _flash, "varlen": _half, "sdpa": lambda *_: ""}
 """Why an implementation cannot run on a device and dtype; empty when it can."""
 _forced: tuple[str, ...] | None = None
+_meta = "meta"
+"""The device type whose implementations run on tensors of the meta device."""
+_launched: list[str] | None = None
 _chosen: dict[tuple[str, str, torch.dtype, tuple[str, ...]], str] = {}
 
 
 def backend(family: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """The implementation of a family of ops on a device type (cpu, cuda) for a dtype. Raises `ParameterError` when a
     forced one cannot run there."""
-    key = (family, device, dtype, forced())
+    key = (family, _meta if device == "meta" else device, dtype, forced())
     if key not in _chosen:
         _chosen[key] = _choose(*key)
     return _chosen[key]
@@ -96,6 +100,38 @@ def use_backend(*names: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def meta_as(device: str) -> Iterator[None]:
+    """Inside the block tensors of the meta device go the way of another device type: what would run is counted."""
+    global _meta
+    before, _meta = _meta, device
+    try:
+        yield
+    finally:
+        _meta = before
+
+
+@contextmanager
+def count_launches() -> Iterator[list[str]]:
+    """The names of the Triton kernels that are launched inside the block, in order."""
+    global _launched
+    before, _launched = _launched, []
+    try:
+        yield _launched
+    finally:
+        _launched = before
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *tensors: object, **options: object) -> None:
+    """Run a Triton kernel over `grid` on the device of its first argument; on the meta device nothing runs."""
+    if _launched is not None:
+        _launched.append(kernel.fn.__name__)
+    if tensors[0].is_meta:
+        return
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, **options)
 
 
 def _checked(names: Sequence[str]) -> tuple[str, ...]:

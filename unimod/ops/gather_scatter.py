@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import backend
-from .select import prefix_count
+from .select import by_triton, prefix_count
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,20 @@ def gather_norm(h: Tensor, index: Tensor, norm: Norm, rank: Tensor) -> tuple[Ten
     h: [T, D]; index: int64 [K], ascending, unique; rank: int64 [T + 1], its prefix count (`select.select`), for the
     backward pass.
     """
-    if _by_triton(h):
-        from . import kernels_triton
+    if by_triton(h):
+        from .route_triton import GatherNorm
 
-        return kernels_triton.gather_norm(h, index, norm.weight, norm.bias, rank, norm.eps, norm.kind == "layer")
+        return GatherNorm.apply(h, index, norm.weight, norm.bias, rank, norm.eps, norm.kind == "layer")
     x = h[index]
+    return x, reference_norm(x, norm)
+
+
+def reference_norm(x: Tensor, norm: Norm) -> Tensor:
+    """`norm` of x, [K, D], in torch's own operators."""
     if norm.kind == "layer":
-        return x, F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x, norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+    return norm.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
 
 
 def scatter(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, x: Tensor | None = None,
@@ -60,10 +64,10 @@ def scatter(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, x: Tensor | 
     exactly y at weight 1. What the caller has already saves work: `x`, which is h[index], and `rank`, the prefix count
     of index (`select.select`).
     """
-    if _by_triton(h):
-        from . import kernels_triton
+    if by_triton(h):
+        from .kernels_triton import Scatter
 
-        return kernels_triton.scatter(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank)
+        return Scatter.apply(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank)
     return h.index_copy(0, index, _updated(h, y, index, weight, x, gated))
 
 
@@ -73,11 +77,10 @@ def scatter_(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, gated: Tens
     requires a gradient."""
     if h.requires_grad:
         raise RuntimeError("scatter_ overwrites h and has no backward; use scatter, or torch.no_grad().")
-    if h.is_contiguous() and _by_triton(h):
-        from . import kernels_triton
+    if h.is_contiguous() and by_triton(h):
+        from .kernels_triton import launch_scatter
 
-        kernels_triton.scatter_(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank)
-        return h
+        return launch_scatter(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank, h)
     return h.index_copy_(0, index, _updated(h, y, index, weight, None, gated))
 
 
@@ -89,6 +92,3 @@ def _updated(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, x: Tensor | No
         gated = new - (h[index] if x is None else x)
     return (new + (weight.to(wide) - 1)[:, None] * gated).to(h.dtype)
 
-
-def _by_triton(h: Tensor) -> bool:
-    return backend("kernels", h.device.type, h.dtype) == "triton"

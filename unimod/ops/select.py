@@ -6,6 +6,9 @@ pass.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -15,22 +18,49 @@ LONGEST = 2**14
 """Tokens of the longest segment that the Triton kernel takes: one program holds a whole segment."""
 
 
-def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...],
+           sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The `keep[s]` best-scored tokens of each segment s.
 
-    score: float [T]; lengths, keep: host sizes per segment, lengths adding up to T and 0 <= keep[s] <= lengths[s]. Ties
+    score: float [T]; lengths, keep: host sizes per segment, lengths adding up to T and 0 <= keep[s] <= lengths[s];
+    sizes: their `segment_sizes` on the device, which saves an upload. Ties
     go to the earlier token; a NaN of either sign counts as the best score, and -0 equals 0. Returns `index` (int64 [K],
     ascending), `last` (int64 [S]: the k-th best token of each segment; its best for keep[s] = 0; any token where the
     segment is empty) and `rank` (int64 [T + 1], the prefix count of index, from which `IntervalMask.take` reads the
     new intervals). Raises ValueError on sizes that do not fit.
     """
-    if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
-        raise ValueError(f"select: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
-    if max(lengths) <= LONGEST and backend("kernels", score.device.type, score.dtype) == "triton":
+    check_sizes(score, lengths, keep)
+    if max(lengths) <= LONGEST and by_triton(score):
         from . import kernels_triton
 
-        return kernels_triton.select(score.detach(), lengths, keep)
+        sizes = _uploaded(tuple(lengths), tuple(keep), score.device) if sizes is None else sizes
+        return kernels_triton.launch_select(score.detach().contiguous(), max(lengths), sum(keep), sizes)
     return reference_select(score, lengths, keep)
+
+
+def by_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels run on x. Not in a graph that is compiled or exported: the compiler fuses the
+    reference."""
+    return not torch.compiler.is_compiling() and backend("kernels", x.device.type, x.dtype) == "triton"
+
+
+def check_sizes(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> None:
+    """Raise ValueError where `keep` or `score` does not fit `lengths`."""
+    if sum(lengths) != len(score) or len(lengths) != len(keep) or any(not 0 <= k <= n for k, n in zip(keep, lengths)):
+        raise ValueError(f"select: keep={keep} does not fit lengths={lengths} of {len(score)} scores.")
+
+
+def segment_sizes(lengths: tuple[int, ...], keep: tuple[int, ...]) -> Tensor:
+    """What the kernel must know of each segment, on the host: int32 [S, 4] = first token, tokens, tokens kept, tokens
+    kept in the segments before."""
+    rows = zip(accumulate(lengths, initial=0), lengths, keep, accumulate(keep, initial=0))
+    return torch.tensor(list(rows), dtype=torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _uploaded(lengths: tuple[int, ...], keep: tuple[int, ...], device: torch.device) -> Tensor:
+    """One upload per batch and number kept, which nothing waits for."""
+    return segment_sizes(lengths, keep).to(device, non_blocking=True)
 
 
 def reference_select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
