@@ -76,12 +76,8 @@ def _each_layer(model: UnifiedModel, begin: Callable[[Batch], None],
                                "sequence at once, without a cache.")
         begin(batch)
 
-    hook = model.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with seam.observe_attention(observer):
-            yield
-    finally:
-        hook.remove()
+    with model.register_forward_pre_hook(enter, with_kwargs=True), seam.observe_attention(observer):
+        yield
 
 
 @contextmanager
@@ -169,13 +165,12 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
 
     before, parts = seam.attention_names(config), list(model.modules())
     _CAPTURED.update(dict.fromkeys(parts, keep))
-    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     model.set_attn_implementation(seam.attention_names(config, {PLAIN: CAPTURING}))
     try:
-        yield record
+        with model.register_forward_pre_hook(begin, with_kwargs=True):
+            yield record
     finally:
         model.set_attn_implementation(before)
-        hook.remove()
         for module in parts:
             del _CAPTURED[module]
     if not record.captured:

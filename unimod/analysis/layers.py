@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -112,12 +113,10 @@ def _cosine(model: UnifiedModel, batch: Batch, task: Task) -> Tensor:
         x, y = args[0][0, mine].float(), layer_output(output)[0, mine].float()
         found.append(F.cosine_similarity(x, y, dim=-1).mean())
 
-    hooks = [layer.register_forward_hook(compare) for layer in model.layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.layers:
+            hooks.enter_context(layer.register_forward_hook(compare))
         model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(found).cpu()
 
 
