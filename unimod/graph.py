@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -166,27 +167,33 @@ class StaticStep:
             group["lr"] = torch.as_tensor(float(group["peak"]), device=self.device)
 
     def __call__(self, batches: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
-        """One step on batches of the host. rate: the learning rate relative to each group's peak. Returns the mean over
-        batches of the objective, the total and the tasks' losses, float32 [2 + tasks], and the norm of the
-        gradients."""
+        """One step on batches of the host. rate: the learning rate relative to each group's peak.
+
+        Returns the means over batches of the tasks' weighted sum and of each task's loss, float32 [1 + tasks], and the
+        norm of the gradients.
+        """
+        if len(batches) == 1:
+            signature, *held = self._upload(batches[0], rate)
+            return self._run(signature, lambda: self._whole(*held))
         found = []
         for i, batch in enumerate(batches):
-            batch, plan, signature = filled(self.model, batch)
-            held = batch, plan, torch.tensor(rate)
-            if signature not in self._memory:
-                self._memory[signature] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)
-            there, plan, rates = upload(held, self.device, self._memory[signature])
-            there = there.with_host(batch)
-            if len(batches) == 1:
-                return self._run(signature, lambda: self._whole(there, plan, rates))
-            found.append(self._run((signature, i == 0), lambda: self._learn(there, plan, rates, 1 / len(batches),
-                                                                            fresh=i == 0)).clone())
-        norm = self._run("update", self._update)
-        return torch.stack(found).mean(0), norm
+            signature, *held = self._upload(batch, rate)
+            learn = partial(self._learn, *held, 1 / len(batches), i == 0)
+            found.append(self._run((signature, i == 0), learn).clone())
+        return torch.stack(found).nanmean(0), self._run("update", self._update)
+
+    def _upload(self, batch: Batch, rate: float) -> tuple[Signature, Batch, BatchPlan, Tensor]:
+        """The batch, filled up, its plan and the rate in the memory of their signature."""
+        batch, plan, signature = filled(self.model, batch)
+        held = batch, plan, torch.tensor(rate)
+        if signature not in self._memory:
+            self._memory[signature] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)
+        there, plan, rates = upload(held, self.device, self._memory[signature])
+        return signature, there.with_host(batch), plan, rates
 
     def _whole(self, batch: Batch, plan: BatchPlan, rate: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        return self._learn(batch, plan, rate, 1.0, fresh=False), self._update()
+        return self._learn(batch, plan, rate, 1.0, False), self._update()
 
     def _learn(self, batch: Batch, plan: BatchPlan, rate: Tensor, share: float, fresh: bool) -> Tensor:
         """Gradients of one batch, added to those there are. fresh: those there are belong to the step before."""
@@ -197,7 +204,7 @@ class StaticStep:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         outcome = self.objective(batch, plan)
         (outcome.objective if share == 1 else outcome.objective * share).backward()
-        return torch.cat([outcome.objective.detach()[None], outcome.total.detach()[None], outcome.per_task])
+        return torch.cat([outcome.total.detach()[None], outcome.per_task])
 
     def _update(self) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)

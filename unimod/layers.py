@@ -114,19 +114,22 @@ class MoDLayer(nn.Module):
         """hidden_states: [1, T, D]; cos and sin: [1, T, d]. Returns [1, T, D]."""
         if unimod.decode:
             return self._decode(hidden_states, unimod, position_embeddings=position_embeddings, **kwargs)
-        h, earlier, plan = hidden_states.squeeze(0), unimod.earlier, unimod.plan.layers.get(self.number)
+        earlier, plan = unimod.earlier, unimod.plan.layers.get(self.number)
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         rotary = torch.cat(position_embeddings, -1).squeeze(0) if unimod.rotary is None else unimod.rotary
-        gather = None if recompute or plan is None else self._gather(h, rotary, unimod, plan)
-        routing = self.router(h, unimod.batch, earlier, plan, *(() if gather is None else (gather,)))
+        gather = None if recompute or plan is None else self._gather(hidden_states, rotary, unimod, plan)
+        if gather is None:
+            routing = self.router(hidden_states.squeeze(0), unimod.batch, earlier, plan)
+        else:
+            routing = self.router(hidden_states, unimod.batch, earlier, plan, gather)
         log = None if torch.compiler.is_compiling() else _LOG.get()        # compiled layers are not recorded
         if log is not None:
             log[self.number] = routing
         found, index, scale = routing.gathered, routing.index, routing.skip_scale
-        h = h if found is None else found.h
+        h = hidden_states if found is None else found.h
         skipped = h if scale is None else h * scale[:, None].to(h.dtype)
         if not any(s.length for s in routing.segments):     # a threshold may turn every token away
-            return skipped[None]
+            return skipped
         received = earlier.received
         # gathered, not computed anew: cos and sin of the kept tokens' own positions, in float32
         angles = rotary.index_select(0, index) if found is None else found.rotary
@@ -135,32 +138,29 @@ class MoDLayer(nn.Module):
         # the router stays outside: its decision is needed to scatter, and costs 2 D FLOPs a token
         x, y, gated = checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)
         if earlier.needs_attention:                         # skipped tokens keep what they received last
-            received = earlier.received.new_zeros(len(h)) if received is None else received
+            received = earlier.received.new_zeros(h.shape[1]) if received is None else received
             earlier.received = received.index_copy(0, index, earlier.received)
         # the usual end: skipped tokens are h itself, which nobody may write to
         if scale is None:
-            return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)[None]
+            return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)
         # in place without gradients: `skipped` is this layer's own, while the caller may still hold hidden_states
         write = scatter if torch.is_grad_enabled() else scatter_
         return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated,
-                     rank=routing.rank)[None]
+                     rank=routing.rank)
 
     def _run(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor,
                                                                                           Tensor | None]:
-        """The kept tokens [K, D], the layer's output on them, and what the gate multiplies where that is not their
+        """The kept tokens [1, K, D], the layer's output on them, and what the gate multiplies where that is not their
         difference."""
         found, norm = routing.gathered, seam.input_norm(self.layer)
         if found is None:
-            x = hidden_states.squeeze(0).index_select(0, routing.index)[None]
-        else:
-            x = found.x[None]
-            norm.given = x, found.normed[None]              # the very tensor by which the norm knows its result
+            x = hidden_states.index_select(1, routing.index)
+            return x, *self._layer(x, **kwargs)
+        norm.given = found.x, found.normed                  # the very tensor by which the norm knows its result
         try:
-            y, gated = self._layer(x, **kwargs)
-            return x.squeeze(0), y.squeeze(0), None if gated is None else gated.squeeze(0)
+            return found.x, *self._layer(found.x, **kwargs)
         finally:
-            if found is not None:
-                norm.given = None
+            norm.given = None
 
     def _layer(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """The layer's output and what the gate multiplies, None for the whole update; both like x: [1, K, D]."""

@@ -72,8 +72,8 @@ class TaskRouter(nn.Module):
 
     def forward(self, h: Tensor, batch: Batch, state: RoutingState | None = None, plan: LayerPlan | None = None,
                 gather: Gather | None = None) -> Routing:
-        """Route h: [T, D]. gather: also gather the kept tokens in the same op, where `fuses` says so. Raises
-        RuntimeError for a threshold segment before `generate.calibrate` was called."""
+        """Route h: [T, D]. gather: also gather the kept tokens in the same op, where `fuses` says so, of h [1, T, D].
+        Raises RuntimeError for a threshold segment before `generate.calibrate` was called."""
         state, plan = state or RoutingState(), plan or self.plan_of(batch)
         if gather is not None:
             scorer = Scorer(self.proj.weight, self.proj.bias, self.config.gate, self.config.gain)

@@ -80,7 +80,7 @@ class Gather:
 
     norm: Norm
     rotary: Tensor
-    bounds: Tensor
+    bounds: Tensor | None
     flags: Tensor | None
 
 

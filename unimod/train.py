@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +28,12 @@ from .batch import Batch, Task
 from .config import ParameterError
 from .data.batches import Batches
 from .flops import count
+from .graph import StaticStep, whole_step_refused
 from .layers import record_routing
 from .losses import budget, losses, membership, prediction
 from .models.unified import UnifiedModel, compile_layers
+from .ops.backend import say
+from .routing import BatchPlan
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ class TrainConfig:
     """cpu or cuda."""
     compile: bool = False
     """Compile the decoder layers (`compile_layers`): minutes at the start, for CUDA."""
+    accumulate: int = 1
+    """Batches of a step, whose gradients are averaged."""
+    graph: bool = False
+    """Take whole steps on static memory (`graph.StaticStep`), which CUDA replays as one graph; one process only."""
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step relative to its peak: linear warm-up, then half a cosine to 0."""
@@ -96,10 +104,10 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.config = model, config or TrainConfig(steps=1)
 
-    def forward(self, batch: Batch) -> Outcome:
-        """The losses of a batch. Raises ValueError when it has no target."""
+    def forward(self, batch: Batch, plan: BatchPlan | None = None) -> Outcome:
+        """The losses of a batch; plan as in `losses`. Raises ValueError when it has no target."""
         with record_routing() as log:
-            loss = losses(self.model, batch)
+            loss = losses(self.model, batch, plan)
         beside = prediction(log)
         for weight, extra in ((self.config.membership, membership), (self.config.budget, budget)):
             beside = beside + weight * extra(log) if weight else beside
@@ -113,24 +121,32 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
 
     `evaluate(model)` returns figures that join the record of the step they were taken after. With `folder`, records are
     appended to metrics.jsonl and last.pt holds the state to resume from; it is removed when the run is complete. In a
-    group of n processes, process r takes batch n * step + r, a record is the mean of the losses and the sum of the
-    tokens and FLOPs, and only the main process evaluates, logs and writes. Nothing waits for the device but the figures
-    of a record, which are read while the next step runs: on CUDA `log` comes a step late, and so does the end of a run
-    whose loss is not finite. Raises `ParameterError` when the folder holds an interrupted run of another configuration
-    or number of processes, RuntimeError in every process on a loss that is not finite in one.
+    group of n processes, process r takes batch n * step + r (with a batches accumulated a step, a of them from a * (n *
+    step + r) on), a record is the mean of the losses and the sum of the tokens and FLOPs, and only the main process
+    evaluates, logs and writes. Nothing waits for the device but the figures of a record, which are read while the next
+    step runs: on CUDA `log` comes a step late, and so does the end of a run whose loss is not finite. Raises
+    `ParameterError` when the folder holds an interrupted run of another configuration or number of processes,
+    RuntimeError in every process on a loss that is not finite in one.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     if config.compile:
         compile_layers(model)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8,
-                                  fused=accelerator.device.type == "cuda")
-    objective, optimizer = accelerator.prepare(Objective(model, config), optimizer)
+    cuda = accelerator.device.type == "cuda"
+    bare = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=cuda,
+                             capturable=cuda and config.graph)
+    objective, optimizer = accelerator.prepare(Objective(model, config), bare)
     settings = {**asdict(config), "processes": world}
     records: list[dict] = []
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         records = _restore(Path(folder), model, optimizer, settings) if resume else []
+    why = whole_step_refused(model) if world == 1 else f"{world} processes average their gradients"
+    if config.graph and why:
+        say(f"unimod: training steps are taken one kernel at a time: {why}")
+    take = _PlainStep(accelerator, objective, optimizer, config.clip)
+    if config.graph and not why:
+        take = StaticStep(objective, bare, config.clip)
 
     pending: list[tuple[int, float, Callable[[], Tensor]]] = []
     flushed = 0.0
@@ -156,23 +172,18 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
 
     for step in range(len(records), config.steps):
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * config.lr_at(step)
-        batch = batches.train(world * step + rank).to(accelerator.device)
+        first = config.accumulate * (world * step + rank)
+        group = [batches.train(first + i) for i in range(config.accumulate)]
         objective.train()
         # another seed for every run, step and process: routers' noise and random scores never repeat, and a resumed run
         # draws what the interrupted one would have
         torch.manual_seed((config.seed * 1_000_003 + step) * world + rank)
-        outcome = objective(batch)
-        accelerator.backward(outcome.objective)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        means, norm = take(group, config.lr_at(step))
 
-        cost = count(model, batch)
-        spent = torch.tensor([len(batch), cost.step, cost.dense_step], dtype=torch.float64)
+        spent = torch.tensor([[len(batch), cost.step, cost.dense_step] for batch in group
+                              for cost in [count(model, batch)]], dtype=torch.float64).sum(0)
         spent = spent.to(accelerator.device, non_blocking=True)
-        mine = torch.cat([outcome.total.detach()[None], outcome.per_task, norm.detach()[None], spent])
+        mine = torch.cat([means, norm.detach()[None], spent])
         last = step + 1 == config.steps
         judged = evaluate is not None and (last or (config.evaluate_every and (step + 1) % config.evaluate_every == 0))
         saved = folder is not None and not last and (step + 1) % config.save_every == 0
@@ -180,7 +191,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
             log(record)
         pending.append((step, began, _async_copy(accelerator.gather(mine[None]))))
         # on CUDA the metrics are read a step later, while the next one runs: reading them now would wait for the device
-        if accelerator.device.type == "cuda" and not (judged or saved or last):
+        if cuda and not (judged or saved or last):
             continue
         record = flush()
         if not main:                                        # it meets the main process again in the next step
@@ -197,6 +208,31 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     accelerator.wait_for_everyone()
     model.eval()
     return records
+
+
+class _PlainStep:
+    """Losses, backward, clipping and update, one kernel after another; `graph.StaticStep` does the same."""
+
+    def __init__(self, accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer,
+                 clip: float) -> None:
+        self.accelerator, self.objective, self.optimizer, self.clip = accelerator, objective, optimizer, clip
+
+    def __call__(self, batches: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
+        """One step; as `graph.StaticStep.__call__`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        found = []
+        for i, batch in enumerate(batches, 1):
+            # processes average their gradients once a step, in its last backward
+            with nullcontext() if i == len(batches) else self.accelerator.no_sync(self.objective):
+                outcome = self.objective(batch.to(self.accelerator.device))
+                loss = outcome.objective if len(batches) == 1 else outcome.objective / len(batches)
+                self.accelerator.backward(loss)
+            found.append(torch.cat([outcome.total.detach()[None], outcome.per_task]))
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(found).nanmean(0), norm
 
 
 def _async_copy(x: Tensor) -> Callable[[], Tensor]:

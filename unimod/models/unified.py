@@ -139,6 +139,7 @@ class UnifiedModel(nn.Module):
         angles = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
         # side by side, so that a routed layer gathers both at once
         rotary = torch.cat(angles, -1)
+        pair = rotary.chunk(2, -1)
         state = ForwardState(batch, plan=plan, rotary=rotary.squeeze(0), cache=cache, decode=decode,
                              attention=dict(plan.attention), compiled=self.compiled)
         layers, earlier = self._live(), state.earlier
@@ -149,7 +150,7 @@ class UnifiedModel(nn.Module):
                     earlier.routing = earlier.decision = None
                 scored = hasattr(following, "router") and following.router.needs_attention
                 earlier.needs_attention = scored and (cache is None or cache.fresh)
-                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=rotary.chunk(2, -1),
+                h = seam.layer_output(layer(h, attention_mask=None, position_ids=None, position_embeddings=pair,
                                             unimod=state))
         if cache is not None:
             cache.fresh = False

@@ -59,16 +59,16 @@ def scatter(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, x: Tensor | 
             gated: Tensor | None = None, rank: Tensor | None = None) -> Tensor:
     """The residual stream after a routed layer, in a tensor of its own: [T, D] in h's dtype.
 
-    h: [T, D]; y: [K, D], the layer's output on the tokens `index` (int64 [K], ascending, unique); weight: [K]. `gated`:
-    [K, D], what the weight multiplies where that is not y - h[index]. Computed in float32 (float64 for float64), and
-    exactly y at weight 1. What the caller has already saves work: `x`, which is h[index], and `rank`, the prefix count
-    of index (`select.select`).
+    h: [T, D], or with a leading 1 as y, gated and x then; y: [K, D], the layer's output on the tokens `index` (int64
+    [K], ascending, unique); weight: [K]. `gated`: [K, D], what the weight multiplies where that is not y - h[index].
+    Computed in float32 (float64 for float64), and exactly y at weight 1. What the caller has already saves work: `x`,
+    which is h[index], and `rank`, the prefix count of index (`select.select`).
     """
     if by_triton(h):
         from .kernels_triton import Scatter
 
-        return Scatter.apply(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank)
-    return h.index_copy(0, index, _updated(h, y, index, weight, x, gated))
+        return Scatter.apply(h, y, gated, weight, prefix_count(index, h.shape[-2]) if rank is None else rank)
+    return h.index_copy(-2, index, _updated(h, y, index, weight, x, gated))
 
 
 def scatter_(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, gated: Tensor | None = None,
@@ -80,8 +80,8 @@ def scatter_(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, *, gated: Tens
     if h.is_contiguous() and by_triton(h):
         from .kernels_triton import launch_scatter
 
-        return launch_scatter(h, y, gated, weight, prefix_count(index, len(h)) if rank is None else rank, h)
-    return h.index_copy_(0, index, _updated(h, y, index, weight, None, gated))
+        return launch_scatter(h, y, gated, weight, prefix_count(index, h.shape[-2]) if rank is None else rank, h)
+    return h.index_copy_(-2, index, _updated(h, y, index, weight, None, gated))
 
 
 def _updated(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, x: Tensor | None, gated: Tensor | None) -> Tensor:
@@ -89,6 +89,6 @@ def _updated(h: Tensor, y: Tensor, index: Tensor, weight: Tensor, x: Tensor | No
     wide = torch.promote_types(h.dtype, torch.float32)
     new = y.to(wide)
     if gated is None:
-        gated = new - (h[index] if x is None else x)
+        gated = new - (h.index_select(-2, index) if x is None else x)
     return (new + (weight.to(wide) - 1)[:, None] * gated).to(h.dtype)
 

@@ -178,11 +178,11 @@ class Scatter(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         *rows, weight, rank = ctx.saved_tensors
         h, y, gated = (None if x is None else x.contiguous() for x in rows)
-        grad, D = grad.contiguous(), grad.shape[1]
-        dh, dy = torch.empty_like(grad), grad.new_empty(len(weight), D, dtype=ctx.dtype)
+        grad, (T, D) = grad.contiguous(), grad.shape[-2:]
+        dh, dy = torch.empty_like(grad), grad.new_empty(*grad.shape[:-2], len(weight), D, dtype=ctx.dtype)
         dgated = torch.empty_like(dy) if ctx.weighs_gated else None
         dweight = torch.empty_like(weight) if ctx.learned else None
-        launch(scatter_backward_kernel, (len(grad),), grad, h, y, gated, weight.contiguous(), rank, dh, dy, dgated,
+        launch(scatter_backward_kernel, (T,), grad, h, y, gated, weight.contiguous(), rank, dh, dy, dgated,
                dweight, D, **row_block(D))
         return dh, dy, dgated, dweight, None
 
@@ -190,6 +190,7 @@ class Scatter(torch.autograd.Function):
 def launch_scatter(h: Tensor, y: Tensor, gated: Tensor | None, weight: Tensor, rank: Tensor, out: Tensor) -> Tensor:
     """Fill `out`, which may be h itself; both are contiguous."""
     gated = None if gated is None else gated.contiguous()
-    launch(scatter_kernel, (len(h),), h, y.contiguous(), gated, weight.contiguous(), rank, out, h.shape[1],
-           INPLACE=out is h, **row_block(h.shape[1]))
+    T, D = h.shape[-2:]
+    launch(scatter_kernel, (T,), h, y.contiguous(), gated, weight.contiguous(), rank, out, D, INPLACE=out is h,
+           **row_block(D))
     return out

@@ -55,37 +55,38 @@ class Routed(NamedTuple):
     """int64 [T + 1]."""
     rotary: Tensor
     """float32 [K, R]: rotary[index]."""
-    bounds: Tensor
+    bounds: Tensor | None
     """int32 [C]: rank[bounds]."""
     flags: Tensor | None
     """bool [K]: flags[index]."""
 
 
 def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, lengths: tuple[int, ...],
-                 kept: tuple[int, ...], sizes: Tensor, norm: Norm, rotary: Tensor, bounds: Tensor,
-                 flags: Tensor | None) -> Routed:
+                 kept: tuple[int, ...], sizes: Tensor, norm: Norm, rotary: Tensor,
+                 bounds: Tensor | None, flags: Tensor | None) -> Routed:
     """Score all tokens and gather the `kept[s]` best of each segment s.
 
-    h: [T, D]; task: int64 [T]; eligible: bool [T], the tokens that are gated; lengths, kept: host sizes per segment;
-    sizes: their `segment_sizes` on h's device; rotary: float32 [T, R], cosines and sines side by side; bounds:
-    int32 [C], each in 0 ... T; flags: bool [T] or None. Scores are sums in float32 (float64 for float64) of h and the
-    weight rounded to h's dtype. Gradients: to h, the scorer and the norm, from h, x, normed, weight and score. Raises
-    ValueError as `select`.
+    h: [T, D], or with a leading 1 as x and normed then; task: int64 [T]; eligible: bool [T], the tokens that are gated;
+    lengths, kept: host sizes per segment; sizes: their `segment_sizes` on h's device; rotary: float32 [T, R], cosines
+    and sines side by side; bounds: int32 [C], each in 0 ... T; flags: bool [T] or None. Scores are sums in float32
+    (float64 for float64) of h and the weight rounded to h's dtype. Gradients: to h, the scorer and the norm, from h, x,
+    normed, weight and score. Raises ValueError as `select`.
     """
     if max(lengths) <= LONGEST and by_triton(h):
-        check_sizes(h, lengths, kept)
+        check_sizes(task, lengths, kept)
         from .route_triton import RouteGather
 
         return Routed(*RouteGather.apply(
             h, scorer.weight, scorer.bias, norm.weight, norm.bias, task, eligible, sizes, rotary, bounds, flags,
             scorer.gate, scorer.gain, norm.eps, norm.kind == "layer", max(lengths), sum(kept)))
-    score = reference_score(h, scorer, task)
+    score = reference_score(h.flatten(0, -2), scorer, task)
     index, kth, rank = select(score.detach(), lengths, kept, sizes)
     # 1, not the gate, where there was no choice: such a token goes through the layer as in the dense model
     gate = torch.where(eligible, GATE[scorer.gate](score, scorer.gain), 1.0)
-    x = h.index_select(0, index)
+    x = h.index_select(-2, index)
     return Routed(h, x, reference_norm(x, norm), gate.index_select(0, index), score, index, kth, rank,
-                  rotary.index_select(0, index), None if bounds is None else rank.index_select(0, bounds).to(torch.int32),
+                  rotary.index_select(0, index),
+                  None if bounds is None else rank.index_select(0, bounds).to(torch.int32),
                   None if flags is None else flags.index_select(0, index))
 
 

@@ -84,7 +84,8 @@ def gather_kernel(h, index, weight, bias, rotary, flags, bounds, rank, x, n, rot
 @triton.jit
 def route_backward_kernel(h, rank, weight, grad_h, grad_x, grad_n, score, task, eligible, scorer, grad_factor,
                           grad_score, dh, sums, T, D, eps, gain, CENTRED: tl.constexpr, BIAS: tl.constexpr,
-                          NORM: tl.constexpr, SCORER: tl.constexpr, GATE: tl.constexpr, TASKS: tl.constexpr, BLOCK: tl.constexpr):
+                          NORM: tl.constexpr, SCORER: tl.constexpr, GATE: tl.constexpr, TASKS: tl.constexpr,
+                          BLOCK: tl.constexpr):
     """dh [T, D], and in `sums` (float32 [programs, rows, D]) what each program's tokens add to the gradients of norm
     weight, norm bias, scorer weights and, as first entries of the last row, scorer biases. A few programs go through
     all tokens in turn. A gradient that is None has nobody asked for."""
@@ -198,9 +199,9 @@ class RouteGather(torch.autograd.Function):
                 task: Tensor, eligible: Tensor, sizes: Tensor, rotary: Tensor, bounds: Tensor, flags: Tensor | None,
                 gate: str, gain: float, eps: float, centred: bool, longest: int,
                 kept: int) -> tuple[Tensor | None, ...]:
-        score = h.new_empty(len(h), dtype=torch.float32)
-        stream, tasks, block = h.contiguous(), len(scorer), row_block(h.shape[1])
-        launch(score_kernel, (len(h),), stream, task, scorer, shift, score, h.shape[1], TASKS=tasks, **block)
+        T, D = h.shape[-2:]
+        score, stream = h.new_empty(T, dtype=torch.float32), h.contiguous()
+        launch(score_kernel, (T,), stream, task, scorer, shift, score, D, TASKS=len(scorer), **row_block(D))
         factor = score.new_empty(kept)
         index, kth, rank = launch_select(score, longest, kept, sizes, eligible=eligible, factor=factor, gate=gate,
                                          gain=gain)
@@ -247,8 +248,8 @@ def launch_gather(h: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None,
                   centred: bool, rotary: Tensor | None, flags: Tensor | None,
                   bounds: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and n, [K, D], and what `route.Routed` calls rotary, bounds and flags, None where there are none."""
-    K, D = len(index), h.shape[1]
-    x, n = h.new_empty(K, D), h.new_empty(K, D)
+    K, D = len(index), h.shape[-1]
+    x, n = h.new_empty(*h.shape[:-2], K, D), h.new_empty(*h.shape[:-2], K, D)
     R, C = (0 if tensor is None else tensor.shape[-1] for tensor in (rotary, bounds))
     angles = None if rotary is None else rotary.new_empty(K, R)
     marks = None if flags is None else flags.new_empty(K)
@@ -267,7 +268,7 @@ def launch_backward(h: Tensor, rank: Tensor, weight: Tensor, bias: Tensor | None
                     wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of h, scorer's weight and bias, norm's weight and bias; `wanted`: of which of the last four. None of
     a parameter that no gradient reaches."""
-    T, D = h.shape
+    T, D = h.shape[-2:]
     grads = [None if g is None else g.contiguous() for g in (grad_h, grad_x, grad_n, grad_factor, grad_score)]
     norm = grad_n is not None and any(wanted[2:])
     scores = any(wanted[:2]) and not (grad_factor is None and grad_score is None)

@@ -1,0 +1,125 @@
+"""A training step on static memory learns what a plain one does, whatever the batch is filled up with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unimod.baselines import PRESETS
+from unimod.batch import Task, pack
+from unimod.config import RouterConfig
+from unimod.data import open_data
+from unimod.data.batches import Batches
+from unimod.graph import BUCKET, StaticStep, filled, whole_step_refused
+from unimod.layers import apply_mod, learn_capacity
+from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.plan import last_half
+from unimod.train import Objective, TrainConfig, train
+
+DATA = open_data("scenes")
+CAN = [name for name, config in PRESETS.items() if config.topk_scope == "segment"]
+
+
+def built(name, router="dense", batch=(2, 2, 1)):
+    model, tokenizer = from_pretrained(shipped(name))
+    if router != "dense":
+        torch.manual_seed(0)
+        apply_mod(model, last_half(8), PRESETS[router])
+    return model, Batches(DATA, tokenizer, model.layout, batch)
+
+
+def learned(objective, *given):
+    """Losses and gradients."""
+    torch.manual_seed(1)
+    objective.zero_grad()
+    outcome = objective(*given)
+    outcome.objective.backward()
+    return outcome, {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("router", ["dense", *CAN])
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_the_filler_changes_neither_losses_nor_gradients(name, router):
+    """Also those on routers; where scores are drawn, the filler draws behind the batch's own."""
+    model, batches = built(name, router)
+    objective, batch = Objective(model, TrainConfig(steps=1, membership=0.1, budget=0.1)).train(), batches.train(0)
+    new, plan, signature = filled(model, batch)
+    assert len(new) == signature.tokens == sum(new.lengths) and signature.tokens % BUCKET == 0
+    for layer in plan.layers.values():
+        assert sum(layer.kept) % BUCKET == 0 and layer.kept[:len(batch.segments)] == model.plan(batch).layers[
+            next(iter(plan.layers))].kept
+    if "random" in PRESETS.get(router, RouterConfig()).score:
+        return                                              # a longer batch draws other scores: sizes only
+    (ours, grads), (theirs, expected) = learned(objective, new, plan), learned(objective, batch)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert grads.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(grads[key], grad, rtol=1e-3, atol=1e-5 * max(1, float(grad.abs().max())), msg=key)
+
+
+@pytest.mark.parametrize("router, accumulate", [("dense", 1), ("unimod", 1), ("unimod", 3), ("early-exit", 2)])
+def test_training_on_static_memory_is_training(router, accumulate):
+    """AdamW, clipping, the schedule of the learning rate, accumulation: the same curve and the same model."""
+    found = []
+    for graph in (False, True):
+        model, batches = built("showo-tiny", router)
+        records = train(model, batches, TrainConfig(steps=5, clip=0.5, accumulate=accumulate, graph=graph))
+        found.append(([[r["loss"], r["grad_norm"], r["lr"], r["tokens"], r["flops"]] for r in records],
+                      model(batches.held_out("test", 4)).detach()))
+    (ours, hidden), (theirs, expected) = found
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+    # not weights one by one: a key's bias has no gradient but rounding, of which AdamW makes a step of full size
+    torch.testing.assert_close(hidden, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_accumulated_gradients_are_the_mean_of_their_batches():
+    model, batches = built("showo-tiny", "unimod")
+    step = StaticStep(Objective(model).train(), optimizer(model), clip=1e9)
+    grads = [learned(Objective(model), batches.train(i))[1] for i in range(2)]
+    expected = {key: (grads[0][key] + grads[1][key]) / 2 for key in grads[0]}
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    torch.testing.assert_close(step([batches.train(0), batches.train(1)], 0.0)[1], norm, rtol=1e-4, atol=1e-5)
+
+
+def optimizer(model):
+    return torch.optim.AdamW([{"params": model.parameters(), "peak": 1e-3}], lr=1e-3)
+
+
+def test_batches_of_one_signature_lie_in_one_place():
+    """What a recorded graph reads: the same addresses for every batch of a signature, whatever it holds."""
+    model, batches = built("emu3-tiny", "unimod")
+    step, places = StaticStep(Objective(model).train(), optimizer(model), 1.0), {}
+    for i in range(6):
+        signature, batch, plan, rate = step._upload(batches.train(i), 1.0)
+        layer = next(iter(plan.layers.values()))
+        tensors = [batch.ids, batch.mask.lo, layer.eligible, layer.sizes, plan.targets.index, rate]
+        place = [(x.data_ptr(), x.shape) for x in tensors]
+        assert places.setdefault(signature, place) == place
+        assert torch.equal(batch.ids, filled(model, batches.train(i))[0].ids)
+    assert len(places) < 6
+
+
+def test_whose_step_cannot_have_one_size_says_so(capsys):
+    for router, why in (("competitive", "topk_scope='batch'"), ("layer-drop", "topk_scope='sequences'")):
+        model, batches = built("showo-tiny", router)
+        assert why in whole_step_refused(model)
+    records = train(model, batches, TrainConfig(steps=1, graph=True))
+    assert len(records) == 1 and f"one kernel at a time: {why}" in "".join(capsys.readouterr())
+    model, _ = built("showo-tiny", "unimod")
+    assert not whole_step_refused(model)
+    learn_capacity(model, 0.3)
+    assert "learned" in whole_step_refused(model)
+
+
+def test_a_filler_no_batch_can_be_without():
+    """Sizes that are multiples already, rows without a target, one row alone."""
+    model, _ = built("showo-tiny", "unimod")
+    rows = [model.layout.t2i("a red circle", torch.zeros(36, dtype=torch.long), torch.ones(36, dtype=torch.bool))]
+    for bucket in (1, len(rows[0].ids), 512):
+        new, _, signature = filled(model, pack(rows), bucket)
+        assert signature.tokens > len(rows[0].ids) and signature.tokens % bucket == 0
+        assert new.lengths[1] == signature.tokens - len(rows[0].ids) and new.tasks[1] == Task.LM
+    unlabelled = pack([replace(rows[0], target=torch.full_like(rows[0].target, -100))])
+    with pytest.raises(ValueError, match="No token of this batch has a target"):
+        StaticStep(Objective(model), optimizer(model), 1.0)([unlabelled], 1.0)
