@@ -98,14 +98,15 @@ def test_doctor_says_what_is_wrong_with_exit_3(capsys, monkeypatch, tmp_path):
     for module in (doctor, versions):
         monkeypatch.setattr(module, "installed", lambda name: known[name] if name in known else real(name))
     found = doctor.diagnose(str(tmp_path))
-    assert "7.0.3" in str(found) and "not the lock's, but tested" in str(found) and "not installed" in str(found)
-    assert any("papermill: no notebooks" in line for line in found.missing) and any("scipy not installed" in line
-                                                                                    for line in found.wrong)
+    said = doctor.in_words(found)
+    assert "7.0.3" in said and "not the lock's, but tested" in said and "not installed" in said
+    assert any("papermill: no notebooks" in line for line in found["missing"])
+    assert any("scipy not installed" in line for line in found["wrong"])
     monkeypatch.setenv("UNIMOD_BACKEND", "varlen")
     monkeypatch.setattr(doctor, "writable", lambda runs: (_ for _ in ()).throw(SetupError("cannot be written")))
     found = doctor.diagnose(str(tmp_path))
-    assert ("cannot be written" in found.wrong
-            and any("'varlen'" in line for line in found.wrong)) or found.device.startswith("cuda")
+    assert ("cannot be written" in found["wrong"]
+            and any("'varlen'" in line for line in found["wrong"])) or found["device"].startswith("cuda")
 
 
 def test_what_moved_between_two_locks(tmp_path):

@@ -27,106 +27,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")            # a terminal that cannot show a bar's character ends nothing
-    args = parser().parse_args(argv)
+    args = TOP.parse_args(argv)
     try:
         args.action(args)
     except BaseException as error:
         code = runner.exit_code(error)
         if code == 1:                                       # unforeseen: with its traceback
             raise
-        message = str(error)
-        if isinstance(error, OSError):
-            message = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})."
-        elif isinstance(error, KeyboardInterrupt):
-            message = "Interrupted. The notebook under way counts as not done; the same command goes on from there."
-        print(f"unimod: {message}", file=sys.stderr, flush=True)
+        print(f"unimod: {runner.in_words(error)}", file=sys.stderr, flush=True)
         return code
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands; each sets `action`, a function of the parsed arguments."""
-    top = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="command")
-
-    def add(name: str, action: Callable, what: str) -> Callable:
-        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
-        command.set_defaults(action=action)
-        return command.add_argument
-
-    def as_json(option: Callable) -> None:
-        option("--json", action="store_true", help="as one JSON object")
-
-    add("list", list_notebooks, "the notebooks, what each asks and how long it takes")
-
-    for name, action, what in (("check", check, "resolve and print the parameters, and run nothing"),
-                               ("run", run, "run notebooks headlessly and write the report")):
-        option = add(name, action, what)
-        option("notebook", help="number (03), name, path, or all")
-        option("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins")
-        option("-p", "--param", action="append", default=[], metavar="NAME=VALUE",
-               help="one parameter; wins over every file")
-        option("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
-        option("--force", action="store_true", help="run again what is done already, from scratch")
-    option("--timeout", type=float, metavar="SECONDS", help="at most so long per notebook (default: no limit)")
-
-    option = add("report", write_report, "write the report of runs that are done")
-    option("runs", type=expanded, help="folder of all runs, or of one run")
-
-    option = add("inspect", inspect,
-                 "what a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing")
-    option("folder", type=expanded, help="folder with config.json and the weights")
-    as_json(option)
-
-    option = add("plan", show_plan, "a capacity plan and what it saves on a model, counted three ways")
-    option("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and "
-                        "plan-highest.yaml")
-    option("--model", required=True, type=expanded,
-           help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder")
-    option("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)")
-    option("--count", choices=("paper", "full", "time"), default="paper",
-           help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the "
-                "stack's time on this machine, predicted from measured layers (default paper)")
-    option("--router", default="unimod",
-           help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)")
-    as_json(option)
-
-    option = add("bench", run_bench,
-                 "what routing saves in time and memory on this machine, measured in turn with the dense model")
-    option("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture "
-                        "(of one long row's attention), or gpu (all, on released sizes)")
-    option("--preset", default="",
-           help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
-                "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two "
-                "(default)")
-    option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)")
-    option("--deadline", type=float, default=0.0, metavar="SECONDS",
-           help="drop what is not done by then (default: none; 450 for gpu)")
-    as_json(option)
-    option("--out", metavar="FILE", type=expanded,
-           help="also write the JSON object there, such as notebooks/records/bench-h200.json")
-
-    option = add("train-tiny", train_tiny, "train a tiny checkpoint from scratch, the way the shipped ones were made")
-    option("name", choices=MODELS)
-    option("--out", required=True, metavar="DIR", type=expanded,
-           help="folder for the checkpoint; an interrupted training there goes on")
-
-    option = add("doctor", show_diagnosis,
-                 "versions against the tested ones, device, backends and why, what is missing and what that costs")
-    option("--runs", default="runs", metavar="DIR", help="folder of all runs, which has to be writable (default: runs)")
-    as_json(option)
-    return top
+def command(name: str, *options: tuple) -> Callable:
+    """Make a function of the parsed arguments a command; its docstring is the command's help."""
+    def register(action: Callable) -> Callable:
+        what = action.__doc__
+        made = COMMANDS.add_parser(name, help=f"{what[0].lower()}{what[1:-1]}", description=what)
+        made.set_defaults(action=action)
+        for words, settings in options:
+            made.add_argument(*words, **settings)
+        return action
+    return register
 
 
+def option(*words: str, **settings: object) -> tuple[tuple[str, ...], dict[str, object]]:
+    """What `add_argument` is called with."""
+    return words, settings
+
+
+TOP = argparse.ArgumentParser(prog="python -m unimod", description="The UniMoD workbook, without a browser.")
+COMMANDS = TOP.add_subparsers(dest="command", required=True, metavar="command")
+JSON = option("--json", action="store_true", help="as one JSON object")
+REQUEST = (
+    option("notebook", help="number (03), name, path, or all"),
+    option("-f", "--file", action="append", default=[], metavar="YAML", help="parameters; a later file wins"),
+    option("-p", "--param", action="append", default=[], metavar="NAME=VALUE",
+           help="one parameter; wins over every file"),
+    option("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)"),
+    option("--force", action="store_true", help="run again what is done already, from scratch"))
+SAVINGS = {
+    "paper": "kept tokens, as the paper counts",
+    "full": "a training step: attention's quadratic term, routers, head, text that is always kept, the image tokenizer",
+    "measured": "torch's counter, forward and backward, on the same step",
+    "model": "as full, without the image tokenizer",
+}
+
+
+@command("list")
 def list_notebooks(args: argparse.Namespace) -> None:
-    """One line per notebook."""
+    """The notebooks, what each asks and how long it takes."""
     for book in notebooks():
         print(f"{book.name:24s} {book.minutes:4g} min  {book.title}")
 
 
+@command("check", *REQUEST)
 def check(args: argparse.Namespace) -> None:
-    """Check all that a run would check before its first kernel, and print what it would do."""
-    for step in Request.of(args.notebook, args.file, args.param, args.runs).steps(args.force):
+    """Resolve and print the parameters, and run nothing."""
+    for step in Request(args.notebook, args.file, args.param, args.runs).steps(args.force):
         state = "waits for an earlier notebook"
         if step.folder is not None:
             state = f"{'done before' if step.done and not args.force else 'to run'}, {step.folder}"
@@ -135,19 +93,23 @@ def check(args: argparse.Namespace) -> None:
             print(f"    {name} = {value!r}")
 
 
+@command("run", *REQUEST, option("--timeout", type=float, metavar="SECONDS",
+                                 help="at most so long per notebook (default: no limit)"))
 def run(args: argparse.Namespace) -> None:
-    """Run, and print where the report is."""
-    request = Request.of(args.notebook, args.file, args.param, args.runs)
+    """Run notebooks headlessly and write the report."""
+    request = Request(args.notebook, args.file, args.param, args.runs)
     print(f"report: {runner.run(request, args.force, args.timeout)}")
 
 
+@command("report", option("runs", type=expanded, help="folder of all runs, or of one run"))
 def write_report(args: argparse.Namespace) -> None:
-    """Write the report, and print where it is."""
-    print(f"report: {report.write_report(Path(args.runs))}")
+    """Write the report of runs that are done."""
+    print(f"report: {report.write_report(args.runs)}")
 
 
+@command("inspect", option("folder", type=expanded, help="folder with config.json and the weights"), JSON)
 def inspect(args: argparse.Namespace) -> None:
-    """Print what a folder holds, then raise `ParameterError` when its weights do not fit its configuration."""
+    """What a model folder holds: kind, sizes, memory, keys that do not fit, routers; loads nothing."""
     from .models.checkpoint import inspect as examine
 
     found = examine(args.folder)
@@ -157,15 +119,27 @@ def inspect(args: argparse.Namespace) -> None:
                              "above).")
 
 
+@command(
+    "plan",
+    option("plan", help=f"a maker ({', '.join(MAKERS)}) or a YAML file, such as notebook 03's plan.yaml and "
+                        "plan-highest.yaml"),
+    option("--model", required=True, type=expanded,
+           help="a preset (showo-256, showo-512, emu3-4k, emu3-8k, showo-tiny, emu3-tiny) or a folder"),
+    option("--saving", type=float, default=0.3, help="share that a maker should save (default 0.3)"),
+    option("--count", choices=("paper", "full", "time"), default="paper",
+           help="what the share is of: token-layer computations as the paper counts, a training step's FLOPs, or the "
+                "stack's time on this machine, predicted from measured layers (default paper)"),
+    option("--router", default="unimod",
+           help="routers to count with, a name in unimod.baselines.PRESETS (default unimod)"), JSON)
 def show_plan(args: argparse.Namespace) -> None:
-    """Print a plan and its savings. Raises `ParameterError`, for what depends on no model before one is built."""
+    """A capacity plan and what it saves on a model, counted three ways."""
     from .baselines import PRESETS
     from .batch import pack
     from .bench.costs import costs, predicted_seconds
     from .flops import count, planned, savings
     from .presets import picture_tokenizer, preset
 
-    make = maker_of(args.plan)
+    make = maker_of(args.plan)              # what depends on no model is refused before one is built
     countable = [name for name, config in PRESETS.items() if config.topk_scope == "segment"]
     if args.router not in countable:
         raise ParameterError(f"--router {args.router} is not known, or needs many rows where one of each task is "
@@ -190,31 +164,38 @@ def show_plan(args: argparse.Namespace) -> None:
     except ParameterError as error:
         asked = f"{args.plan} on {args.model}, {args.saving:.1%} counted as {args.count}"
         raise ParameterError(f"{asked}: {error}") from None
-    found = savings(model, plan, rows, router, image_tokenizer)
+    saved = asdict(savings(model, plan, rows, router, image_tokenizer))
     tokens, kinds = {row.task.name.lower(): len(row.ids) for row in rows}, [plan.kind(i) for i in range(plan.layers)]
     time = 1 - seconds(plan) if table else None
     if args.json:
         print(json.dumps({"model": args.model, "plan": args.plan, "router": args.router, "layers": plan.layers,
-                          "tokens": tokens, "capacity": plan.capacity, "kinds": kinds, "savings": asdict(found),
-                          "time": time}))
+                          "tokens": tokens, "capacity": plan.capacity, "kinds": kinds, "savings": saved, "time": time}))
         return
     print(plan, f"kinds  {' '.join(kinds)}", plan.draw(), sep="\n")
     sizes = " and one of ".join(f"{n} {task} tokens" for task, n in tokens.items())
     print(f"on {args.model}, routers {args.router}, one row of {sizes}:")
-    lines = [("paper", found.paper, "kept tokens, as the paper counts"),
-             ("full", found.full, "a training step: attention's quadratic term, routers, head, text that is always "
-                                  "kept, the image tokenizer"),
-             ("measured", found.measured, "torch's counter, forward and backward, on the same step"),
-             ("model", found.model, "as full, without the image tokenizer")]
+    for name, what in SAVINGS.items():
+        print(f"  {name:9s} {saved[name]:6.1%} saved   {what}")
     if table:
-        lines.append(("time", time, f"of the stack's predicted time, forward and backward of {table.tokens} tokens on "
-                                    f"{table.device}"))
-    for name, saved, what in lines:
-        print(f"  {name:9s} {saved:6.1%} saved   {what}")
+        print(f"  time      {time:6.1%} saved   of the stack's predicted time, forward and backward of {table.tokens} "
+              f"tokens on {table.device}")
 
 
+@command(
+    "bench",
+    option("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture "
+                        "(of one long row's attention), or gpu (all, on released sizes)"),
+    option("--preset", default="",
+           help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
+                "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two "
+                "(default)"),
+    option("--rounds", type=int, default=9, help="rounds that count (default 9, at least 5)"),
+    option("--deadline", type=float, default=0.0, metavar="SECONDS",
+           help="drop what is not done by then (default: none; 450 for gpu)"), JSON,
+    option("--out", metavar="FILE", type=expanded,
+           help="also write the JSON object there, such as notebooks/records/bench-h200.json"))
 def run_bench(args: argparse.Namespace) -> None:
-    """Measure, write the record and print it. Raises `ParameterError`, before anything is measured."""
+    """What routing saves in time and memory on this machine, measured in turn with the dense model."""
     from .bench.record import bench, table
 
     if args.out and Path(args.out).is_dir():
@@ -227,8 +208,11 @@ def run_bench(args: argparse.Namespace) -> None:
     print(text if args.json else f"{found['device']}, {found['command']}\n\n{table(found)}", end="")
 
 
+@command("train-tiny", option("name", choices=MODELS),
+         option("--out", required=True, metavar="DIR", type=expanded,
+                help="folder for the checkpoint; an interrupted training there goes on"))
 def train_tiny(args: argparse.Namespace) -> None:
-    """Train, evaluate on the test split and print how good it is."""
+    """Train a tiny checkpoint from scratch, the way the shipped ones were made."""
     from .experiment import train_tiny as make
 
     quality = make(args.name, args.out)["quality"]
@@ -236,14 +220,16 @@ def train_tiny(args: argparse.Namespace) -> None:
     print(f"{args.out}: questions right {questions:.3f}, pictures right {pictures:.3f}")
 
 
+@command("doctor", option("--runs", default="runs", metavar="DIR",
+                          help="folder of all runs, which has to be writable (default: runs)"), JSON)
 def show_diagnosis(args: argparse.Namespace) -> None:
-    """Print how this installation stands, then raise `SetupError` when something has to be mended."""
-    from .workbook.doctor import diagnose
+    """Versions against the tested ones, device, backends and why, what is missing and what that costs."""
+    from .workbook import doctor
 
-    found = diagnose(args.runs)
-    print(json.dumps(asdict(found), indent=1) if args.json else found)
-    if found.wrong:
-        raise SetupError("not ready: " + " ".join(found.wrong))
+    found = doctor.diagnose(args.runs)
+    print(json.dumps(found, indent=1) if args.json else doctor.in_words(found))
+    if found["wrong"]:
+        raise SetupError("not ready: " + " ".join(found["wrong"]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -191,6 +191,11 @@ class RouterConfig:
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise `ParameterError` for a value that is not allowed, naming the nearest that is."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        raise ParameterError(f"{name}={value!r} is not known." + (f" Did you mean {near[0]!r}?" if near else "")
-                             + f" Allowed: {', '.join(allowed)}.")
+        raise ParameterError(f"{name}={value!r} is not known.{did_you_mean(str(value), allowed)} "
+                             f"Allowed: {', '.join(allowed)}.")
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question with the nearest known word, behind a space; empty where none is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""

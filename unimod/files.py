@@ -1,11 +1,9 @@
-"""Files that are written whole or not at all, the folder of runs, and the code and machine that a record names.
-
-Standard library only: every room may use it, and the command line imports it in milliseconds.
-"""
+"""Files that are written whole or not at all, the folder of runs, and the code and machine that a record names. No
+torch here: the command line imports this in milliseconds."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -15,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .config import SetupError, expanded
+from .versions import CHECKOUT, installed
 
-RECORDED = ("unimod", "torch", "transformers", "triton", "plotly", "papermill")
-"""Packages whose versions are noted beside every result."""
+RECORDED = ("unimod", "torch", "transformers", "triton", "plotly", "papermill")     # versions beside every result
 
 
 @contextmanager
@@ -39,16 +37,23 @@ def write(path: Path, text: str) -> None:
         os.replace(part, path)              # atomic within a file system: no reader ever sees half a file
 
 
+def read_json(path: Path, missing: object = None):
+    """What a JSON file holds; `missing`, where one is given, stands for a file that is not there."""
+    if missing is not None and not path.exists():
+        return missing
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def writable(runs: Path) -> None:
     """Raise `SetupError` where nothing can be written under `runs`, an absolute path that need not exist yet."""
     nearest = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
-    fault = None
     if not nearest.is_dir():
         fault = f"cannot be made: {nearest} is not a folder"
     elif not os.access(nearest, os.W_OK | os.X_OK):
         fault = f"cannot be written: {nearest} is read-only here"
-    if fault:
-        raise SetupError(f"The folder of runs, {runs}, {fault}. Choose another one with --runs DIR.")
+    else:
+        return
+    raise SetupError(f"The folder of runs, {runs}, {fault}. Choose another one with --runs DIR.")
 
 
 def home() -> Path:
@@ -64,21 +69,14 @@ def runs_folder(runs: str | Path) -> Path:
 
 def facts() -> dict[str, object]:
     """What runs here: git commit (`sha`, `dirty`; None without a checkout), versions by package, platform."""
-    root = Path(__file__).resolve().parents[1]
-
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(CHECKOUT), *args], capture_output=True, text=True).stdout.strip()
 
     commit = {"sha": None, "dirty": None}
-    if (root / ".git").exists() and shutil.which("git"):
-        sha = git("rev-parse", "--verify", "-q", "HEAD")
-        commit = {"sha": sha or None, "dirty": bool(git("status", "--porcelain"))}
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in RECORDED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    if (CHECKOUT / ".git").exists() and shutil.which("git"):
+        commit = {"sha": git("rev-parse", "--verify", "-q", "HEAD") or None,
+                  "dirty": bool(git("status", "--porcelain"))}
+    versions = {"python": platform.python_version(), **{name: installed(name) for name in RECORDED}}
     return {"git": commit, "versions": versions, "platform": platform.platform()}
 
 

@@ -2,11 +2,9 @@
 and saved ones.
 
     gallery = Gallery(sessions, also={"showo-tiny, routed": routed})
-    gallery.side("showo-tiny", Task.T2I, 0)
+    gallery.side("showo-tiny", Task.T2I, 0)             # one forward pass when it is first asked for
     gallery.side("showo-tiny", Task.MMU, gallery.add(picture_bytes, "what color is it?"))
     gallery.open("a folder that Overview.save or AttentionRecord.save wrote")
-
-A side is computed (one forward pass of its model) when it is first asked for, and kept.
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ from .models.unified import UnifiedModel
 
 LONGEST = 1000
 """Characters of a prompt, which may be as many tokens."""
-KEPT = 32
-"""Sides held at a time."""
+HELD = 32
+"""Sides in memory at a time."""
 TASKS = (Task.T2I, Task.MMU)
 OWN = "own"
 """Query: the tokens that a task predicts, image tokens for T2I and text tokens for the others."""
@@ -47,7 +45,6 @@ class Side:
     model: str
     overview: Overview
     record: AttentionRecord | None = None
-    row: int = 0
 
     def has(self, layer: int, head: int | None) -> bool:
         """Whether there are this layer and head (None: mean over heads)."""
@@ -59,10 +56,8 @@ class Side:
         return (self.overview.modality != Modality.IMAGE).nonzero()[:, 0].tolist()
 
     def query_from(self, first: Side, query: str | Modality | int) -> Modality | int | None:
-        """The query on this side for one on side `first`: the same kind of tokens, or the token that corresponds.
-
-        That is the one of the same image patch, or the same word at the same index; None where there is none.
-        """
+        """The query on this side for one on side `first`: the same kind of tokens, or the token of the same image patch
+        or of the same word at the same index; None where there is none."""
         if query == OWN:
             return Modality.IMAGE if self.overview.task == Task.T2I else Modality.TEXT
         if isinstance(query, Modality) or self is first:
@@ -82,14 +77,13 @@ class Side:
         kept = found.kept[found.layers.index(layer)]
         out = torch.full((len(kept),), torch.nan)
         if kept[query]:
-            out[kept] = self.record.row_weights(self.row, layer, head, int(kept[:query].sum())).cpu()
+            out[kept] = self.record.row_weights(0, layer, head, int(kept[:query].sum())).cpu()
         return out
 
     def head_values(self, value: str) -> np.ndarray:
         """A statistic of every head, [L, H]: "to_image", "to_text", or a field of `Patterns` such as "entropy"."""
-        p = self.overview.patterns
-        found = p.received[...,
-                           NAMES.index(value.removeprefix("to_"))] if value.startswith("to_") else getattr(p, value)
+        patterns, name = self.overview.patterns, value.removeprefix("to_")
+        found = patterns.received[..., NAMES.index(name)] if name in NAMES else getattr(patterns, value)
         return found[:, 0].numpy()
 
 
@@ -127,18 +121,15 @@ class Gallery:
             raise ParameterError(f"sample {sample} does not exist; there are 0 to {self.samples + len(self.own) - 1}.")
         key = model, task, sample
         if key not in self._sides:
-            while len(self._sides) >= KEPT:
+            while len(self._sides) >= HELD:
                 self._sides.pop(next(iter(self._sides)))
             self._sides[key] = self._computed(model, task, sample)
         return self._sides[key]
 
     def add(self, data: bytes, prompt: str) -> int:
         """Take a user's picture (the bytes of a picture file) and prompt: a caption for T2I, a question for MMU.
-        Returns the number of the sample.
-
-        Raises `ParameterError` for bytes that are no picture, and for an empty prompt or one above `LONGEST`
-        characters.
-        """
+        Returns the number of the sample. Raises `ParameterError` for bytes that are no picture, and for an empty prompt
+        or one above `LONGEST` characters."""
         if not prompt.strip():
             raise ParameterError("The prompt is empty: write a caption to draw, or a question about the picture.")
         if len(prompt) > LONGEST:
@@ -154,10 +145,8 @@ class Gallery:
         return self.samples + len(self.own) - 1
 
     def open(self, folder: str) -> str:
-        """Take what `Overview.save` or `AttentionRecord.save` wrote. Returns the name under which it is shown.
-
-        Raises `CaptureError` for a folder that holds neither, and for a record of a model that is not here.
-        """
+        """Take what `Overview.save` or `AttentionRecord.save` wrote. Returns the name under which it is shown. Raises
+        `CaptureError` for a folder that holds neither, and for a record of a model that is not here."""
         path = Path(os.path.expanduser(folder)).resolve()       # Path.expanduser raises for an unknown user
         if not folder.strip() or not path.is_dir():
             raise CaptureError(f"{folder!r} is not a folder; give one that Overview.save or AttentionRecord.save "

@@ -1,13 +1,13 @@
 """A whole training step on memory that stays where it is: on CUDA it is recorded as a graph once and then replayed.
 
     step = StaticStep(objective, optimizer, clip=1.0)
-    outcome, norm = step([batch], rate=0.7)         # batches on the host; one pinned upload each
+    losses, norm = step([batch], rate=0.7)          # batches on the host; one pinned upload each
 
 A routed step of Show-o is bound by the host, which issues some 5,000 kernels; a graph issues one. A graph is for one
-set of sizes, its `Signature`, and hardly any two batches have the same: of 2,000 shuffled ones 1,997 differ. So a batch
-gets one more sequence, a filler without targets, that makes its sizes multiples of `BUCKET`: it takes the places that
-are left over in every routed layer, no other token sees it, and no loss counts it. That leaves four to six signatures,
-for about two per cent more tokens. Tokens are never left outside the attention's runs: kernels write nothing there, and
+set of sizes, its `Signature`, and hardly any two batches have the same. So a batch gets further sequences, fillers
+without targets, that bring it to the sizes of a signature: they take the places that are left over in every routed
+layer, no other token sees them, and no loss counts them. `python -m unimod bench counts` counts the signatures of 2,000
+shuffled batches and their fillers. Tokens are never left outside the attention's runs: kernels write nothing there, and
 0 * NaN would poison gradients.
 
 On a CPU the same way is taken without a graph.
@@ -15,45 +15,60 @@ On a CPU the same way is taken without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from .baselines import BatchRouter, Fading, SequenceRouter
-from .batch import Batch, Modality, Segment, Targets, Task, lengths_of
+from .batch import IGNORE, Batch, Modality, Segment, Targets, Task, lengths_of, spread
 from .layers import routed_layers
 from .mask import IntervalMask
 from .models.unified import UnifiedModel
-from .ops.attention_varlen import longest
 from .ops.backend import say
 from .ops.select import segment_sizes
 from .routing import BatchPlan, LayerPlan
 from .upload import size_of, upload
 
-BUCKET = 256
-"""Tokens, kept tokens and targets of a batch are filled up to multiples of it."""
+FINE, COARSE = 128, 256
+"""A new signature has room for as many more tokens of each kind as make a multiple of about a thirty-second of the
+batch, within these two."""
+SPARE = 0.2
+"""Largest share of tokens, and of targets, that a batch is filled up with to share a signature."""
 ROWS = 8
-"""Sequences and segments likewise, with empty ones."""
-SLOTS = 64
-"""Slots of padded attention likewise."""
+"""Sequences and segments are filled up to multiples of it, with empty ones; at least half of it are fillers."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The sizes by which a recorded step differs from another."""
+    """The sizes of a recorded step."""
 
     tokens: int
     kept: tuple[int, ...]
-    """Kept tokens by routed layers of one capacity."""
+    """Kept tokens in the routed layers of each capacity."""
     targets: int
     sequences: int
     segments: int
+    block: int
+    """The longest segment is no longer than 2 to the power of it: what a program of the selection holds."""
+    features: int
+    """Feature vectors of a vision tower."""
     longest: tuple[int, ...]
-    """Bounds of what kernels take for the longest: segment in the selection, as a power of 2; sequence in attention, of
-    the batch and of each routed layer."""
+    """Bounds of the longest sequence, which attention's kernels are given: of the batch, and of what the layers of each
+    capacity keep."""
+
+    def fits(self, real: Signature) -> bool:
+        """Whether a batch of the sizes `real` can be filled up to these without waste."""
+        filler = self.tokens - real.tokens
+        equal = all(getattr(self, x) == getattr(real, x) for x in ("sequences", "segments", "features"))
+        places = all(0 <= mine - theirs <= filler for mine, theirs in zip(self.kept, real.kept))
+        bounded = self.block >= real.block and all(m >= n for m, n in zip(self.longest, real.longest))
+        few = filler <= min(SPARE * real.tokens + FINE, ROWS // 2 * min(self.longest))
+        spare = 0 <= self.targets - real.targets <= SPARE * real.targets + FINE
+        return filler > 0 and places and equal and bounded and few and spare
 
 
 def whole_step_refused(model: UnifiedModel) -> str:
@@ -68,71 +83,103 @@ def whole_step_refused(model: UnifiedModel) -> str:
     return ""
 
 
-def filled(model: UnifiedModel, batch: Batch, bucket: int = BUCKET) -> tuple[Batch, BatchPlan, Signature]:
-    """A batch on the host with its filler, its plan for the model, and the sizes that both have.
+def filled(model: UnifiedModel, batch: Batch, known: Iterable[Signature] = ()) -> tuple[Batch, BatchPlan, Signature]:
+    """A batch on the host with its fillers, its plan for the model, and the sizes that both have: the smallest of the
+    `known` ones that fit, or new ones.
 
     Losses and gradients are those of the batch.
     """
     plan = model.plan(batch, attention=False)
-    layers, targets = {id(p): p for p in plan.layers.values()}, plan.targets
-    kept = {key: sum(p.kept) for key, p in layers.items()}
-    to = {key: _up(n, bucket) for key, n in kept.items()}
-    # at least one token, and as many as the layer that takes most of them
-    total = _up(len(batch) + max([1, *(to[key] - n for key, n in kept.items())]), bucket)
-    n = total - len(batch)
-    # a layer that keeps everything keeps the filler, too
-    to |= {key: total for key, p in layers.items() if kept[key] == len(batch)}
+    layers = {id(p): p for p in plan.layers.values()}           # layers of one capacity share one plan
+    signature = signature_of(batch, [p.kept for p in layers.values()], known)
+    rows, segments = signature.sequences - len(batch.lengths), signature.segments - len(batch.segments)
 
-    rows = _up(len(batch.lengths) + 1, ROWS) - len(batch.lengths)
-    segments = _up(len(batch.segments) + rows, ROWS) - len(batch.segments)
-
-    def more(length: int) -> tuple[Segment, ...]:
-        """The filler and empty segments, the last sequences' own."""
-        first = len(batch.lengths)
-        return tuple(Segment(first + min(i, rows - 1), Task.LM, length if i == 0 else 0) for i in range(segments))
-
-    changed = {key: _more(p, more(n), more(to[key] - kept[key])) for key, p in layers.items()}
-    new = _with_filler(batch, n, rows, more(n))
-    count = _up(len(targets.index) if targets else 0, bucket)
+    # short ones, evenly: no filler is the longest sequence
+    n = signature.tokens - len(batch)
+    fillers = [n // rows + (i < n % rows) for i in range(rows)] + [0] * (segments - rows)
+    new = _with_fillers(batch, fillers, rows)
+    changed = {key: _with_places(p, new, kept - sum(p.kept), longest)
+               for (key, p), kept, longest in zip(layers.items(), signature.kept, signature.longest[1:])}
     by_number = {i: changed[id(p)] for i, p in plan.layers.items()}
-    made = BatchPlan(by_number, model.attention_plan(new, by_number, SLOTS), _padded(targets, count, len(batch)),
-                     None if plan.segment is None else new.segment_numbers())
-    attention = [getattr(x, "n", None) or x.longest for x in made.attention.values()]
-    return new, made, Signature(total, tuple(to.values()), count, len(new.lengths), len(new.segments), (
-        (max(s.length for s in new.segments) - 1).bit_length(), *attention,
-        *(longest(lengths_of(p.segments)) for p in changed.values())))
+    return new, BatchPlan(by_number, model.attention_plan(new, by_number, signature.longest[0]),
+                          _padded(plan.targets, signature.targets, len(batch)),
+                          None if plan.segment is None else new.segment_numbers()), signature
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _with_filler(batch: Batch, n: int, rows: int, segments: tuple[Segment, ...]) -> Batch:
-    """The batch with a causal sequence of n tokens of id 0, and rows - 1 empty ones."""
+def signature_of(batch: Batch, kept: list[tuple[int, ...]], known: Iterable[Signature] = ()) -> Signature:
+    """The sizes to which a batch is filled up, the smallest of the `known` ones that fit, or new ones. kept: tokens of
+    each segment that are kept, for each capacity."""
+    rows = _up(len(batch.lengths) + ROWS // 2, ROWS)
+    of_rows = (batch.lengths, *(lengths_of([replace(s, length=k) for s, k in zip(batch.segments, x)]) for x in kept))
+    real = Signature(
+        tokens=len(batch), kept=tuple(map(sum, kept)), targets=sum(batch.target_counts), sequences=rows,
+        segments=_up(len(batch.segments) + rows - len(batch.lengths), ROWS),
+        block=(max(s.length for s in batch.segments) - 1).bit_length(),
+        features=0 if batch.features is None else len(batch.features),
+        longest=tuple(_up(max(x), FINE) for x in of_rows))
+    return min((s for s in known if s.fits(real)), key=lambda s: s.tokens, default=None) or _roomier(real, batch, kept)
+
+
+def _roomier(real: Signature, batch: Batch, kept: list[tuple[int, ...]]) -> Signature:
+    """Sizes with room for longer texts: tokens of every task and rule up to a multiple, and of these what each layer
+    would keep. Any batch with fewer of each kind, but for roundings, fits then."""
+    bucket = min(COARSE, _up(max(1, real.tokens // 32), FINE))
+    kinds = [(s.task, s.rule) for s in batch.segments]
+
+    def per_kind(counts: Iterable[int]) -> dict[tuple, int]:
+        found = dict.fromkeys(kinds, 0)
+        for kind, n in zip(kinds, counts):
+            found[kind] += n
+        return found
+
+    tokens = per_kind(s.length for s in batch.segments)
+    room = {kind: _up(n, bucket) - n for kind, n in tokens.items()}
+    more = max(1, sum(room.values()))
+    places = (sum(room[kind] * n / max(1, tokens[kind]) for kind, n in per_kind(x).items()) for x in kept)
+    longest = tuple(max(n, _up(-(-more // (ROWS // 2)), FINE)) for n in real.longest)   # a filler is not longer
+    return replace(real, tokens=real.tokens + more,
+                   kept=tuple(k + min(more, round(x)) for k, x in zip(real.kept, places)),
+                   targets=_up(real.targets, bucket), longest=longest,
+                   block=max(real.block, (longest[0] - 1).bit_length()))
+
+
+def _with_fillers(batch: Batch, lengths: list[int], rows: int) -> Batch:
+    """The batch with further segments of these lengths in `rows` further causal sequences, the last of which has all
+    that are left; tokens of id 0."""
+    first, at, n = len(batch.lengths), len(batch), sum(lengths)
+    segments = tuple(Segment(first + min(i, rows - 1), Task.LM, length) for i, length in enumerate(lengths))
+    start = spread(torch.tensor([0, *accumulate(lengths)][:-1]), lengths)
     i, zeros = torch.arange(n), torch.zeros(n, dtype=torch.long)
-    first, at = len(batch.lengths), len(batch)
-    more = {"ids": zeros, "row": zeros + first, "position": i, "task": zeros + Task.LM,
-            "modality": zeros + Modality.TEXT, "target": zeros - 100}
-    mask = IntervalMask(torch.cat([batch.mask.lo, zeros + at]), torch.cat([batch.mask.hi, at + i + 1]),
-                        (*batch.lengths, n, *(0,) * (rows - 1)), (*batch.mask.kinds, *("causal",) * rows))
+    more = {"ids": zeros, "row": spread(torch.tensor([s.row for s in segments]), lengths), "position": i - start,
+            "task": zeros + Task.LM, "modality": zeros + Modality.TEXT, "target": zeros + IGNORE}
+    mask = IntervalMask(torch.cat([batch.mask.lo, at + start]), torch.cat([batch.mask.hi, at + i + 1]),
+                        (*batch.lengths, *lengths_of(segments)[first:]), (*batch.mask.kinds, *("causal",) * rows))
     source = None if batch.score_source is None else torch.cat([batch.score_source, at + i])
     return replace(batch, **{name: torch.cat([getattr(batch, name), x]) for name, x in more.items()}, mask=mask,
                    segments=batch.segments + segments, score_source=source)
 
 
-def _more(plan: LayerPlan, segments: tuple[Segment, ...], kept: tuple[Segment, ...]) -> LayerPlan:
-    """The layer's plan with further segments, of which `kept` is what stays of each; no gate is on them."""
-    lengths = plan.lengths + tuple(s.length for s in segments)
-    places = plan.kept + tuple(s.length for s in kept)
-    none = torch.zeros(sum(s.length for s in segments), dtype=torch.bool)
-    return replace(plan, lengths=lengths, kept=places, segments=plan.segments + kept,
+def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int) -> LayerPlan:
+    """The layer's plan for the batch with fillers, which take `places` in it; no gate is on them."""
+    kept, fillers = list(plan.kept), batch.segments[len(plan.lengths):]
+    for s in fillers:
+        kept.append(min(s.length, places))
+        places -= kept[-1]
+    lengths = tuple(s.length for s in batch.segments)
+    none = torch.zeros(sum(s.length for s in fillers), dtype=torch.bool)
+    return replace(plan, lengths=lengths, kept=tuple(kept), longest=longest,
+                   segments=plan.segments + tuple(replace(s, length=k) for s, k in zip(fillers, kept[len(plan.kept):])),
                    eligible=torch.cat([plan.eligible, none]),
                    always=None if plan.always is None else torch.cat([plan.always, none]),
-                   sizes=segment_sizes(lengths, places))
+                   sizes=segment_sizes(lengths, tuple(kept)))
 
 
 def _padded(targets: Targets | None, count: int, at: int) -> Targets | None:
-    """`count` targets, those that are added of the token `at`, which counts in no loss."""
+    """`count` targets; those that are added are of the token `at`, and count in no loss."""
     if targets is None:
         return None
     n = count - len(targets.index)
@@ -184,7 +231,7 @@ class StaticStep:
 
     def _upload(self, batch: Batch, rate: float) -> tuple[Signature, Batch, BatchPlan, Tensor]:
         """The batch, filled up, its plan and the rate in the memory of their signature."""
-        batch, plan, signature = filled(self.model, batch)
+        batch, plan, signature = filled(self.model, batch, self._memory)
         held = batch, plan, torch.tensor(rate)
         if signature not in self._memory:
             self._memory[signature] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)

@@ -133,7 +133,7 @@ class MoDLayer(nn.Module):
         received = earlier.received
         # gathered, not computed anew: cos and sin of the kept tokens' own positions, in float32
         angles = rotary.index_select(0, index) if found is None else found.rotary
-        run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing),
+        run = partial(self._run, routing=routing, unimod=unimod.of_kept(routing, plan.longest if plan else 0),
                       position_embeddings=angles[None].chunk(2, -1), **kwargs)
         # the router stays outside: its decision is needed to scatter, and costs 2 D FLOPs a token
         x, y, gated = checkpoint(run, hidden_states, use_reentrant=False) if recompute else run(hidden_states)

@@ -60,6 +60,8 @@ class KeptMask:
     """int64 [T + 1]: how many kept tokens lie before each token."""
     lengths: tuple[int, ...]
     """Kept tokens of each sequence, on the host: [B], adding up to K."""
+    longest: int = 0
+    """A bound of these, where kernels are to be given the same for every batch; 0: the most."""
     bounds: Tensor | None = None
     """int32 [C]: where the runs of the batch's attention begin among the kept tokens, if the gather found it
     (`ops.attention_varlen.Plan.bounds`)."""

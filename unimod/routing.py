@@ -71,6 +71,8 @@ class LayerPlan:
     """Tasks with a segment that is judged by a threshold."""
     sizes: Tensor
     """int32 [S, 4]: `ops.select.segment_sizes` of lengths and kept."""
+    longest: int = 0
+    """A bound of the tokens kept of a sequence, where kernels are to be given the same for every batch; 0: the most."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,12 @@ class ForwardState:
     def __post_init__(self) -> None:
         self.mask = self.batch.mask if self.mask is None else self.mask
 
-    def of_kept(self, routing: Routing) -> ForwardState:
-        """The state for the tokens that a routed layer keeps."""
+    def of_kept(self, routing: Routing, longest: int = 0) -> ForwardState:
+        """The state for the tokens that a routed layer keeps. longest: `LayerPlan.longest`."""
         # positions are not taken: kept tokens keep their rotary angles (gamma-MoD numbers them anew)
         rank = prefix_count(routing.index, len(self.batch)) if routing.rank is None else routing.rank
         found = routing.gathered
-        mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments),
+        mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments), longest,
                         *((found.bounds, found.flags) if found else ()))
         return replace(self, mask=mask, index=routing.index, segments=routing.segments)
 

@@ -1,9 +1,7 @@
-"""What this package was tested with, and what is installed here: one warning, one sentence, one table (`python -m
-unimod doctor`).
+"""What this package was tested with and what is installed here; `python -m unimod doctor` shows both.
 
 The tested ranges are the caps of pyproject.toml, the exact versions those of requirements.lock; an installation that is
-not a checkout carries the ranges in its own metadata and has no lock. No torch here: versions are read from installed
-metadata.
+not a checkout carries the ranges in its own metadata and has no lock. No torch here: only metadata are read.
 """
 
 from __future__ import annotations
@@ -12,44 +10,37 @@ import importlib.metadata
 import tomllib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-"""Where pyproject.toml and requirements.lock lie, unless the package was installed as a copy."""
-MOVING = ("torch", "transformers")
-"""Libraries whose insides our layers run in: another release of these can change or break a result."""
+CHECKOUT = Path(__file__).resolve().parents[1]      # of pyproject.toml and the lock, unless installed as a copy
+MOVING = ("torch", "transformers")      # our layers run in their insides: another release can change or break a result
 
 
 @cache
 def tested() -> dict[str, Requirement]:
-    """The tested range of every direct dependency, extras included, by name; empty where neither pyproject.toml nor
-    metadata is at hand."""
-    file = CHECKOUT / "pyproject.toml"
+    """The direct dependencies with their tested ranges, extras included, by name; none without project or metadata."""
+    file, lines = CHECKOUT / "pyproject.toml", []
     if file.is_file():
         project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-        lines = [*project["dependencies"],
-                 *(line for extra in project["optional-dependencies"].values() for line in extra)]
+        lines = sum(project["optional-dependencies"].values(), project["dependencies"])
     else:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             lines = importlib.metadata.requires("unimod") or []
-        except importlib.metadata.PackageNotFoundError:
-            lines = []
     return {need.name: need for need in map(Requirement, lines)}
 
 
 @cache
 def locked() -> dict[str, str]:
-    """The versions of requirements.lock that hold for this Python and platform, by name; empty where there is no
-    lock."""
+    """The versions of requirements.lock for this Python and platform, by name; empty where there is no lock."""
     file = CHECKOUT / "requirements.lock"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     needs = [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    return {need.name: next(iter(need.specifier)).version for need in needs if need.marker is None
-            or need.marker.evaluate()}
+    return {need.name: next(iter(need.specifier)).version for need in needs
+            if need.marker is None or need.marker.evaluate()}
 
 
 def installed(name: str) -> str | None:
@@ -75,8 +66,8 @@ def remedy() -> str:
 
 def advice() -> str:
     """One sentence where torch or transformers is outside the tested range, else nothing."""
-    strange = [f"{name} {installed(name)} (tested: {tested()[name].specifier})" for name in MOVING if installed(name)
-               and not fits(name)]
+    strange = [f"{name} {installed(name)} (tested: {tested()[name].specifier})" for name in MOVING
+               if installed(name) and not fits(name)]
     return f"unimod was never run with {' and '.join(strange)}. Tested versions: {remedy()}." if strange else ""
 
 

@@ -2,13 +2,28 @@
 
 import pytest
 import torch
-from ops.kernel_cases import SHAPES, check_gather, check_scatter, check_select
+from ops.kernel_cases import (
+    ROUTES,
+    SHAPES,
+    check_route,
+    check_scatter,
+    check_select,
+    draw,
+    norm_module,
+    route_inputs,
+)
+
+from unimod.ops.gather_scatter import scatter
+from unimod.ops.route import Scorer, route_gather
+from unimod.seam import known_norm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TOKENS, WIDTH = 9216, 2048
 ORDER = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
 REAL = {share: (TOKENS, WIDTH, tuple(ORDER[:int(share * TOKENS)].sort().values.tolist()))
         for share in (0.2, 0.8)} | {"odd width": (1155, 4099, tuple(range(0, 1155, 2)))} | SHAPES
+REAL_ROUTES = ROUTES | {"Show-o": ((387,) * 24, (194,) * 24, WIDTH), "Emu3": ((4096, 1155), (819, 1155), 4096),
+                        "odd width": ((300, 0, 855), (60, 0, 1), 4099)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 
 
@@ -17,13 +32,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.
 @pytest.mark.parametrize("shape", REAL)
 def test_scatter(shape, dtype, gated):
     check_scatter("cuda", dtype, *REAL[shape], gated, torch.float32)
-
-
-@DTYPES
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-@pytest.mark.parametrize("shape", REAL)
-def test_gather(shape, dtype, kind):
-    check_gather("cuda", dtype, *REAL[shape], kind)
 
 
 @DTYPES
@@ -37,18 +45,42 @@ def test_select(lengths, keep, dtype):
     check_select(pool[torch.randint(5, (sum(lengths),), generator=g)].to("cuda", dtype), lengths, keep)
 
 
+@DTYPES
+@pytest.mark.parametrize("kind, tasks", [("layer", 3), ("rms", 3), ("layer", 1), ("rms", 1)])
+@pytest.mark.parametrize("shape", REAL_ROUTES)
+def test_route(shape, kind, tasks, dtype):
+    check_route("cuda", dtype, *REAL_ROUTES[shape], kind=kind, tasks=tasks)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "raw", "straight-through"])
+def test_route_by_every_gate(gate):
+    check_route("cuda", torch.bfloat16, *REAL_ROUTES["Show-o"], gate=gate)
+
+
+@pytest.mark.parametrize("used", [("h", "x", "normed"), ("h", "x", "normed", "weight"), ("normed", "score"), ("x",),
+                                  ("weight",), ("score",)], ids=" ".join)
+def test_route_with_gradients_that_nobody_asks_for(used):
+    gate = "tanh" if "weight" in used else "none"
+    check_route("cuda", torch.bfloat16, *REAL_ROUTES["Show-o"], gate=gate, used=used, flags=False)
+
+
+@pytest.mark.parametrize("frozen", [("scorer", "shift"), ("weight", "shift"), ("scorer", "shift", "weight", "bias")],
+                         ids=" ".join)
+def test_route_with_frozen_parameters(frozen):
+    check_route("cuda", torch.bfloat16, *REAL_ROUTES["Show-o"], frozen=frozen)
+
+
 def test_nothing_waits_for_the_device():
-    """Select, gather and scatter, forward and backward, with torch's detector of synchronisations on."""
-    from unimod.ops.gather_scatter import gather_norm, scatter
-    from unimod.ops.select import select
-    from unimod.seam import known_norm
-    h = torch.randn(TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    norm = known_norm(torch.nn.LayerNorm(WIDTH, device="cuda", dtype=torch.bfloat16))
+    """Route and scatter, forward and backward, with torch's detector of synchronisations on."""
+    lengths, kept, _ = REAL_ROUTES["Show-o"]
+    given = route_inputs("cuda", lengths, kept)
+    h = draw(sum(lengths), WIDTH, seed=0, device="cuda", dtype=torch.bfloat16)
+    norm, proj = norm_module("layer", WIDTH, "cuda", torch.bfloat16), torch.nn.Linear(WIDTH, 3, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        index, _, rank = select(h[:, 0], (1152,) * 8, (300,) * 8)
-        _, n = gather_norm(h, index, norm, rank)
-        scatter(h, n, index, 1 + h[:, 0].float()[index], rank=rank).sum().backward()
+        made = route_gather(h, Scorer(proj.weight, proj.bias, "tanh", 0.2), norm=known_norm(norm), **given)
+        out = scatter(made.h, made.normed, made.index, made.weight, rank=made.rank)
+        out.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert h.grad.isfinite().all()
+    assert h.grad.isfinite().all() and proj.weight.grad.isfinite().all()

@@ -20,7 +20,7 @@ TYPES |= dict.fromkeys(("eligible", "flags", "flags_out"), "*i1")
 VALUES = {"h", "y", "gated", "out", "grad", "dh", "dy", "dgated", "x", "n", "weight", "bias", "scorer", "shift",
           "grad_h", "grad_x", "grad_n", "q", "k"}
 """Pointers to the dtype of the model; any other argument is an int32."""
-BACKWARD = {"NORM": True, "SCORER": True}
+BACKWARD = {"CENTRED": False, "BIAS": False, "NORM": True, "SCORER": True, "TASKS": 3, "GATE": "tanh"}
 WIDE = kernels.row_block(4096)
 SHOWO = kernels.row_block(2048)
 ROUTED = [
@@ -33,10 +33,10 @@ ROUTED = [
     (route.score_kernel, WIDE | {"TASKS": 3}),
     (route.gather_kernel, SHOWO | {"CENTRED": True, "ANGLES": 128}),
     (route.gather_kernel, WIDE | {"CENTRED": False, "ANGLES": 256, "bias": None, "flags": None}),
-    (route.route_backward_kernel, SHOWO | BACKWARD | {"CENTRED": True, "BIAS": True, "TASKS": 3, "GATE": "tanh"}),
-    (route.route_backward_kernel, WIDE | BACKWARD | {"CENTRED": False, "BIAS": False, "TASKS": 3, "GATE": "sigmoid"}),
-    (route.route_backward_kernel, WIDE | BACKWARD | {"CENTRED": False, "BIAS": False, "TASKS": 1, "GATE": "raw",
-                                                     "grad_score": None, "task": None}),
+    (route.route_backward_kernel, route.backward_block(2048) | BACKWARD | {"CENTRED": True, "BIAS": True}),
+    (route.route_backward_kernel, route.backward_block(4096) | BACKWARD | {"GATE": "sigmoid"}),
+    (route.route_backward_kernel, route.backward_block(4096) | BACKWARD | {"TASKS": 1, "GATE": "raw", "task": None,
+                                                                           "grad_score": None}),
     (route.total_kernel, {"ROWS": 6, "AHEAD": 2, "TASKS": 3, "LINES": route.LINES, "COLUMNS": route.COLUMNS}),
 ]
 

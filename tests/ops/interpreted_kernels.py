@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from core.tiny_rows import WORDS, make_rows
-from ops.kernel_cases import ROUTES, SHAPES, check_gather, check_route, check_scatter, check_select, norm_module
+from ops.kernel_cases import ROUTES, SHAPES, check_route, check_scatter, check_select, norm_module
 
 from unimod.baselines import PRESETS
 from unimod.batch import pack
@@ -29,13 +29,6 @@ HALF = torch.bfloat16
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scatter(shape, dtype, weight_dtype, gated):
     check_scatter("cpu", dtype, *SHAPES[shape], gated, weight_dtype)
-
-
-@pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gather(shape, dtype, kind):
-    check_gather("cpu", dtype, *SHAPES[shape], kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
@@ -140,7 +133,8 @@ def test_a_routed_model_computes_the_same(layer, config, monkeypatch):
     stock = type(normed).forward
     monkeypatch.setattr(type(normed), "forward", lambda self, x: seen.append(self) or stock(self, x))
     ours = step(routed(model, config), batch, "triton")
-    assert normed not in seen and model.layers[5].input_layernorm in seen, "the kernel normed what the layer was given"
+    fused = not config.scale_skipped
+    assert (normed in seen) != fused and model.layers[5].input_layernorm in seen, "the kernel normed what it gathered"
     torch.testing.assert_close(ours, step(copy.deepcopy(model), batch, "reference"), atol=1e-5, rtol=1e-4)
     step(model, batch, "reference")
     assert normed in seen
@@ -162,6 +156,7 @@ def test_checkpointing(layer, reentrant):
     torch.testing.assert_close(step(model, batch, "triton"), plain)
 
 
+@pytest.mark.parametrize("layer", ["showo-tiny"], indirect=True)
 def test_compile_without_a_graph_break(layer):
     model, batch = layer
     layer = routed(model, PRESETS["gamma-mod"]).layers[6]
@@ -177,8 +172,7 @@ def test_compile_without_a_graph_break(layer):
     torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("name", ["triton", "reference"])
-def test_export_keeps_the_numbers(layer, name):
+def test_export_keeps_the_numbers(layer):
     model, batch = layer
     layer = routed(model, RouterConfig(std=0.5)).layers[6].eval()
 
@@ -190,7 +184,7 @@ def test_export_keeps_the_numbers(layer, name):
 
         def forward(self, h, cos, sin):
             return self.layer(h, unimod=ForwardState(batch), **call_arguments(batch, (cos, sin)))
-    with use_backend(name), torch.no_grad():
+    with use_backend("triton"), torch.no_grad():
         h, bound = model.embed(batch)[None], Bound()
         rotary = model.rotary(h.new_empty(0), position_ids=batch.position[None])
         bound(h, *rotary)                           # what the host must know of a batch is worked out before the trace

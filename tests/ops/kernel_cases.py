@@ -9,15 +9,15 @@ from torch import nn
 from transformers.models.emu3.modeling_emu3 import Emu3RMSNorm
 
 from unimod.ops.backend import use_backend
-from unimod.ops.gather_scatter import gather_norm, scatter, scatter_
+from unimod.ops.gather_scatter import scatter, scatter_
 from unimod.ops.route import Routed, Scorer, route_gather
 from unimod.ops.select import prefix_count, reference_select, segment_sizes, select
 from unimod.seam import known_norm
 
 ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Relative error allowed: a few roundings of the dtype; for float32 of a sum."""
-SHAPES = {"one token": (1, 16, (0,)), "none kept": (9, 33, ()), "one kept": (23, 64, (22,)),
-          "all kept": (17, 40, tuple(range(17))), "ragged": (61, 100, (*range(0, 20, 3), 40, 41, 42, 60))}
+SHAPES = {"one token": (1, 16, (0,)), "none kept": (4, 33, ()), "one kept": (7, 64, (6,)),
+          "all kept": (5, 40, tuple(range(5))), "ragged": (17, 100, (0, 3, 6, 10, 11, 12, 16))}
 """Tokens, width, and the tokens that are kept."""
 ROUTES = {"one token": ((1,), (1,), 16), "none kept": ((3, 2), (0, 0), 17), "all kept": ((4, 2), (4, 2), 20),
           "ragged": ((6, 0, 5, 3), (2, 0, 3, 0), 33)}
@@ -101,31 +101,6 @@ def norm_module(kind, width, device, dtype):
     return module.to(device, dtype)
 
 
-def check_gather(device, dtype, tokens, width, kept, kind):
-    index = torch.tensor(kept, dtype=torch.long, device=device)
-    module = norm_module(kind, width, device, dtype)
-    names = [n for n, _ in module.named_parameters()]
-    h = draw(tokens, width, seed=0, device=device, dtype=dtype)
-    with torch.no_grad():
-        h[:] = 3 * h + 1                                    # a mean to be taken off
-
-    def run(h, *parameters):
-        given = dict(zip(names, parameters))
-        norm = known_norm(module)
-        norm = replace(norm, weight=given["weight"], bias=given.get("bias"))
-        return gather_norm(h, index, norm, prefix_count(index, tokens))
-    near(*both(run, [h, *module.parameters()], 30), dtype, ("x", "n", "dh", *(f"d{n}" for n in names)))
-    with use_backend("triton"), torch.no_grad():
-        x, n = run(h, *module.parameters())
-    stock = module(h[index]).detach()
-    assert torch.equal(x, h[index]) and n.dtype == stock.dtype
-    # on an H200 two of 15,097,856 float16 numbers were 1.5 roundings from the stock norm's
-    error = allowed(dtype, device) * (2 if n.is_cuda and dtype == torch.float16 else 1)
-    torch.testing.assert_close(n, stock, rtol=error, atol=error)
-    if n.numel() and dtype != torch.float32 and allowed(dtype, device) == ROUNDING[dtype]:
-        assert (n == stock).double().mean() > 0.98, "rounded where transformers' norm rounds"
-
-
 def check_select(score, lengths, keep):
     with use_backend("triton"), poisoned():
         index, last, rank = select(score, lengths, keep)
@@ -134,6 +109,15 @@ def check_select(score, lengths, keep):
     there = torch.tensor(lengths) > 0
     assert torch.equal(last.cpu()[there], expected[1][there])
     assert ((last >= 0) & (last < len(score))).all()
+
+
+def check_norm(normed, stock, dtype, device):
+    """The kernel rounds where the module does."""
+    # on an H200 two of 15,097,856 float16 numbers were 1.5 roundings from the stock norm's
+    error = allowed(dtype, device) * (2 if normed.is_cuda and dtype == torch.float16 else 1)
+    torch.testing.assert_close(normed, stock, rtol=error, atol=error)
+    if normed.numel() and dtype != torch.float32 and allowed(dtype, device) == ROUNDING[dtype]:
+        assert (normed == stock).double().mean() > 0.98
 
 
 def route_inputs(device, lengths, kept, tasks=3, flags=True):
@@ -155,9 +139,11 @@ def check_route(device, dtype, lengths, kept, width, *, kind="layer", gate="tanh
     given = route_inputs(device, lengths, kept, tasks, flags)
     module = norm_module(kind, width, device, dtype)
     leaves = {"h": draw(sum(lengths), width, seed=40, device=device, dtype=dtype)}
+    with torch.no_grad():
+        leaves["h"].mul_(3).add_(1)                         # a mean to be taken off
     for name, shape in (("scorer", (tasks, width)), ("shift", (tasks,))):   # float32 numbers that bfloat16 holds
         x = draw(*shape, seed=len(leaves) + 41, device=device, dtype=torch.bfloat16).detach()
-        leaves[name] = x.float().div_(8).requires_grad_()
+        leaves[name] = x.float().div_(16).requires_grad_()
     leaves |= dict(module.named_parameters())
     learned = [name for name in leaves if name not in frozen]
     fixed = {name: leaves[name].detach() for name in frozen}
@@ -179,7 +165,9 @@ def check_route(device, dtype, lengths, kept, width, *, kind="layer", gate="tanh
     there = torch.tensor(lengths) > 0
     assert torch.equal(ours.kth.cpu()[there], truth.kth.cpu()[there])
     for name in FLOATS:
-        near([getattr(ours, name).detach()], [getattr(truth, name).detach()], dtype, [name])
+        summed = torch.float32 if name in ("weight", "score") else dtype
+        near([getattr(ours, name).detach()], [getattr(truth, name).detach()], summed, [name])
     assert ours.weight.dtype == ours.score.dtype == torch.float32 and ours.normed.dtype == dtype
+    check_norm(ours.normed, module(ours.x), dtype, device)
     again = both(run, [leaves[name] for name in learned], 60)[0]
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(found[0], again)), "runs repeat bit by bit"

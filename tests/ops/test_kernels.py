@@ -1,6 +1,7 @@
 """Kernels of a routed layer by hand; every Triton kernel by the interpreter, and compiled for GPUs that need not be
 there."""
 
+import math
 import os
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops.kernel_cases import norm_module, route_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimod.batch import Segment, Task, TokenSequence, pack
-from unimod.ops.backend import backend
-from unimod.ops.gather_scatter import gather_norm, scatter, scatter_
-from unimod.ops.select import prefix_count, reference_select, segment_rank, select
+from unimod.ops.backend import backend, count_launches, meta_as, use_backend
+from unimod.ops.gather_scatter import reference_norm, scatter, scatter_
+from unimod.ops.route import GATE, Scorer, route_gather
+from unimod.ops.select import reference_select, segment_rank, segment_sizes, select
 from unimod.seam import known_norm
 
 HERE = Path(__file__).parent
@@ -67,13 +71,6 @@ def test_scatter_in_half_precision_is_rounded_once():
     assert out.item() == torch.tensor(1 + 0.064).bfloat16().item()
 
 
-def test_gather_reference_is_the_gather_and_the_module():
-    h, index = torch.randn(5, 8), torch.tensor([0, 3])
-    module = torch.nn.LayerNorm(8)
-    x, n = gather_norm(h, index, known_norm(module), prefix_count(index, 5))
-    assert torch.equal(x, h[index]) and torch.equal(n, module(h[index]))
-
-
 def test_the_prefix_count_gives_the_intervals():
     n = torch.arange(6)
     row = TokenSequence(Task.T2I, n, n, n * 0 + 1, (n + 3).clamp(max=6), n, ((6, "topk"),))
@@ -102,3 +99,78 @@ def test_float64_and_machines_without_triton_take_the_reference(monkeypatch):
               "import torch, unimod.layers\nfrom unimod.ops.gather_scatter import scatter\n"
               "assert not any(name.startswith('unimod.ops') and 'triton' in name for name in sys.modules)\n"
               "scatter(torch.ones(2, 2), torch.ones(1, 2), torch.tensor([0]), torch.ones(1))")
+
+
+class DeviceOps(TorchDispatchMode):
+    """Names of the ops that read or write memory: all but views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        allocates = op.overloadpacket.__name__ in ("empty", "empty_like", "new_empty", "empty_strided")
+        if not op.is_view and not allocates:
+            self.names.append(op.overloadpacket.__name__)
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_routed_layer_launches_seven_kernels_and_no_other_op(kind, dtype):
+    """On the meta device by the way of a GPU; scatter's gradients are all that comes back, as in a layer."""
+    given = route_inputs("meta", (6, 0, 8), (2, 0, 3))
+    h = torch.empty(14, 16, dtype=dtype, device="meta", requires_grad=True)
+    norm, scorer = norm_module(kind, 16, "meta", dtype), torch.nn.Linear(16, 3, device="meta")
+    leaves = [h, *norm.parameters(), *scorer.parameters()]
+    with use_backend(), meta_as("cuda"), count_launches() as launched, DeviceOps() as ops:
+        made = route_gather(h, Scorer(scorer.weight, scorer.bias, "tanh", 0.2), norm=known_norm(norm), **given)
+        assert launched == ["score_kernel", "select_kernel", "gather_kernel"]
+        out = scatter(made.h, made.normed, made.index, made.weight, x=made.x, rank=made.rank)
+        assert launched[3:] == ["scatter_kernel"]
+        grads = torch.autograd.grad((out, made.score), leaves, (torch.empty_like(out), torch.empty_like(made.score)))
+        assert launched[4:] == ["scatter_backward_kernel", "route_backward_kernel", "total_kernel"]
+    assert ops.names == []
+    assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(grads, leaves))
+    with use_backend("reference"):
+        known = route_gather(torch.ones(14, 16, dtype=dtype), Scorer(torch.ones(3, 16), torch.ones(3), "tanh", 0.2),
+                             norm=known_norm(norm_module(kind, 16, "cpu", dtype)),
+                             **route_inputs("cpu", (6, 0, 8), (2, 0, 3)))
+    assert [(x.shape, x.dtype) for x in made] == [(x.shape, x.dtype) for x in known]
+
+
+@pytest.mark.parametrize("kind", ["layer", "layer without bias", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_the_module(kind, dtype):
+    x, module = torch.randn(5, 8, dtype=dtype), norm_module(kind, 8, "cpu", dtype)
+    assert torch.equal(reference_norm(x, known_norm(module)), module(x))
+
+
+def test_gates_by_hand():
+    score = torch.tensor([0.0, 2.0], requires_grad=True)
+    tanh, soft = math.tanh(2), 1 / (1 + math.exp(-2))
+    expected = {"tanh": ([1, 1 + 0.2 * tanh], [0.2, 0.2 * (1 - tanh ** 2)]), "raw": ([0, 2], [1, 1]),
+                "sigmoid": ([0.5, soft], [0.25, soft * (1 - soft)]), "straight-through": ([1, 1],
+                                                                                         [0.25, soft * (1 - soft)])}
+    for name, (values, slopes) in expected.items():
+        gate = GATE[name](score, 0.2)
+        slope, = torch.autograd.grad(gate.sum(), score)
+        torch.testing.assert_close((gate.detach(), slope), (torch.tensor(values).float(), torch.tensor(slopes).float()))
+    assert GATE["none"](score, 0.2).tolist() == [1, 1]
+
+
+def test_the_route_reference_by_hand():
+    h = torch.tensor([[1.0, 0], [0, 1], [2, 0], [0, 3]], dtype=torch.double, requires_grad=True)
+    scorer = Scorer(torch.eye(2, dtype=torch.double), torch.tensor([0.5, 0], dtype=torch.double), "raw", 0.2)
+    norm = known_norm(torch.nn.LayerNorm(2, dtype=torch.double))
+    made = route_gather(h, scorer, torch.tensor([0, 0, 1, 1]), torch.tensor([True, True, True, False]), (2, 2), (1, 1),
+                        segment_sizes((2, 2), (1, 1)), norm, torch.arange(4.0)[:, None], torch.tensor([0, 2, 4]).int(),
+                        None)
+    assert made.h is h and made.score.tolist() == [1.5, 0.5, 0, 3] and made.weight.tolist() == [1.5, 1]
+    assert made.index.tolist() == [0, 3] == made.kth.tolist() and made.rank.tolist() == [0, 1, 1, 1, 2]
+    assert made.rotary.tolist() == [[0], [3]] and made.bounds.tolist() == [0, 1, 2] and made.flags is None
+    assert torch.equal(made.x, h[[0, 3]]) and made.normed[1].tolist() == pytest.approx([-1, 1], abs=1e-5)
+
+
+def test_segment_sizes():
+    assert segment_sizes((3, 0, 2), (1, 0, 2)).tolist() == [[0, 3, 1, 0], [3, 0, 0, 1], [3, 2, 2, 1]]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from unimod.baselines import PRESETS
-from unimod.batch import Task, pack
+from unimod.batch import Task, lengths_of, pack
 from unimod.config import RouterConfig
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.graph import BUCKET, StaticStep, filled, whole_step_refused
+from unimod.graph import FINE, SPARE, StaticStep, filled, whole_step_refused
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
@@ -44,10 +44,12 @@ def test_the_filler_changes_neither_losses_nor_gradients(name, router):
     model, batches = built(name, router)
     objective, batch = Objective(model, TrainConfig(steps=1, membership=0.1, budget=0.1)).train(), batches.train(0)
     new, plan, signature = filled(model, batch)
-    assert len(new) == signature.tokens == sum(new.lengths) and signature.tokens % BUCKET == 0
-    for layer in plan.layers.values():
-        assert sum(layer.kept) % BUCKET == 0 and layer.kept[:len(batch.segments)] == model.plan(batch).layers[
-            next(iter(plan.layers))].kept
+    assert len(new) == signature.tokens == sum(new.lengths) > len(batch) and len(new.lengths) == signature.sequences
+    for number, layer in plan.layers.items():
+        assert sum(layer.kept) in signature.kept and all(k <= n for k, n in zip(layer.kept, layer.lengths))
+        assert layer.kept[:len(batch.segments)] == model.plan(batch).layers[number].kept
+        assert max(lengths_of(layer.segments)) <= layer.longest <= signature.longest[0]
+    assert max(new.lengths) <= signature.longest[0] and max(s.length for s in new.segments) <= 2**signature.block
     if "random" in PRESETS.get(router, RouterConfig()).score:
         return                                              # a longer batch draws other scores: sizes only
     (ours, grads), (theirs, expected) = learned(objective, new, plan), learned(objective, batch)
@@ -96,7 +98,8 @@ def test_batches_of_one_signature_lie_in_one_place():
         tensors = [batch.ids, batch.mask.lo, layer.eligible, layer.sizes, plan.targets.index, rate]
         place = [(x.data_ptr(), x.shape) for x in tensors]
         assert places.setdefault(signature, place) == place
-        assert torch.equal(batch.ids, filled(model, batches.train(i))[0].ids)
+        given = batches.train(i)
+        assert torch.equal(batch.ids[:len(given)], given.ids) and torch.equal(batch.host.ids, batch.ids)
     assert len(places) < 6
 
 
@@ -112,14 +115,19 @@ def test_whose_step_cannot_have_one_size_says_so(capsys):
     assert "learned" in whole_step_refused(model)
 
 
-def test_a_filler_no_batch_can_be_without():
-    """Sizes that are multiples already, rows without a target, one row alone."""
-    model, _ = built("showo-tiny", "unimod")
+def test_batches_share_signatures_and_a_long_one_gets_its_own():
+    """Fillers within bounds, one row alone, and rows without a target."""
+    model, batches = built("showo-tiny", "unimod")
+    known, fillers = {}, []
+    for i in range(24):
+        batch = batches.train(i)
+        new, _, signature = filled(model, batch, known)
+        known[signature] = known.get(signature, 0) + 1
+        fillers.append((len(new) - len(batch)) / len(batch))
+    assert len(known) < 12 and max(known.values()) > 2 and max(fillers) <= SPARE + 3 * FINE / 300
     rows = [model.layout.t2i("a red circle", torch.zeros(36, dtype=torch.long), torch.ones(36, dtype=torch.bool))]
-    for bucket in (1, len(rows[0].ids), 512):
-        new, _, signature = filled(model, pack(rows), bucket)
-        assert signature.tokens > len(rows[0].ids) and signature.tokens % bucket == 0
-        assert new.lengths[1] == signature.tokens - len(rows[0].ids) and new.tasks[1] == Task.LM
+    new, _, signature = filled(model, pack(rows * 40), known)
+    assert signature not in known and len(new) > 40 * len(rows[0].ids) and set(new.tasks[40:]) == {Task.LM}
     unlabelled = pack([replace(rows[0], target=torch.full_like(rows[0].target, -100))])
     with pytest.raises(ValueError, match="No token of this batch has a target"):
         StaticStep(Objective(model), optimizer(model), 1.0)([unlabelled], 1.0)

@@ -211,7 +211,7 @@ def test_a_slider_shows_the_frame_it_stands_on():
 def test_both_tasks_share_one_range_and_differences_sit_around_zero():
     fig = VIEWS["heads"]()
     assert fig.data[0].coloraxis == fig.data[1].coloraxis == "coloraxis"
-    assert fig.layout.coloraxis2.cmin == -fig.layout.coloraxis2.cmax
+    assert fig.data[2].coloraxis == "coloraxis2" and fig.layout.coloraxis2.cmid == 0
 
 
 def test_training_curves_add_cost_up_and_thin_long_runs():
@@ -232,8 +232,8 @@ def test_a_model_without_the_value_keeps_its_panel_and_the_others_their_colours(
 def test_the_competition_shows_its_seeds():
     three = {m: [made_competition(seed) for seed in range(3)] for m in MODELS}
     fig = routing.kept_over_steps(style.frame(three, "steps"))
-    assert sum(t.line.width > 1
-               for t in fig.data) == 4 and len(fig.data) == 4 * (1 + 3) and len(VIEWS["kept_over_steps"]().data) == 4
+    assert sum(t.line.width > 1 for t in fig.data) == 4 and len(fig.data) == 4 * (1 + 3)
+    assert len(VIEWS["kept_over_steps"]().data) == 4
     bars = routing.kept_shares(style.frame(three)).data[0]
     means = [float(c.kept[:, 0].mean()) for c in three["showo-tiny"]]
     low, high = bars.y[0] - bars.error_y.arrayminus[0], bars.y[0] + bars.error_y.array[0]
@@ -242,8 +242,8 @@ def test_the_competition_shows_its_seeds():
 
 def test_a_layer_that_an_arm_leaves_dense_is_empty_and_places_share_one_range():
     fig = VIEWS["kept_positions"]()
-    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"} and (fig.layout.coloraxis.cmin,
-                                                                         fig.layout.coloraxis.cmax) == (0, 100)
+    assert {trace.coloraxis for trace in fig.data} == {"coloraxis"}
+    assert (fig.layout.coloraxis.cmin, fig.layout.coloraxis.cmax) == (0, 100)
     even, odd = (next(f for f in fig.frames if f.name == name) for name in ("12", "13"))
     assert [bool(np.isnan(trace.z).all()) for trace in even.data] == [False, False, True, True, False, False]
     assert not any(np.isnan(trace.z).any() for trace in odd.data)
@@ -276,8 +276,11 @@ def test_routers_over_training_are_means_over_seeds_and_leave_dense_out():
 
 
 def test_colours_and_dashes_mean_the_same_in_every_figure():
-    dashes = {t.name.partition(", ")[2]: t.line.dash for t in VIEWS["modality_mass"]().data}
-    assert dashes == {"measured": "solid", "if spread evenly": "dash"}
+    for name, reference in (("modality_mass", "if spread evenly"), ("overlaps", "by chance")):
+        fig = VIEWS[name]()
+        dashed = [t for t in fig.data if t.name.endswith(f", {reference}")]
+        assert len(dashed) == len(fig.data) / 2 and f"(dashed: {reference})" in fig.layout.title.text
+        assert all((t.line.dash == "dash") == (t in dashed) for t in fig.data)
     assert VIEWS["gradient_angles"]().data[0].line.color == style.OKABE_ITO[0], "the palette starts at its first colour"
     assert [t.line.color for t in VIEWS["layer_order"]().data if t.showlegend] == style.shades(24)
     assert {t.line.color for t in VIEWS["skip_one_layer"]().data} == {style.TASK["t2i"], style.TASK["mmu"]}
@@ -289,11 +292,6 @@ def test_a_model_with_one_seed_keeps_its_panel_and_shows_no_thin_line():
     thin = [t for t in fig.data if t.line.width == 1 and not np.isnan(t.y).all()]
     assert [a.text for a in fig.layout.annotations] == list(MODELS)
     assert len(thin) == 3 * 3 and {t.xaxis for t in thin} == {"x2"}
-
-
-def test_chance_is_dashed():
-    fig = VIEWS["overlaps"]()
-    assert len(fig.data) == 3 * 3 * 2 and {t.line.dash for t in fig.data if t.name.endswith("by chance")} == {"dash"}
 
 
 def test_a_frame_that_cannot_be_drawn_says_why():

@@ -19,7 +19,7 @@ def books(bench):
 
 
 def values(which, **kwargs):
-    return Request.of(which, **kwargs).steps()[0].params
+    return Request(which, **kwargs).steps()[0].params
 
 
 def test_own_values_then_files_then_command_line(books):
@@ -35,13 +35,13 @@ def test_own_values_then_files_then_command_line(books):
 
 def test_notebook_by_number_name_and_path(books):
     for which in ("7", "07", "07_training", "notebooks/07_training.ipynb"):
-        assert [book.name for book in Request.of(which).books] == ["07_training"]
-    assert [book.name for book in Request.of("all").books] == ["00_first", "07_training"]
+        assert [book.name for book in Request(which).books] == ["07_training"]
+    assert [book.name for book in Request("all").books] == ["00_first", "07_training"]
 
 
 def test_key_follows_what_matters(books):
     def key(*sets):
-        return Request.of("00", sets=sets).steps()[0].folder.name
+        return Request("00", sets=sets).steps()[0].folder.name
 
     before = key()
     assert key("seed=0") == before != key("seed=1")
@@ -59,7 +59,7 @@ def test_key_follows_what_matters(books):
 def test_one_file_serves_all_notebooks(books):
     (books.root / "all.yaml").write_text("seed: 1\nsteps: 5\n")
     assert values("07", files=["all.yaml"]).steps == 5
-    assert [step.params.seed for step in Request.of("all", files=["all.yaml"]).steps()] == [1, 0]
+    assert [step.params.seed for step in Request("all", files=["all.yaml"]).steps()] == [1, 0]
 
 
 def test_list_and_check_start_nothing(books):

@@ -112,14 +112,14 @@ class UnifiedModel(nn.Module):
         return upload(BatchPlan(layers, memo, targets_of(host) if targets else None,
                                 host.segment_numbers() if scored else None), batch.ids.device)
 
-    def attention_plan(self, batch: Batch, layers: Mapping[int, LayerPlan], slots: int = 1) -> dict:
+    def attention_plan(self, batch: Batch, layers: Mapping[int, LayerPlan], longest: int = 0) -> dict:
         """`ops.attention.prepared` for a batch on the host and its layers' plans."""
         device = self.device.type
         cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if cast else self.head.weight.dtype
-        known = {lengths_of(plan.segments) for plan in layers.values() if not plan.threshold_tasks}
+        known = {lengths_of(plan.segments): plan.longest for plan in layers.values() if not plan.threshold_tasks}
         width = self.width // self.decoder.config.num_attention_heads
-        return prepared(batch.mask, known, device, dtype, width, slots)
+        return prepared(batch.mask, known, device, dtype, width, longest)
 
     def _live(self) -> list[nn.Module]:
         """The layers that a forward goes through."""

@@ -12,7 +12,7 @@ batch, for dense and routed layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -50,19 +50,19 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | Kep
     return attention_varlen.attend(q, k, v, plan.take(mask) if kept else plan, scale, name)
 
 
-def prepared(mask: IntervalMask, kept: Iterable[tuple[int, ...]], device: str, dtype: torch.dtype, width: int,
-             slots: int = 1) -> dict:
+def prepared(mask: IntervalMask, kept: Mapping[tuple[int, ...], int], device: str, dtype: torch.dtype, width: int,
+             longest: int = 0) -> dict:
     """A memo of `interval_attention` with what it would work out on its first call, so that no layer copies anything to
     its device: tensors of the mask's device, for heads of this width in this dtype on `device`.
 
-    kept: the lengths of the sequences in each routed layer, where the host knows them. slots: a multiple of which the
-    padded length is, so that it stays the same from batch to batch.
+    kept: the lengths of the sequences in each routed layer, where the host knows them, and what kernels are given for
+    the longest of them (0: as it is); longest: likewise for the batch.
     """
     if _implementation(device, dtype, mask.kinds, width) != "sdpa":
         from . import attention_varlen
 
-        return {_key("runs"): attention_varlen.prepare(mask)}
-    return {_key(lengths): Padded.of(lengths, -(-max(lengths) // slots) * slots) for lengths in {mask.lengths, *kept}}
+        return {_key("runs"): attention_varlen.prepare(mask, longest)}
+    return {_key(lengths): Padded.of(lengths, n) for lengths, n in ({mask.lengths: longest} | kept).items()}
 
 
 @torch.no_grad()

@@ -56,12 +56,12 @@ class Plan:
         if bounds is None:
             bounds = mask.rank.index_select(0, self.bounds.flatten()).int()
             causal = None if self.causal is None else self.causal.index_select(0, mask.index)
-        return Plan(bounds.view_as(self.bounds), longest(mask.lengths), causal)
+        return Plan(bounds.view_as(self.bounds), mask.longest or longest(mask.lengths), causal)
 
 
 def longest(lengths: tuple[int, ...]) -> int:
-    """An upper bound of a run's length, the same for nearly all batches: kernels of a recorded step keep theirs."""
-    return max(256, -(-max(lengths) // 256) * 256)              # not 1, which a kernel may take for a decoding step
+    """The longest run, and at least 2: 1 may be taken for a decoding step."""
+    return max(2, *lengths)
 
 
 def refuses(masks: tuple[str, ...], width: int) -> str:
@@ -75,9 +75,10 @@ def refuses(masks: tuple[str, ...], width: int) -> str:
     return ""
 
 
-def prepare(mask: IntervalMask) -> Plan:
-    """The plan of `attend` on the mask's device; nothing is read back from it."""
-    hi, most = mask.hi, longest(mask.lengths)
+def prepare(mask: IntervalMask, most: int = 0) -> Plan:
+    """The plan of `attend` on the mask's device; nothing is read back from it. most: a bound of the longest sequence in
+    its place."""
+    hi, most = mask.hi, most or longest(mask.lengths)
     host = torch.tensor([mask.lengths, [kind == "prefix" for kind in mask.kinds]])
     size, leading = host.to(hi.device, non_blocking=True)       # int64 [B] each
     e = size.cumsum(0)

@@ -1,12 +1,9 @@
-"""The two ends of a routed layer: the kept tokens are gathered and normalised, and the layer's output is scattered
-back.
+"""The norm at the start of a routed layer, and the scatter at its end, which puts the layer's output back.
 
-    gather_norm    x = h[index],  n = norm(x)
     scatter        out = h,  except  out[index] = y + (weight - 1) * (y - h[index])
                                                 = h[index] + weight * (y - h[index])
 
-A routed layer calls `gather_norm` where Triton runs; elsewhere it gathers by `index_select` and leaves the norm to the
-layer. Each function has a Triton kernel of one pass in `kernels_triton` (`backend("kernels", ...)` chooses).
+The Triton kernel of scatter takes one pass (`kernels_triton`); the norm goes with the gather (`route`).
 """
 
 from __future__ import annotations
@@ -31,20 +28,6 @@ class Norm:
     """[D]; LayerNorm only."""
     eps: float
     kind: str
-
-
-def gather_norm(h: Tensor, index: Tensor, norm: Norm, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """x = h[index] and its norm, both [K, D] in h's dtype.
-
-    h: [T, D]; index: int64 [K], ascending, unique; rank: int64 [T + 1], its prefix count (`select.select`), for the
-    backward pass.
-    """
-    if by_triton(h):
-        from .route_triton import GatherNorm
-
-        return GatherNorm.apply(h, index, norm.weight, norm.bias, rank, norm.eps, norm.kind == "layer")
-    x = h[index]
-    return x, reference_norm(x, norm)
 
 
 def reference_norm(x: Tensor, norm: Norm) -> Tensor:

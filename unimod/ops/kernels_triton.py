@@ -182,8 +182,8 @@ class Scatter(torch.autograd.Function):
         dh, dy = torch.empty_like(grad), grad.new_empty(*grad.shape[:-2], len(weight), D, dtype=ctx.dtype)
         dgated = torch.empty_like(dy) if ctx.weighs_gated else None
         dweight = torch.empty_like(weight) if ctx.learned else None
-        launch(scatter_backward_kernel, (T,), grad, h, y, gated, weight.contiguous(), rank, dh, dy, dgated,
-               dweight, D, **row_block(D))
+        launch(scatter_backward_kernel, (T,), grad, h, y, gated, weight.contiguous(), rank, dh, dy, dgated, dweight, D,
+               **row_block(D))
         return dh, dy, dgated, dweight, None
 
 

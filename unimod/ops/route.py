@@ -68,9 +68,9 @@ def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, leng
 
     h: [T, D], or with a leading 1 as x and normed then; task: int64 [T]; eligible: bool [T], the tokens that are gated;
     lengths, kept: host sizes per segment; sizes: their `segment_sizes` on h's device; rotary: float32 [T, R], cosines
-    and sines side by side; bounds: int32 [C], each in 0 ... T; flags: bool [T] or None. Scores are sums in float32
-    (float64 for float64) of h and the weight rounded to h's dtype. Gradients: to h, the scorer and the norm, from h, x,
-    normed, weight and score. Raises ValueError as `select`.
+    and sines side by side; bounds: int32 [C], each in 0 ... T; flags: bool [T]. All but h are contiguous. Scores are
+    sums in float32 (float64 for float64) of h and the weight rounded to h's dtype. Gradients: to h, the scorer and the
+    norm, from h, x, normed, weight and score. Raises ValueError as `select`.
     """
     if max(lengths) <= LONGEST and by_triton(h):
         check_sizes(task, lengths, kept)
@@ -84,10 +84,10 @@ def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, leng
     # 1, not the gate, where there was no choice: such a token goes through the layer as in the dense model
     gate = torch.where(eligible, GATE[scorer.gate](score, scorer.gain), 1.0)
     x = h.index_select(-2, index)
+    edges = None if bounds is None else rank.index_select(0, bounds).to(torch.int32)
+    marks = None if flags is None else flags.index_select(0, index)
     return Routed(h, x, reference_norm(x, norm), gate.index_select(0, index), score, index, kth, rank,
-                  rotary.index_select(0, index),
-                  None if bounds is None else rank.index_select(0, bounds).to(torch.int32),
-                  None if flags is None else flags.index_select(0, index))
+                  rotary.index_select(0, index), edges, marks)
 
 
 def reference_score(h: Tensor, scorer: Scorer, task: Tensor) -> Tensor:

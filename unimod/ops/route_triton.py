@@ -1,5 +1,4 @@
-"""Triton kernels of `route_gather` and `gather_norm`, forward and backward: see `kernels_triton`, which has the
-selection.
+"""Triton kernels of `route_gather`, forward and backward: see `kernels_triton`, which has the selection.
 
 Bytes moved, in rows of D entries, for T tokens of which K are kept: score T, gather 3 K; backward 2 T + 3 K (and T - K
 more where a loss asks for the scores of dropped tokens). Show-o's 9,288 x 2,048 bfloat16 at half the tokens: 95 MB and
@@ -17,8 +16,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from .backend import launch
 from .kernels_triton import gate_slope, launch_select, row_block
 
-PROGRAMS = 512
-"""Programs of the backward, at most: about four per multiprocessor of an H200."""
+PROGRAMS = 264
+"""Programs of the backward, at most: two for each of an H200's 132 multiprocessors, as many as its registers hold at a
+width of 2,048 (128 a thread). Each leaves up to 6 rows of float32 sums, 49 kB."""
 LINES, COLUMNS = 32, 64
 """The tile by which the programs' sums are added up."""
 
@@ -54,7 +54,7 @@ def standard(x, inside, D, eps, CENTRED: tl.constexpr):
 @triton.jit
 def gather_kernel(h, index, weight, bias, rotary, flags, bounds, rank, x, n, rotary_out, flags_out, bounds_out, K, D, R,
                   C, eps, CENTRED: tl.constexpr, ANGLES: tl.constexpr, BLOCK: tl.constexpr):
-    """Per kept token one program: a row of x = h[index], of n = norm(x), of rotary[index] and an entry of flags[index].
+    """Per kept token one program: a row of x = h[index], of n = norm(x), of rotary[index], an entry of flags[index].
     The programs after the K-th look up rank[bounds], BLOCK entries each."""
     slot = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -70,9 +70,8 @@ def gather_kernel(h, index, weight, bias, rotary, flags, bounds, rank, x, n, rot
         if bias is not None:
             out += tl.load(bias + d, mask=inside, other=0).to(tl.float32)
         tl.store(n + small, out, mask=inside)
-        if rotary is not None:
-            r = tl.arange(0, ANGLES)
-            tl.store(rotary_out + slot * R + r, tl.load(rotary + t * R + r, mask=r < R), mask=r < R)
+        r = tl.arange(0, ANGLES)
+        tl.store(rotary_out + slot * R + r, tl.load(rotary + t * R + r, mask=r < R), mask=r < R)
         if flags is not None:
             tl.store(flags_out + slot, tl.load(flags + t))
     elif bounds is not None:
@@ -117,11 +116,12 @@ def route_backward_kernel(h, rank, weight, grad_h, grad_x, grad_n, score, task, 
         if grad_h is not None:
             out += tl.load(grad_h + at, mask=inside, other=0).to(tl.float32)
         if kept:
+            if grad_n is not None:
+                g = tl.load(grad_n + small, mask=inside, other=0).to(tl.float32)
             if grad_x is not None:
                 out += tl.load(grad_x + small, mask=inside, other=0).to(tl.float32)
             if grad_n is not None:
                 v, s = standard(x, inside, D, eps, CENTRED)
-                g = tl.load(grad_n + small, mask=inside, other=0).to(tl.float32)
                 if NORM:
                     sum_weight += g * v
                     if BIAS:
@@ -190,99 +190,62 @@ def total_kernel(sums, weight, bias, scorer, shift, programs, D, ROWS: tl.conste
         tl.store(shift + d, out, mask=inside & (own == TASKS))
 
 
+def backward_block(width: int) -> dict[str, int]:
+    """As `row_block`, for the backward: twice the warps, since the sums of three tasks beside a norm's would take 254
+    registers of each thread, and here take 128."""
+    block = row_block(width)
+    return block | {"num_warps": min(16, 2 * block["num_warps"])}
+
+
 class RouteGather(torch.autograd.Function):
     """`route.route_gather`, 3 launches forward and 2 backward. Outputs as `route.Routed` has them. `kept`: tokens kept
     in all; `longest`: tokens of the longest segment."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, h: Tensor, scorer: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None,
-                task: Tensor, eligible: Tensor, sizes: Tensor, rotary: Tensor, bounds: Tensor, flags: Tensor | None,
-                gate: str, gain: float, eps: float, centred: bool, longest: int,
+                task: Tensor, eligible: Tensor, sizes: Tensor, rotary: Tensor, bounds: Tensor | None,
+                flags: Tensor | None, gate: str, gain: float, eps: float, centred: bool, longest: int,
                 kept: int) -> tuple[Tensor | None, ...]:
-        T, D = h.shape[-2:]
-        score, stream = h.new_empty(T, dtype=torch.float32), h.contiguous()
-        launch(score_kernel, (T,), stream, task, scorer, shift, score, D, TASKS=len(scorer), **row_block(D))
-        factor = score.new_empty(kept)
+        stream, (T, D), block = h.contiguous(), h.shape[-2:], row_block(h.shape[-1])
+        score, factor = (h.new_empty(n, dtype=torch.float32) for n in (T, kept))
+        launch(score_kernel, (T,), stream, task, scorer, shift, score, D, TASKS=len(scorer), **block)
         index, kth, rank = launch_select(score, longest, kept, sizes, eligible=eligible, factor=factor, gate=gate,
                                          gain=gain)
-        x, normed, *found = launch_gather(stream, index, weight, bias, rank, eps, centred, rotary, flags, bounds)
+        x, normed = (h.new_empty(*h.shape[:-2], kept, D) for _ in range(2))
+        angles = rotary.new_empty(kept, rotary.shape[1])
+        edges = None if bounds is None else torch.empty_like(bounds)
+        marks = None if flags is None else flags.new_empty(kept)
+        C = 0 if bounds is None else len(bounds)
+        if programs := kept + triton.cdiv(C, block["BLOCK"]):
+            launch(gather_kernel, (programs,), stream, index, weight, bias, rotary, flags, bounds, rank, x, normed,
+                   angles, marks, edges, kept, D, rotary.shape[1], C, eps, CENTRED=centred,
+                   ANGLES=triton.next_power_of_2(rotary.shape[1]), **block)
         ctx.save_for_backward(stream, rank, weight, bias, score, task, eligible, scorer, shift)
         ctx.constants = eps, centred, gate, gain
         ctx.set_materialize_grads(False)
-        fixed = [index, kth, rank, *(tensor for tensor in found if tensor is not None)]
+        fixed = [tensor for tensor in (index, kth, rank, angles, edges, marks) if tensor is not None]
         # a gate that is 1 throughout has no slope: the scatter then keeps nothing for it
         ctx.mark_non_differentiable(*fixed, *([factor] if gate == "none" else []))
-        return h, x, normed, factor, score, index, kth, rank, *found
+        return h, x, normed, factor, score, index, kth, rank, angles, edges, marks
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_h: Tensor | None, grad_x: Tensor | None, grad_n: Tensor | None,
-                 grad_factor: Tensor | None, grad_score: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        grads = launch_backward(*ctx.saved_tensors, grad_h, grad_x, grad_n, grad_factor, grad_score, *ctx.constants,
-                                wanted=ctx.needs_input_grad[1:5])
-        return *grads, *[None] * 12
-
-
-class GatherNorm(torch.autograd.Function):
-    """`gather_scatter.gather_norm`."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, h: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, rank: Tensor,
-                eps: float, centred: bool) -> tuple[Tensor, Tensor]:
-        h = h.contiguous()
-        ctx.save_for_backward(h, rank, weight, bias)
-        ctx.constants = eps, centred
-        ctx.set_materialize_grads(False)
-        return launch_gather(h, index, weight, bias, rank, eps, centred, None, None, None)[:2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_x: Tensor | None, grad_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        dh, _, _, dweight, dbias = launch_backward(
-            *ctx.saved_tensors, *[None] * 5, None, grad_x, grad_n, None, None, *ctx.constants, None, 0.0,
-            wanted=(False, False, *ctx.needs_input_grad[2:4]))
-        return dh, None, dweight, dbias, None, None, None
-
-
-def launch_gather(h: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, rank: Tensor, eps: float,
-                  centred: bool, rotary: Tensor | None, flags: Tensor | None,
-                  bounds: Tensor | None) -> tuple[Tensor | None, ...]:
-    """x and n, [K, D], and what `route.Routed` calls rotary, bounds and flags, None where there are none."""
-    K, D = len(index), h.shape[-1]
-    x, n = h.new_empty(*h.shape[:-2], K, D), h.new_empty(*h.shape[:-2], K, D)
-    R, C = (0 if tensor is None else tensor.shape[-1] for tensor in (rotary, bounds))
-    angles = None if rotary is None else rotary.new_empty(K, R)
-    marks = None if flags is None else flags.new_empty(K)
-    edges = None if bounds is None else torch.empty_like(bounds)
-    block = row_block(D)
-    if programs := K + triton.cdiv(C, block["BLOCK"]):
-        launch(gather_kernel, (programs,), h, index, weight, bias, rotary, flags, bounds, rank, x, n, angles, marks,
-               edges, K, D, R, C, eps, CENTRED=centred, ANGLES=triton.next_power_of_2(max(1, R)), **block)
-    return x, n, angles, edges, marks
-
-
-def launch_backward(h: Tensor, rank: Tensor, weight: Tensor, bias: Tensor | None, score: Tensor | None,
-                    task: Tensor | None, eligible: Tensor | None, scorer: Tensor | None, shift: Tensor | None,
-                    grad_h: Tensor | None, grad_x: Tensor | None, grad_n: Tensor | None, grad_factor: Tensor | None,
-                    grad_score: Tensor | None, eps: float, centred: bool, gate: str | None, gain: float, *,
-                    wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of h, scorer's weight and bias, norm's weight and bias; `wanted`: of which of the last four. None of
-    a parameter that no gradient reaches."""
-    T, D = h.shape[-2:]
-    grads = [None if g is None else g.contiguous() for g in (grad_h, grad_x, grad_n, grad_factor, grad_score)]
-    norm = grad_n is not None and any(wanted[2:])
-    scores = any(wanted[:2]) and not (grad_factor is None and grad_score is None)
-    tasks = 1 if scorer is None else len(scorer)
-    ahead = (1 if bias is None else 2) if norm else 0
-    rows, programs = ahead + (tasks + 1 if scores else 0), min(T, PROGRAMS)
-    dh, sums = torch.empty_like(h), h.new_empty(programs, rows, D, dtype=torch.float32)
-    launch(route_backward_kernel, (programs,), h, rank, weight, *grads[:3], score, task, eligible, scorer, *grads[3:],
-           dh, sums, T, D, eps, gain, CENTRED=centred, BIAS=bias is not None, NORM=norm, SCORER=scores, GATE=gate,
-           TASKS=tasks, **row_block(D))
-    if not rows:
-        return dh, None, None, None, None
-    made = [torch.empty_like(tensor) if there and tensor is not None else None
-            for tensor, there in ((scorer, scores), (shift, scores), (weight, norm), (bias, norm))]
-    launch(total_kernel, (triton.cdiv(D, COLUMNS), rows), sums, *made[2:], *made[:2], programs, D, ROWS=rows,
-           AHEAD=ahead, TASKS=tasks, LINES=LINES, COLUMNS=COLUMNS)
-    return dh, *(tensor if asked else None for tensor, asked in zip(made, wanted))
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, rank, weight, bias, score, task, eligible, scorer, shift = ctx.saved_tensors
+        eps, centred, gate, gain = ctx.constants
+        (T, D), tasks, wanted = h.shape[-2:], len(scorer), ctx.needs_input_grad[1:5]
+        grad_h, grad_x, grad_n, grad_factor, grad_score = (None if g is None else g.contiguous() for g in grads[:5])
+        norm = grad_n is not None and any(wanted[2:])
+        scores = any(wanted[:2]) and not (grad_factor is None and grad_score is None)
+        ahead = (1 if bias is None else 2) if norm else 0
+        rows, programs = ahead + (tasks + 1 if scores else 0), min(T, PROGRAMS)
+        dh, sums = torch.empty_like(h), h.new_empty(programs, rows, D, dtype=torch.float32)
+        launch(route_backward_kernel, (programs,), h, rank, weight, grad_h, grad_x, grad_n, score, task, eligible,
+               scorer, grad_factor, grad_score, dh, sums, T, D, eps, gain, CENTRED=centred, BIAS=bias is not None,
+               NORM=norm, SCORER=scores, GATE=gate, TASKS=tasks, **backward_block(D))
+        made = [torch.empty_like(tensor) if there and tensor is not None else None
+                for tensor, there in ((scorer, scores), (shift, scores), (weight, norm), (bias, norm))]
+        if rows:
+            launch(total_kernel, (triton.cdiv(D, COLUMNS), rows), sums, *made[2:], *made[:2], programs, D, ROWS=rows,
+                   AHEAD=ahead, TASKS=tasks, LINES=LINES, COLUMNS=COLUMNS)
+        return dh, *(tensor if asked else None for tensor, asked in zip(made, wanted)), *[None] * 12

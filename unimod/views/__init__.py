@@ -4,11 +4,11 @@ How to add a figure: write a function into the file of its subject, with `facets
 `heat_maps` for maps; both give it the shared colours, axes and panels. `require` names the columns that a frame lacks.
 
     import plotly.express as px
-    from unimod.views.style import facets, frame, require, words
+    from unimod.views.style import facets, frame, require
 
     def entropy_by_layer(data):
         '''Entropy over depth, mean and spread over heads, a panel per model. data: `Patterns.table`.'''
-        data = require(data, "model", "task", "layer", "entropy").assign(task=data["task"].map(words))
+        data = require(data, "model", "task", "layer", "entropy")
         shown = data.groupby(["model", "task", "layer"], sort=False)["entropy"].agg(["mean", "std"]).reset_index()
         return facets(px.line, shown, "layer", "mean", panel="model", color="task", sd="std", markers=True,
                       title="Entropy of attention", labels={"mean": "entropy (nats)"})

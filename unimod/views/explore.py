@@ -2,9 +2,8 @@
 
     explore(Gallery(sessions, also={"showo-tiny, routed": routed}), run, layer=4)
 
-With `run.params.interactive` it is a widget (this module alone needs ipywidgets); without, the same figures are written
-for the report with sliders over layers that need no kernel. No input of a user ends in a traceback: the line under the
-controls gives the reason.
+With `run.params.interactive` it is a widget; without, the same figures are written for the report with sliders over
+layers that need no kernel. No input of a user ends in a traceback: the line under the controls gives the reason.
 """
 
 from __future__ import annotations
@@ -24,47 +23,37 @@ from ..config import ParameterError
 from ..gallery import OWN, TASKS, Gallery, Side
 from . import panels
 from .attention import HEAD_VALUES
-from .panels import COLUMNS, VIEWS, Filled, Selection, same, title
+from .panels import COLUMNS, VIEWS, Selection, title
 from .style import words
 
 ONE = "one"
 KINDS = {Modality.IMAGE: "image tokens", Modality.TEXT: "text tokens", Modality.SPECIAL: "special tokens"}
-QUERIES = (("what the task predicts", OWN), ("image tokens", Modality.IMAGE), ("text tokens", Modality.TEXT),
-           ("special tokens", Modality.SPECIAL), ("one token: click it", ONE))
+QUERIES = (("what the task predicts", OWN), *zip(KINDS.values(), KINDS), ("one token: click it", ONE))
 HINT = "Click a patch of the picture or a word to select it as the query, and a square of layers and heads to go there."
-CONTROLS = ("model", "task", "compare", "sample", "query", "value", "layer", "head", "upload", "prompt", "show",
-            "folder", "open", "message")
+CONTROLS = ("model task compare", "sample query value", "layer head play", "upload prompt show", "folder open")
+"""The controls, line by line."""
 
 
 def explore(gallery: Gallery, run, layer: int = 0, head: int | None = None) -> object:
     """The explorer of a gallery: shown as a widget, or written as figures of `run` (a run folder). Returns the
-    `Explorer`, or the figures by name."""
+    `Explorer`, or the figures by name: T2I beside MMU, and dense beside routed where there is a routed model."""
     if run.params.interactive:
         from IPython.display import display
 
         explorer = Explorer(gallery, layer, head)
         display(explorer.root)
         return explorer
-    figures = headless(gallery, layer, head)
-    for name, (fig, caption, alt) in figures.items():
-        run.figure(fig, name, caption=caption, alt=alt)
-    return {name: fig for name, (fig, _, _) in figures.items()}
-
-
-def headless(gallery: Gallery, layer: int = 0, head: int | None = None) -> dict[str, tuple[go.Figure, str, str]]:
-    """Figures with sliders over layers, their captions and alternative texts: T2I beside MMU, and dense beside routed
-    where there is a routed model."""
     first, *others = gallery.models
-    pairs = {"tasks": [gallery.side(first, task, 0) for task in TASKS]}
+    shown = [("tasks", view, [gallery.side(first, task, 0) for task in TASKS]) for view in VIEWS]
     routed = next((name for name in others if gallery.models[name][0] is gallery.models[first][0]), None)
     if routed:
-        pairs["routed"] = [gallery.side(name, Task.MMU, 0) for name in (first, routed)]
+        sides = [gallery.side(name, Task.MMU, 0) for name in (first, routed)]
+        shown += [("routed", view, sides) for view in (panels.picture, panels.heads)]
     figures = {}
-    for pair, sides in pairs.items():
-        selection = Selection(min(layer, sides[0].overview.layers[-1]), head)
-        for view in VIEWS if pair == "tasks" else (panels.picture, panels.heads):
-            caption = f"{' and '.join(map(title, sides))}: {view.caption}"
-            figures[f"{pair}_{view.name}"] = view.frames(sides, selection), caption, view.alt
+    for pair, view, sides in shown:
+        name, selection = f"{pair}_{view.name}", Selection(min(layer, sides[0].overview.layers[-1]), head)
+        figures[name] = view.frames(sides, selection)
+        run.figure(figures[name], name, caption=f"{' and '.join(map(title, sides))}: {view.caption}", alt=view.alt)
     return figures
 
 
@@ -86,11 +75,11 @@ def notes(sides: Sequence[Side], selection: Selection) -> list[str]:
             lines.append(f'{name} has no token that corresponds to "{wanted}" at place {selection.query}.')
             continue
         values, kept = side.attention(layer, selection.head, query), found.kept[found.layers.index(layer)]
-        one = None if isinstance(query, Modality) else query
-        tokens = KINDS[query] if one is None else f"{found.tokens[one]!r} (token {one})"
+        kind = isinstance(query, Modality)
+        tokens = KINDS[query] if kind else f"{found.tokens[query]!r} (token {query})"
         line = f"{name}: {tokens}, layer {layer}, {head}"
         if values.isnan().all():
-            line += ": no such token in this layer" if one is None else ": the router skips this token here"
+            line += ": no such token in this layer" if kind else ": the router skips this token here"
         elif not math.prod(found.grid):
             line += ": a sequence without a picture"
         elif not (values[found.modality == Modality.IMAGE] > 0).any():
@@ -110,7 +99,6 @@ class Explorer:
         self.gallery, self.token, self.quiet, self.lock = gallery, 0, False, threading.RLock()
         self.sides: list[Side] = []
         self.figures: dict[str, go.FigureWidget] = {}
-        self.sent: dict[str, Filled] = {}
         names = list(gallery.models)
         first = gallery.side(names[0], Task.T2I, 0).overview
         layer, head = min(layer, first.layers[-1]), "mean" if head is None else min(head, first.heads - 1)
@@ -120,11 +108,11 @@ class Explorer:
         self.task = w.Dropdown(options=[(words(t.name.lower()), t) for t in TASKS], description="task", **style)
         self.compare = w.Dropdown(options=self._others(), description="compare", **style)
         self.sample = w.IntSlider(0, 0, gallery.samples - 1, description="sample", **typed)
-        self.layer = w.SelectionSlider(options=first.layers, value=layer, description="layer", **style)
-        self.head = w.SelectionSlider(options=["mean", *range(first.heads)], value=head, description="head", **style)
         self.query = w.Dropdown(options=QUERIES, description="query", **style)
         self.value = w.Dropdown(options=[(text, key) for key, text in HEAD_VALUES.items()], description="per head",
                                 **style)
+        self.layer = w.SelectionSlider(options=first.layers, value=layer, description="layer", **style)
+        self.head = w.SelectionSlider(options=["mean", *range(first.heads)], value=head, description="head", **style)
         self.play = w.Play(min=0, max=len(first.layers) - 1, interval=900, description="through the layers")
         self.upload = w.FileUpload(accept="image/*", description="your picture")
         self.prompt = w.Text(placeholder="a caption, or a question", description="prompt", **typed)
@@ -133,24 +121,27 @@ class Explorer:
         self.open = w.Button(description="Open")
         self.message = w.HTML()
         self.boxes = {view.name: w.VBox() for view in VIEWS}
-        for name, control in ({name: getattr(self, name) for name in CONTROLS} | self.boxes).items():
-            control.add_class(f"unimod-{name}")
-        rows = [(self.model, self.task, self.compare), (self.sample, self.query, self.value),
-                (self.layer, self.head, self.play), (self.upload, self.prompt, self.show), (self.folder, self.open)]
-        lines = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
-        self.root = w.VBox([*lines, self.message, *self.boxes.values()])
+        self.root = w.VBox()
         self.root.add_class("unimod-explorer")
+        for line in CONTROLS:
+            controls = [getattr(self, name) for name in line.split()]
+            self.root.children += (w.HBox(controls, layout={"flex_flow": "row wrap"}),)
+            for name, control in zip(line.split(), controls):
+                control.add_class(f"unimod-{name}")
+        for name, box in ({"message": self.message} | self.boxes).items():
+            box.add_class(f"unimod-{name}")
+            self.root.children += (box,)
         handlers = {self._new_sides: (self.model, self.task, self.compare, self.sample),
                     self._confirm: (self.upload, self.prompt, self.folder),
                     self._moved: (self.layer, self.head, self.query, self.value)}
-        for handler, controls in handlers.items():
+        for action, controls in handlers.items():
             for control in controls:
-                control.observe(self._one_at_a_time(handler), "value")
+                control.observe(self._handler(action), "value")
         self.play.observe(lambda change: setattr(self.layer, "index", min(change["new"], len(self.layer.options) - 1)),
                           "value")
-        self.show.on_click(lambda _: self._own())
-        self.open.on_click(lambda _: self._open())
-        self._new_sides()
+        self.show.on_click(self._handler(self._own))
+        self.open.on_click(self._handler(self._open))
+        self._handler(self._new_sides)()
 
     @property
     def selection(self) -> Selection:
@@ -164,67 +155,81 @@ class Explorer:
         both = [(f"{name}, {words(task.name.lower())}", (name, task)) for name in self.gallery.models for task in TASKS]
         return [("nothing", ()), *both, *((name, (name, Task.MMU)) for name in self.gallery.saved)]
 
-    def _one_at_a_time(self, action: Callable[[], None]) -> Callable[[object], None]:
-        """A handler of a control's change, which ignores changes made by this class."""
-        def handler(_: object) -> None:
+    def _handler(self, action: Callable[..., None]) -> Callable[..., None]:
+        """A callback that runs `action` alone, unless this class made the change, and says what goes wrong."""
+        def handler(*_: object) -> None:
             with self.lock:
-                if not self.quiet:
+                if self.quiet:
+                    return
+                try:
                     action()
+                except (CaptureError, ParameterError, ValueError, OSError) as error:
+                    self._say(str(error), wrong=True)
+                except Exception as error:      # JupyterLab shows a traceback of a callback in its log alone
+                    self._say(f"This could not be shown: an error of the explorer itself ({type(error).__name__}: "
+                              f"{error}); JupyterLab's log has the traceback.", wrong=True)
+                    raise
         return handler
+
+    @contextmanager
+    def _silent(self) -> Iterator[None]:
+        """Set controls without handling their changes."""
+        with self.lock:
+            before, self.quiet = self.quiet, True
+            try:
+                yield
+            finally:
+                self.quiet = before
 
     def _new_sides(self) -> None:
         """Another sequence: compute its sides and make new figures."""
-        with self._reported():
-            pairs, before = ((self.model.value, self.task.value), self.compare.value), self.sides
-            self.sides = [self.gallery.side(*pair, self.sample.value) for pair in pairs if pair]
-            found = self.sides[0].overview
-            token = self.sides[0].query_from(before[0], self.token) if before and self.query.value == ONE else None
-            with self._silent():
-                self.token = 0 if token is None else token
-                if self.query.value == ONE and token is None:
-                    self.query.value = OWN
-                self.layer.options, self.layer.value = found.layers, min(self.layer.value, found.layers[-1])
-                head = self.head.value
-                self.head.options = ["mean", *range(found.heads)]
-                self.head.value = head if head == "mean" or head < found.heads else "mean"
-                self.play.max = len(found.layers) - 1
-            for view in VIEWS:
-                old, filled = self.figures.get(view.name), view.fill(self.sides, self.selection)
-                fig = go.FigureWidget(view.figure(self.sides, self.selection, filled).update_layout(autosize=True))
-                self.figures[view.name], self.boxes[view.name].children, self.sent[view.name] = fig, [fig], filled
-                if old is not None:
-                    old.close()
-            self._make_clickable()
+        pairs, before = ((self.model.value, self.task.value), self.compare.value), self.sides
+        self.sides = [self.gallery.side(*pair, self.sample.value) for pair in pairs if pair]
+        found = self.sides[0].overview
+        token = self.sides[0].query_from(before[0], self.token) if before and self.query.value == ONE else None
+        with self._silent():
+            self.token = 0 if token is None else token
+            if self.query.value == ONE and token is None:
+                self.query.value = OWN
+            self.layer.options, self.layer.value = found.layers, min(self.layer.value, found.layers[-1])
+            head = self.head.value
+            self.head.options = ["mean", *range(found.heads)]
+            self.head.value = head if head == "mean" or head < found.heads else "mean"
+            self.play.max = len(found.layers) - 1
+        for view in VIEWS:
+            old = self.figures.get(view.name)
+            fig = go.FigureWidget(view.figure(self.sides, self.selection).update_layout(autosize=True))
+            self.figures[view.name], self.boxes[view.name].children = fig, [fig]
+            if old is not None:
+                old.close()
+        self._make_clickable()
+        self._describe()
 
     def _moved(self) -> None:
-        """Another place in the same sequences: of the figures' data only what changes is sent."""
-        with self._reported():
-            for view in VIEWS:
-                fig, (had, shown) = self.figures[view.name], self.sent[view.name]
-                data, layout = view.fill(self.sides, self.selection)
-                new = [{key: value for key, value in part.items() if not same(value, old[key])}
-                       for part, old in zip(data, had)]
-                if any(new) or layout != shown:
-                    with fig.batch_update():
-                        for trace, part in zip(fig.data, new, strict=True):
-                            trace.update(part)
-                        fig.update_layout({key: value for key, value in layout.items() if value != shown.get(key)})
-                self.sent[view.name] = data, layout
+        """Another place in the same sequences: plotly sends of the figures' data only what changes."""
+        for view in VIEWS:
+            fig, (data, layout) = self.figures[view.name], view.fill(self.sides, self.selection)
+            with fig.batch_update():
+                for trace, part in zip(fig.data, data, strict=True):
+                    trace.update({key: part[key] for key in ("x", "y", "z") if key in part})
+                fig.update_layout(layout)
+        self._describe()
 
     def _make_clickable(self) -> None:
         """A click on a patch or a word selects it as the query; one on the layers and heads goes there."""
         def clickable(traces, action) -> None:
             for n, trace in enumerate(traces):
-                trace.on_click(lambda _, at, __, n=n: at.xs and action(n, int(at.ys[0]), int(at.xs[0])))
+                trace.on_click(lambda _, at, __, n=n: at.xs and self._handler(
+                    lambda: action(n, int(at.ys[0]), int(at.xs[0])))())
 
         clickable([t for t in self.figures["picture"].data if t.type == "heatmap" and t.coloraxis], self._click_patch)
         clickable(self.figures["text"].data[::2], self._click_word)
         clickable(self.figures["heads"].data[::2], lambda _, layer, head: self._go(layer, head))
 
-    def _click_patch(self, n: int, row: int, column: int) -> None:
+    def _click_patch(self, n: int, line: int, column: int) -> None:
         n = min(n, len(self.sides) - 1)                         # the panel A - B has side B's patches
         found = self.sides[n].overview
-        self._select(n, int((found.modality == Modality.IMAGE).nonzero()[row * found.grid[1] + column]))
+        self._select(n, int((found.modality == Modality.IMAGE).nonzero()[line * found.grid[1] + column]))
 
     def _click_word(self, n: int, line: int, column: int) -> None:
         places, at = self.sides[n].text_places, line * COLUMNS + column
@@ -246,10 +251,9 @@ class Explorer:
 
     def _go(self, layer: int, head: int) -> None:
         with self._silent():
-            if layer in self.layer.options:
-                self.layer.value = layer
-            if head in self.head.options:
-                self.head.value = head
+            for control, value in ((self.layer, layer), (self.head, head)):
+                if value in control.options:
+                    control.value = value
         self._moved()
 
     def _confirm(self) -> None:
@@ -265,48 +269,25 @@ class Explorer:
 
     def _own(self) -> None:
         """Show the user's own picture and prompt."""
-        with self._reported(shown=False):
-            uploaded = self.upload.value
-            sample = self.gallery.add(bytes(uploaded[0]["content"]) if uploaded else b"", self.prompt.value)
-            with self._silent():
-                self.sample.max = self.sample.value = sample
-            self._new_sides()
+        uploaded = self.upload.value
+        sample = self.gallery.add(bytes(uploaded[0]["content"]) if uploaded else b"", self.prompt.value)
+        with self._silent():
+            self.sample.max = self.sample.value = sample
+        self._new_sides()
 
     def _open(self) -> None:
         """Compare with something saved."""
-        with self._reported(shown=False):
-            name = self.gallery.open(self.folder.value)
-            with self._silent():
-                self.compare.options = self._others()
-                self.compare.value = dict(self.compare.options)[name]
-            self._new_sides()
+        name = self.gallery.open(self.folder.value)
+        with self._silent():
+            self.compare.options = self._others()
+            self.compare.value = dict(self.compare.options)[name]
+        self._new_sides()
 
-    @contextmanager
-    def _silent(self) -> Iterator[None]:
-        """Set controls without handling their changes."""
-        with self.lock:
-            before, self.quiet = self.quiet, True
-            try:
-                yield
-            finally:
-                self.quiet = before
-
-    @contextmanager
-    def _reported(self, shown: bool = True) -> Iterator[None]:
-        """Write what is shown, or what is wrong, under the controls."""
-        with self.lock:
-            try:
-                yield
-                if shown:
-                    lines = notes(self.sides, self.selection) if self.sides else []
-                    self._say("<br>".join(map(html.escape, [self.gallery.about(self.sample.value), *lines, HINT])))
-            except (CaptureError, ParameterError, ValueError, OSError) as error:
-                self._say(str(error), wrong=True)
-            except Exception as error:          # JupyterLab shows a traceback of a callback in its log alone
-                self._say(f"This could not be shown: an error of the explorer itself ({type(error).__name__}: "
-                          f"{error}); JupyterLab's log has the traceback.", wrong=True)
-                raise
+    def _describe(self) -> None:
+        lines = [self.gallery.about(self.sample.value), *notes(self.sides, self.selection), HINT]
+        self._say("<br>".join(map(html.escape, lines)))
 
     def _say(self, text: str, wrong: bool = False) -> None:
+        """Write a line under the controls."""
         text = f"<b>{html.escape(text)}</b>" if wrong else text
         self.message.value = f'<div role="status">{text}</div>'

@@ -26,14 +26,12 @@ ARM_KEYS = ["model", "arm", "seed"]
 
 def bars(data: pd.DataFrame, label: str, value: str, *, group: str, title: str, unit: str, low: str = "",
          high: str = "") -> go.Figure:
-    """A panel per model (if `data` has that column), a bar per label and group.
-
-    low, high: columns with the ends of a range.
-    """
+    """A panel per model (if `data` has that column), a bar per label and group; low, high: columns with the ends of a
+    range."""
     data = require(data, label, value, group, *filter(None, (low, high)))
-    labels = {"shown": f"{value.replace('_', ' ')} ({unit})", "group": group.replace("_", " ")}
-    return facets(px.bar, data.assign(shown=data[value], group=data[group].map(words)), label, "shown", panel="model",
-                  color="group", low=low, high=high, barmode="group", title=title, labels=labels)
+    return facets(px.bar, data.assign(**{group: data[group].map(words)}), label, value, panel="model", color=group,
+                  low=low, high=high, barmode="group", title=title,
+                  labels={value: f"{value.replace('_', ' ')} ({unit})"})
 
 
 def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int = 1) -> go.Figure:
@@ -41,44 +39,36 @@ def training_curves(data: pd.DataFrame, value: str, x: str = "step", smooth: int
     model.
 
     data: arm, seed, step, the value, for x other than step that column per step (FLOPs, seconds, tokens; summed up
-    here), and model if there are several. smooth: steps of a running mean. At most 400 points per line are drawn.
+    here), and model if there are several. smooth: steps of a running mean. At most POINTS per line are drawn.
     """
-    data = require(data, "arm", "seed", "step", value, x)
-    keys = [key for key in ARM_KEYS if key in data]
-    data = data.sort_values("step", kind="stable")
-    at = data["step"] if x == "step" else data.groupby(keys, sort=False)[x].cumsum()
-    data = data[[*keys, "step"]].assign(at=at, shown=data[value])
+    data = _with_model(require(data, "arm", "seed", "step", value, x)).sort_values("step", kind="stable")
+    runs = data.groupby(ARM_KEYS, sort=False)
+    data = data.assign(at=data["step"] if x == "step" else runs[x].cumsum(), shown=data[value])
     # steps without the value are left out, but a run that has none keeps a row: its panel, its colour
-    none = data["shown"].isna().groupby([data[key] for key in keys]).transform("all") & ~data.duplicated(keys)
+    none = (runs[value].transform("count") == 0) & ~data.duplicated(ARM_KEYS)
     data = data[data["shown"].notna() | none]
-    data["shown"] = data.groupby(keys, sort=False)["shown"].transform(lambda y: y.rolling(smooth, min_periods=1).mean())
-    place = data.groupby(keys[:-1], sort=False)["step"].rank("dense") - 1
-    every = place.groupby([data[key] for key in keys[:-1]]).transform("max") // POINTS + 1
-    return over_seeds(px.line, data[place % every == 0], "at", "shown", "step", keys[:-1], panel="model", color="arm",
+    data["shown"] = data.groupby(ARM_KEYS, sort=False)["shown"].transform(
+        lambda y: y.rolling(smooth, min_periods=1).mean())
+    place = data.groupby(ARM_KEYS[:2], sort=False)["step"].rank("dense") - 1
+    every = place.groupby([data["model"], data["arm"]]).transform("max") // POINTS + 1
+    return over_seeds(data[place % every == 0], "at", "shown", "step", ARM_KEYS[:2], panel="model", color="arm",
                       colours=_colours(data), title=f"Training: {value.replace('_', ' ')}",
                       labels={"at": AXES.get(x, x), "shown": value.replace("_", " ")})
 
 
 def quality_against_flops(data: pd.DataFrame, value: str, cost: str = "flops", dense: str = "dense") -> go.Figure:
     """Quality against cost, a small mark per seed and a large one for each arm's mean with its spread; the dense arm's
-    mean as a line.
-
-    data: arm, seed, the value, the cost, and model if there are several.
-    """
-    data = require(data, "arm", "seed", value, cost)
-    keys = [key for key in ARM_KEYS[:2] if key in data]
-    options = {"panel": "model", "color": "arm", "colours": _colours(data),
-               "title": f"Quality against cost: {value.replace('/', ', ').replace('_', ' ')}"}
-    shown = data.groupby(keys, sort=False).agg(cost=(cost, "mean"), mean=(value, "mean"), sd=(value, "std"),
-                                               seeds=("seed", "nunique")).reset_index()
+    mean as a line. data: arm, seed, the value, the cost, and model if there are several."""
+    data, name = _with_model(require(data, "arm", "seed", value, cost)), value.replace("/", ", ").replace("_", " ")
+    options = {"panel": "model", "color": "arm", "colours": _colours(data), "title": f"Quality against cost: {name}"}
+    shown = data.groupby(ARM_KEYS[:2], sort=False).agg(cost=(cost, "mean"), mean=(value, "mean"), sd=(value, "std"),
+                                                       seeds=("seed", "nunique")).reset_index()
     fig = facets(px.scatter, shown, "cost", "mean", sd="sd", hover_data={"seeds": True, "mean": ":.3f"},
-                 labels={"cost": cost.replace("_", " "), "mean": value.replace("/", ", ")}, **options)
-    fig.update_traces(marker_size=14)
+                 labels={"cost": cost.replace("_", " "), "mean": name}, **options).update_traces(marker_size=14)
     seeds = facets(px.scatter, data, cost, value, hover_data={"seed": True, value: ":.3f"}, **options)
     fig.add_traces(seeds.update_traces(marker={"size": 6, "opacity": 0.5}, showlegend=False).data)
-    panels = [part for _, part in data.groupby("model", sort=False)] if "model" in data else [data]
-    for n, part in enumerate(panels, 1):
-        level = part[part["arm"] == dense][value]
+    for n, model in enumerate(data["model"].unique(), 1):
+        level = data[(data["model"] == model) & (data["arm"] == dense)][value]
         if len(level):
             fig.add_hline(y=level.mean(), line={"color": INK, "dash": "dash"}, annotation_text=dense, row=1, col=n)
     return fig
@@ -110,11 +100,10 @@ def final_frame(results: list[dict]) -> pd.DataFrame:
 
 
 def summary(final: pd.DataFrame, timing: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Mean over seeds with the smallest and largest value, per model and arm; `timing` adds the measured time of a
-    step.
+    """Mean over seeds with the smallest and largest value, per model and arm.
 
     tokens: token-layer computations relative to dense (the paper's counting); step FLOPs: everything, head included.
-    timing: model, arm, ms, ratio (to dense, same batch, interleaved).
+    timing: a step's measured time: model, arm, ms, ratio (to dense, same batch, interleaved).
     """
     rows = []
     for (model, arm), part in require(final, *ARM_KEYS, *FIGURES).groupby(["model", "arm"], sort=False):
@@ -148,6 +137,10 @@ def table_of_findings(record: dict) -> str:
     found["cell"] = [cell(f) for f in found.itertuples()]
     table = found.pivot(index="finding", columns="model", values="cell")
     return markdown(table.loc[found["finding"].unique(), found["model"].unique()].reset_index())
+
+
+def _with_model(data: pd.DataFrame) -> pd.DataFrame:
+    return data if "model" in data else data.assign(model="")
 
 
 def _colours(data: pd.DataFrame) -> dict[str, str]:

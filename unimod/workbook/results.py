@@ -12,33 +12,33 @@ A figure without a record raises `KeyError`: no number in the prose outlives the
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
+import pandas
+
 from ..bench.record import table
-from ..files import write
+from ..files import read_json, write
 from ..models.checkpoint import inspect, shipped
-from ..views.runs import table_of_findings, table_of_record
+from ..views.runs import markdown, summary, table_of_findings, table_of_record
 from .run_folder import records_folder
 
 KEYS = (("model", "arm"), ("model", "finding"), ("preset", "way"), ("preset", "tokens", "capacity"),
         ("model", "plan"), ("name",), ("what",))
-"""Columns that name a row: the first of these that all rows have; their values, joined by spaces, are the row's key."""
+# columns that name a row: the first of these that all rows have; their values, joined by spaces, are the row's key
 WORDS = {"drawing": "T2I", "answering": "MMU"}      # in records made before these words were used
-README_COLUMNS = ("model", "arm", "seeds", "tokens", "step FLOPs", "step time", "questions right", "pictures right")
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.S)
-"""A table of the README between marks, with the record that it is made from."""
+README_COLUMNS = ["model", "arm", "seeds", "tokens", "step FLOPs", "step time", "questions right", "pictures right"]
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- /table -->)", re.S)    # in the README, with its record
 
 
 def results(folder: Path) -> str:
     """The text of RESULTS.md. Raises `KeyError` for a figure that no record in `folder` has."""
     template = (folder / "RESULTS.template.md").read_text(encoding="utf-8")
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    records = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     fields = {name: figures(record) | {"table": shown(record), "source": source(name, record)}
               for name, record in records.items()}
     return "\n".join(_wrapped(template.format_map(fields | {"checkpoints": cards()}).split("\n")))
@@ -85,54 +85,46 @@ def shown(record: dict) -> str:
         for old, new in WORDS.items():
             text = text.replace(old, new)
         return text
-    return table_of_record(record) if "timing" in record else markdown(first, (row.values() for row in record["rows"]))
+    return table_of_record(record) if "timing" in record else _table(record["rows"])
 
 
 def source(name: str, record: dict) -> str:
     """One line that says where the figures of a record come from."""
     versions = ", ".join(f"{library} {version}" for library, version in record["versions"].items() if version)
-    entered = record.get("source", "")
-    return "; ".join(filter(None, (f"Record: `{name}.json`, commit {_cell(record['commit'])}", record["device"],
-                                   versions,
-                                   f"`{record['command']}`", entered))) + "."
+    parts = (f"Record: `{name}.json`, commit {_cell(record['commit'])}", record["device"], versions,
+             f"`{record['command']}`", record.get("source"))
+    return "; ".join(filter(None, parts)) + "."
 
 
 def cards() -> dict[str, object]:
     """The shipped checkpoints: figures of their card.json by name, and two tables, of the models and by kind."""
-    names = ("showo-tiny", "emu3-tiny")
-    read = {name: json.loads((Path(shipped(name)) / "card.json").read_text(encoding="utf-8")) for name in names}
-    found: dict[str, object] = {
-        name: {f"{kind}/{what}": value for kind, values in card["quality"].items() for what, value in values.items()}
-        for name, card in read.items()}
-    found["table"] = markdown(("checkpoint", "parameters", "steps"), (
-        (name, f"{inspect(shipped(name)).parameters / 1e6:.1f} M", " + ".join(str(s["steps"]) for s in card["stages"]))
-        for name, card in read.items()))
-    found["kinds"] = markdown(("metric/kind", "samples", *names), (
-        (kind, found["showo-tiny"][f"counts/{kind}"], *(f"{found[name][kind]:.3f}" for name in names))
-        for kind in found["showo-tiny"] if not kind.startswith(("losses/", "counts/"))))
-    return found
+    read = {name: read_json(Path(shipped(name)) / "card.json") for name in ("showo-tiny", "emu3-tiny")}
+    found = {name: {f"{kind}/{what}": value for kind, values in card["quality"].items()
+                    for what, value in values.items()} for name, card in read.items()}
+    models = [{"checkpoint": name, "parameters": f"{inspect(shipped(name)).parameters / 1e6:.1f} M",
+               "steps": " + ".join(str(stage["steps"]) for stage in card["stages"])} for name, card in read.items()]
+    kinds = [{"metric/kind": kind, "samples": found["showo-tiny"][f"counts/{kind}"]}
+             | {name: f"{found[name][kind]:.3f}" for name in read}
+             for kind in found["showo-tiny"] if not kind.startswith(("losses/", "counts/"))]
+    return found | {"table": _table(models), "kinds": _table(kinds)}
 
 
 def readme(text: str, folder: Path) -> str:
-    """The README with its tables made anew from the records that their marks name."""
-    return TABLE.sub(lambda mark: mark[1] + _columns(folder.parents[1] / mark[2], README_COLUMNS) + mark[4], text)
+    """The README with its tables made anew from the records that their marks name, ranges over seeds left out."""
+    def made(mark: re.Match) -> str:
+        record = read_json(folder.parents[1] / mark[2])
+        full = summary(pandas.DataFrame(record["rows"]), pandas.DataFrame(record["timing"]))
+        return mark[1] + markdown(full[README_COLUMNS].replace(r" [\[(].*", "", regex=True)) + mark[4]
+
+    return TABLE.sub(made, text)
 
 
-def _columns(path: Path, columns: Iterable[str]) -> str:
-    """Some columns of a record of arms, with the ranges over seeds left out."""
-    full = table_of_record(json.loads(path.read_text(encoding="utf-8")))
-    head, _, *lines = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in full.splitlines())
-    return markdown(columns, ([re.sub(r" [\[(].*", "", line[head.index(name)]) for name in columns] for line in lines))
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; None is an empty cell, a commit's name is shortened."""
-    head = [str(name) for name in head]
-    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+def _table(rows: list[dict]) -> str:
+    return markdown(pandas.DataFrame(rows, columns=list(rows[0]), dtype=object).map(_cell))
 
 
 def _cell(value: object) -> str:
+    """A value in a table; a commit's name is shortened."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
     if isinstance(value, float):

@@ -5,8 +5,7 @@
     run.figure(fig, "rank_by_layer", caption="What to see in it.", alt="What is drawn, for those who cannot see it.")
     run.finish()
 
-Notebook packages are imported when first needed: a figure is anything with `to_json`, a table anything with
-`to_parquet`. """
+A figure is anything with `to_json`, a table anything with `to_parquet`: notebook packages are not imported here. """
 
 from __future__ import annotations
 
@@ -28,24 +27,25 @@ from pathlib import Path
 
 import yaml
 
-from ..files import describe_cpu, home, runs_folder, write, writing
+from ..files import describe_cpu, home, read_json, runs_folder, write, writing
 from ..params import Params
 
-PROGRESS_SECONDS = 5.0
-"""Seconds between two progress lines where no bar can be drawn."""
-RUN_PARAMS = ("run_dir", "interactive", "runs")
-"""Parameters that say where and how a run happens, not what it computes; the runner sets them."""
+PROGRESS_SECONDS = 5.0                                  # between two progress lines where no bar can be drawn
+RUN_PARAMS = ("run_dir", "interactive", "runs")         # say where and how, not what is computed; the runner sets them
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 OWN_FILES = {"results.json", "done.json", "run.json", "params.yaml", "log.txt", "report.html", "plotly.min.js",
              "figures", "tables"}
 DATA_KEYS = ("x", "y", "z", "r", "theta", "values", "a", "b", "lat", "lon", "cells", "dimensions", "link", "source",
-             "value")
-"""Where plotly's traces keep what they draw."""
+             "value")                                   # where plotly's traces keep what they draw
 
 
 class RunError(RuntimeError):
-    """Something that cannot be written into a run folder, or is missing there: the message says what and the fix."""
+    """A run or report that cannot go on: the message says what and the fix, `code` is the command line's exit code."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Run:
         if isinstance(value, float) and not math.isfinite(value):
             raise RunError(f"Result {name!r} is {value}: not a number anyone can compare. Find its cause, or note "
                            "None where nothing could be measured.")
-        if not name or not (value is None or isinstance(value, bool | int | float | str)):
+        if not name or not isinstance(value, bool | int | float | str | None):
             raise RunError(f"Result {name!r} = {value!r} must have a name and be one number, word, true, false or "
                            "None.")
         results = self.written["results"]
@@ -95,10 +95,9 @@ class Run:
         from ..views.style import FIGURE_BYTES
 
         self._claim("figures", name)
-        if not caption.strip():
-            raise RunError(f"Figure {name!r} has no caption: say in a sentence what to see.")
-        if not alt.strip():
-            raise RunError(f"Figure {name!r} has no alt: say in a sentence what is drawn.")
+        for what, text, say in (("caption", caption, "to see"), ("alt", alt, "is drawn")):
+            if not text.strip():
+                raise RunError(f"Figure {name!r} has no {what}: say in a sentence what {say}.")
         text = fig.to_json()
         size, content = len(text.encode()), json.loads(text)
         if size > FIGURE_BYTES:
@@ -125,7 +124,7 @@ class Run:
     def path(self, name: str) -> Path:
         """Where another file or folder of this run goes (`checkpoints/unimod`); `finish` checks that it is there."""
         parts = name.split("/")
-        if not all(PART.fullmatch(part) for part in parts) or parts[0] in OWN_FILES:
+        if not all(map(PART.fullmatch, parts)) or parts[0] in OWN_FILES:
             raise RunError(f"{name!r} cannot be a file of a run: letters, digits, '.', '_' and '-', folders "
                            f"separated by '/', and not one of {', '.join(sorted(OWN_FILES))}.")
         if name not in self.written["files"]:
@@ -143,8 +142,11 @@ class Run:
         missing = [name for name in self.written["files"] if not (self.dir / name).exists()]
         if missing:
             raise RunError(f"{self.notebook} asked for a place for {', '.join(missing)} but wrote nothing there.")
+        torch = sys.modules.get("torch")                # a notebook that never imported it ran on the CPU
+        cuda = self.params.device != "cpu" and torch is not None and torch.cuda.is_available()
         done = {"notebook": self.notebook, "finished": datetime.now(UTC).isoformat(),
-                "seconds": round(time.monotonic() - self.opened, 1), "device": _device(self.params.device),
+                "seconds": round(time.monotonic() - self.opened, 1),
+                "device": torch.cuda.get_device_name() if cuda else describe_cpu(),
                 **self.written, "results": len(self.written["results"])}
         write(self.dir / "done.json", json.dumps(done, indent=1) + "\n")
         counts = ", ".join(f"{kind} {len(entries)}" for kind, entries in self.written.items())
@@ -170,30 +172,27 @@ def latest(runs: str | Path, notebook: str) -> Path:
     if not folders:
         raise RunError(f"There is no finished run of {notebook} in {runs_folder(runs)}. Make one with: "
                        f"python -m unimod run {notebook}")
-    return max(folders, key=lambda folder: json.loads((folder / "done.json").read_text(encoding="utf-8"))["finished"])
+    return max(folders, key=lambda folder: read_json(folder / "done.json")["finished"])
 
 
 def notebook_folders() -> tuple[Path, ...]:
     """Where the workbook's notebooks may lie, in order of precedence: the working folder, the checkout of this
     package, and where installers put data files (beside a --target, in an environment, in a user's own site)."""
     package = Path(__file__).resolve().parents[2]
-    installed = [package, Path(sysconfig.get_path("data"))]
-    if site.ENABLE_USER_SITE:
-        installed.append(Path(site.getuserbase()))
-    shared = [place / "share" / "unimod" / "notebooks" for place in installed]
+    own_site = [site.getuserbase()] if site.ENABLE_USER_SITE else []
+    shared = [Path(place, "share/unimod/notebooks") for place in (package, sysconfig.get_path("data"), *own_site)]
     return home() / "notebooks", package / "notebooks", *shared
 
 
 def records_folder() -> Path:
     """The committed records of measurements, beside the notebooks; it need not exist."""
     places = [folder / "records" for folder in notebook_folders()]
-    return next((place for place in places if place.is_dir()), places[0])
+    return next(filter(Path.is_dir, places), places[0])
 
 
-def progress(items: Iterable, label: str, total: int | None = None) -> Iterator:
+def progress(items: Iterable, label: str) -> Iterator:
     """Iterate over `items` and show how far it is: a bar where there is a front end, else a line every few seconds."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
+    total = len(items) if hasattr(items, "__len__") else None
     if has_front_end():
         from tqdm.notebook import tqdm
 
@@ -238,10 +237,3 @@ def _has_values(data: object) -> bool:
     if isinstance(data, dict | list):
         return any(map(_has_values, data.values() if isinstance(data, dict) else data))
     return data is not None and data != "" and data == data
-
-
-def _device(asked: str) -> str:
-    torch = sys.modules.get("torch")                    # a notebook that never imported it ran on the CPU
-    if asked != "cpu" and torch is not None and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return describe_cpu()

@@ -3,8 +3,7 @@
     python -m unimod run 03 -p data=digits -p samples=8
     python -m unimod run all -f params/default.yaml
 
-What is asked is checked by `unimod.workbook.request` before any kernel starts; what is done is not done again. Exit
-codes: 0 ok, 2 parameters, 3 environment, 4 error in a notebook, 124 timeout, 130 interrupted, 138 kernel died.
+What is asked is checked by `unimod.workbook.request` before any kernel starts; what is done is not done again.
 """
 
 from __future__ import annotations
@@ -28,53 +27,51 @@ from pathlib import Path
 import yaml
 
 from ..config import ParameterError, SetupError
-from ..files import facts, write, writing
+from ..files import facts, read_json, write, writing
 from ..versions import advice
 from . import report
 from .request import Request, Step
 from .run_folder import RunError
 
-HEARTBEAT = 15.0
-"""Seconds between two signs of life of a running cell."""
-START = 180
-"""Seconds a kernel may take to start."""
+HEARTBEAT = 15.0        # seconds between two signs of life of a running cell
+START = 180             # seconds a kernel may take to start
 STATUS = {0: "ok", 1: "error", 2: "parameters", 3: "environment", 4: "notebook", 124: "timeout", 130: "interrupted",
-          138: "kernel died"}
-EXIT = ((ParameterError, 2), (RunError, 2), (SetupError, 3), (OSError, 3), (report.ReportError, 4),
-        (KeyboardInterrupt, 130))
-NEEDED = ("papermill", "nbclient", "ipykernel", "plotly", "pandas", "pyarrow", "mistune")
-DISK = "|".join(str(number) for number in (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EDQUOT))
-
-
-class Stop(Exception):
-    """A run that cannot go on, with its exit code."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+          138: "kernel died"}   # by exit code
+NEEDED = ("papermill", "nbclient", "ipykernel", "plotly", "pandas", "pyarrow", "mistune", "jinja2")
+DISK = "|".join(map(str, (errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EDQUOT)))
 
 
 def exit_code(error: BaseException) -> int:
     """The exit code that an error ends the command line with, 1 for one that nobody foresaw."""
-    if isinstance(error, Stop):
+    if isinstance(error, RunError):
         return error.code
-    return next((code for kind, code in EXIT if isinstance(error, kind)), 1)
+    codes = {ParameterError: 2, SetupError: 3, OSError: 3, KeyboardInterrupt: 130}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
+def in_words(error: BaseException, place: object = "A file") -> str:
+    """What the command line says of an error; `place`: what could not be read where the error does not say."""
+    if isinstance(error, OSError):
+        return f"{error.filename or place} cannot be read or written ({error.strerror or error})."
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted. The notebook under way counts as not done; the same command goes on from there."
+    return str(error)
 
 
 def run(request: Request, force: bool = False, timeout: float | None = None) -> Path:
     """Run what is not done yet, in order, and write the report; returns its page.
 
-    Stops at the first failure with `Stop`, whose message says what was done and what was not run. `timeout`: seconds
-    per notebook.
+    Stops at the first failure with `RunError`, whose message says what was done and what was not run. `timeout`:
+    seconds per notebook.
     """
     steps = request.steps(force)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise Stop(3, f"Notebooks cannot run without {', '.join(missing)}. {_extra(missing[0])}")
+        raise SetupError(f"Notebooks cannot run without {', '.join(missing)}. {_extra(missing[0])}")
     todo = [step.book for step in steps if force or not step.done]
-    minutes = sum(book.minutes for book in todo)
-    _print(f"{len(steps)} notebook{'s' * (len(steps) > 1)}, {len(todo)} to run: about {minutes:.2g} min at "
-           f"the default parameters on 2 CPU cores. Runs go to {_short(request.runs)}.")
+    _print(f"{len(steps)} notebook{'s' * (len(steps) > 1)}, {len(todo)} to run: about "
+           f"{sum(book.minutes for book in todo):.2g} min at the default parameters on 2 CPU cores. Runs go to "
+           f"{_short(request.runs)}.")
     whole = len(steps) > 1
     page = request.runs / "report" / "index.html"
     if whole:
@@ -89,15 +86,14 @@ def run(request: Request, force: bool = False, timeout: float | None = None) -> 
             else:
                 _print(f"{place}: {book.title} (about {book.minutes:g} min)")
                 _run_one(step, force, timeout)
-        except (Stop, ParameterError, RunError, SetupError, report.ReportError, OSError) as error:
-            message = str(error)
+        except (RunError, ParameterError, SetupError, OSError) as error:
+            message = in_words(error, request.runs)
             if isinstance(error, OSError):
-                message = (f"{book.name}: {error.filename or request.runs} cannot be read or written "
-                           f"({error.strerror or error}). Make room there, or choose another folder with --runs DIR.")
+                message = f"{book.name}: {message} Make room there, or choose another folder with --runs DIR."
             if whole:
                 left = ", ".join(other.name for other in request.books[number:]) or "nothing"
                 message += f"\nDone: {', '.join(made) or 'nothing'}. Failed: {book.name}. Not run: {left}."
-            raise Stop(exit_code(error), message) from None
+            raise RunError(message, exit_code(error)) from None
         made[book.name] = step.folder
     return report.write_page(list(made.values()), page) if whole else step.folder / "report.html"
 
@@ -105,12 +101,13 @@ def run(request: Request, force: bool = False, timeout: float | None = None) -> 
 def _run_one(step: Step, force: bool, timeout: float | None) -> None:
     """One notebook from start to report. Whatever goes wrong, what stays behind says so and is not taken for done."""
     folder, start = step.folder, time.monotonic()
+    done = folder / "done.json"
     if force:
         shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)       # files of an interrupted run stay: training resumes from them
-        for name in ("done.json", "report.html"):
-            (folder / name).unlink(missing_ok=True)
+        for old in (done, folder / "report.html"):
+            old.unlink(missing_ok=True)
     write(folder / "params.yaml", yaml.safe_dump(step.asked, sort_keys=False, allow_unicode=True))
     record = {"notebook": step.book.name, "title": step.book.title, "key": folder.name, "status": "running",
               "exit": None, "start": _now(), "seed": step.asked.get("seed"), **facts()}
@@ -124,10 +121,7 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
         code = exit_code(error)
         raise
     finally:
-        done = folder / "done.json"
-        record["device"] = step.params.device
-        if done.exists():
-            record["device"] = json.loads(done.read_text(encoding="utf-8"))["device"]
+        record["device"] = read_json(done, {"device": step.params.device})["device"]
         if code:
             done.unlink(missing_ok=True)
         record |= {"end": _now(), "seconds": round(time.monotonic() - start, 1), "status": STATUS[code], "exit": code}
@@ -136,7 +130,7 @@ def _run_one(step: Step, force: bool, timeout: float | None) -> None:
 
 
 def _execute(step: Step, timeout: float | None) -> None:
-    """Run the notebook in a fresh kernel of this interpreter. Raises `Stop` unless it ran to its run.finish()."""
+    """Run the notebook in a fresh kernel of this interpreter. Raises `RunError` unless it ran to its run.finish()."""
     import papermill  # 1 s, and only here: `check` and `list` do without
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
@@ -152,40 +146,38 @@ def _execute(step: Step, timeout: float | None) -> None:
                 shutdown_kernel="immediate",
                 timeout_func=(lambda cell: max(0.1, end - time.monotonic())) if end else None)
         except papermill.exceptions.PapermillExecutionError as error:
-            raise _failed(name, error.exec_count, error.ename, error.evalue, error.traceback, where) from None
+            raise _failed(name, error.exec_count, error, where) from None
         except CellTimeoutError:
-            raise Stop(124, f"{name} took longer than --timeout {timeout:g} s, in cell {log.where}. {where}") from None
+            message = f"{name} took longer than --timeout {timeout:g} s, in cell {log.where}. {where}"
+            raise RunError(message, 124) from None
         except DeadKernelError:
-            raise Stop(138, f"The kernel of {name} died in cell {log.where}. Most often the memory did not suffice: "
-                            f"lower batch or samples. {where}") from None
+            raise RunError(f"The kernel of {name} died in cell {log.where}. Most often the memory did not suffice: "
+                           f"lower batch or samples. {where}", 138) from None
         except (RuntimeError, TimeoutError) as error:
-            what = f"did not start; try {sys.executable} -m ipykernel --version"
-            if log.number:
-                what = f"stopped answering in cell {log.where}"
-            raise Stop(3, f"The kernel of {name} {what} ({error}). {where}") from None
+            what = (f"stopped answering in cell {log.where}" if log.number
+                    else f"did not start; try {sys.executable} -m ipykernel --version")
+            raise SetupError(f"The kernel of {name} {what} ({error}). {where}") from None
     for cell in executed.cells:
         for out in cell.get("outputs", []):
             if out.output_type == "error":              # papermill lets sys.exit(0) pass, though later cells never ran
-                raise _failed(name, cell.execution_count, out.ename, out.evalue, out.traceback, where)
+                raise _failed(name, cell.execution_count, out, where)
     if not (step.folder / "done.json").exists():
-        raise Stop(4, f"{name} ran to its end but never called run.finish(), so nothing tells that its results are "
-                      f"complete. {where}")
+        raise RunError(f"{name} ran to its end but never called run.finish(), so nothing tells that its results are "
+                       f"complete. {where}", 4)
 
 
-def _failed(name: str, cell: int | None, ename: str, evalue: str, traceback: list[str], where: str) -> Stop:
-    """A failed cell as a paragraph: which, at what line, why, and what helps."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(traceback))
+def _failed(name: str, cell: int | None, error, where: str) -> RunError:
+    """A failed cell as a paragraph: which, at what line, why, and what helps; `error` is the cell's or papermill's."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     line = re.search(r"^-+> *(\d+) (.*)$", plain, re.MULTILINE)
     at = f", line {line[1]} ({line[2].strip()})" if line else ""
-    code = {"ParameterError": 2, "ModuleNotFoundError": 3, "SetupError": 3}.get(ename, 4)
-    if re.match(rf"\[Errno ({DISK})\]", evalue):        # a disk that refuses is the machine's fault, not the notebook's
+    code = {"ParameterError": 2, "ModuleNotFoundError": 3, "SetupError": 3}.get(error.ename, 4)
+    if re.match(rf"\[Errno ({DISK})\]", error.evalue):  # a disk that refuses is the machine's fault, not the notebook's
         code = 3
-    hint = ""
-    if ename == "ModuleNotFoundError":
-        hint = f" {_extra(evalue)}"
-    elif code == 4 and advice():
-        hint = f"\n{advice()}"
-    return Stop(code, f"{name} failed in cell {cell}{at}.\n{ename}: {evalue}{hint}\n{where}")
+    hint = f"\n{advice()}" if code == 4 and advice() else ""
+    if error.ename == "ModuleNotFoundError":
+        hint = f" {_extra(error.evalue)}"
+    return RunError(f"{name} failed in cell {cell}{at}.\n{error.ename}: {error.evalue}{hint}\n{where}", code)
 
 
 @contextmanager
@@ -222,6 +214,7 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w", encoding="utf-8")
+        self.flush = self.file.flush                    # papermill calls it after each piece
         self.start = self.cell_start = time.monotonic()
         self.number, self.where, self.rest, self.over = 0, "?", "", threading.Event()
 
@@ -242,18 +235,17 @@ class _Log:
         for line in lines:
             shown = line.rstrip("\r").rsplit("\r", 1)[-1]
             _print(f"    {shown}")
-            self.file.write(f"[{time.monotonic() - self.start:7.1f}] {shown}\n")
-
-    def flush(self) -> None:
-        """Called by papermill after each piece."""
-        self.file.flush()
+            self._note(shown)
 
     def cell(self, cell: dict, cell_index: int) -> None:
         """Called before each cell; it is named by its first line of code."""
         lines = [line for line in cell["source"].splitlines() if line.strip() and not line.lstrip().startswith("#")]
         self.number, self.cell_start = self.number + 1, time.monotonic()
         self.where = f"{self.number} ({(lines or ['only comments'])[0][:80]})"
-        self.file.write(f"[{time.monotonic() - self.start:7.1f}] --- cell {self.where}\n")
+        self._note(f"--- cell {self.where}")
+
+    def _note(self, line: str) -> None:
+        self.file.write(f"[{time.monotonic() - self.start:7.1f}] {line}\n")
 
     def _beat(self) -> None:
         while not self.over.wait(HEARTBEAT):

@@ -6,11 +6,10 @@
     quiz(params.interactive, Question("Where does a skipped token's value come from?", "b",
                                       ["from its neighbour", "it passes by unchanged", "it is 0"], "The residual ..."))
 
-A stage is one call on which the reader's function and the package's own must agree, in value and, where the result
-carries a gradient, in the gradients of their arguments. `check` returns the reader's function when it passes every
-stage and the package's own otherwise, so a notebook always goes on. Both get copies of a stage's arguments: whatever a
-reader's code does to them, the next stage and the notebook are untouched. A questionnaire is clickable where a front
-end shows widgets, and printed with its answers elsewhere; ipywidgets is imported only for the former.
+On every stage the reader's function and the package's own must agree, in value and, where the result carries a
+gradient, in the gradients of their arguments. Both get copies of these: whatever a reader's code does to them, the next
+stage and the notebook are untouched. A questionnaire is clickable where a front end shows widgets, and printed with its
+answers elsewhere; ipywidgets is imported only for the former.
 """
 
 from __future__ import annotations
@@ -32,15 +31,12 @@ from torch import Tensor
 from ..config import ParameterError
 from .run_folder import has_front_end
 
-CLOSE = 1e-4
-"""How far two numbers may differ, absolute and relative."""
-SHOWN = 8
-"""Entries of a tensor or list that a message spells out; a larger one is named by type and shape."""
-ECHO = 200
-"""Characters of what a reader's function prints that are repeated."""
+CLOSE = 1e-4            # how far two numbers may differ, absolute and relative
+SHOWN = 8               # entries of a tensor or list that a message spells out; a larger one is named by type and shape
+ECHO = 200              # characters of what a reader's function prints that are repeated
 LETTERS = "abcdef"
-WIDTH = 120
-"""Characters of a line of a printed questionnaire."""
+WIDTH = 120             # characters of a line of a printed questionnaire
+OURS: weakref.WeakSet[Callable] = weakref.WeakSet()     # what `check` has handed out in a reader's function's place
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,14 @@ class Stage:
     args: tuple
 
 
-OURS: weakref.WeakSet[Callable] = weakref.WeakSet()
-"""What `check` has handed out in the place of a reader's function."""
-
-
 class Wrong(Exception):
     """What is wrong with a reader's function or its result, in a few words."""
 
 
 def check(yours: Callable, reference: Callable, *stages: Stage) -> Callable:
-    """Run `yours` through the stages and print how far it got; returns the function to use.
+    """Run `yours` through the stages and print how far it got; returns it, or `reference` where a stage fails.
 
-    Results may be numbers, tensors, or tuples and lists of them. The message of a stage that fails names the call,
-    what came out and what was expected, and gives the stage's hint.
+    Results may be numbers, tensors, or tuples and lists of them.
     """
     if any(yours is ours for ours in OURS):
         print("Run the cell with your function again first: since the last check its name stands for the package's "
@@ -76,8 +67,7 @@ def check(yours: Callable, reference: Callable, *stages: Stage) -> Callable:
         except Wrong as wrong:
             call = f"with {', '.join(map(shown, stage.args))}" if stage.args else "called without arguments"
             print(f"Stage {number} of {len(stages)}, {call}: {wrong}.")
-            output = printed.getvalue().strip()
-            if output:
+            if output := printed.getvalue().strip():
                 print(f"(It printed: {output[:ECHO]}{' ...' if len(output) > ECHO else ''})")
             print(f"Hint: {stage.hint}\nUntil then the package's own function is used below.")
             OURS.add(reference)
@@ -219,7 +209,6 @@ def quiz(interactive: bool, *questions: Question):
     if interactive and has_front_end():
         return clickable(questions)
     print(written(questions))
-    return None
 
 
 def written(questions: Sequence[Question]) -> str:
@@ -246,12 +235,11 @@ def clickable(questions: Sequence[Question]):
             right = button.description == q.answer
             first.setdefault(number, right)
             button.button_style = "success" if right else "danger"
-            reply.value = f"<b>Yes, {q.answer}.</b> {_marked(q.why)}"
-            if not right:
-                reply.value = f"<b>Not {button.description}.</b> Try another one."
-            to_go = len(questions) - len(first)
-            score.value = f"{sum(first.values())} of {len(questions)} right at the first click"
-            score.value += f", {to_go} to go." if to_go else "."
+            reply.value = f"<b>Not {button.description}.</b> Try another one."
+            if right:
+                reply.value = f"<b>Yes, {q.answer}.</b> {_marked(q.why)}"
+            to_go = f", {len(questions) - len(first)} to go" if len(first) < len(questions) else ""
+            score.value = f"{sum(first.values())} of {len(questions)} right at the first click{to_go}."
 
         rows = []
         for letter, choice in zip(LETTERS, q.choices):
