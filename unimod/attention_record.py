@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,13 +26,31 @@ from .mask import IntervalMask
 from .ops import attention
 from .ops.attention import attention_mass, attention_weights, within
 
-BINS = 32
-"""Side of a pooled map."""
-COLUMNS = ("ids", "row", "position", "task", "modality", "lo", "hi", "target")
+BINS = 32  # side of a pooled map
+COLUMNS = ("ids", "row", "position", "task", "modality", "target")  # of a batch, beside the bounds of its mask
 
 
 class CaptureError(LookupError):
     """A record or a folder does not hold what was asked for: the message names the request and what is available."""
+
+
+def check_layer(layer: int, layers: Sequence[int], what: str) -> None:
+    if layer not in layers:
+        there = ", ".join(map(str, layers))
+        raise CaptureError(f"layer {layer} was not captured; this {what} holds layers {there}.")
+
+
+def check_place(name: str, value: int, end: int) -> None:
+    if not 0 <= value < end:
+        raise CaptureError(f"{name} {value} does not exist here; allowed: 0 to {end - 1}.")
+
+
+def one_head(head: int | None, heads: int) -> slice:
+    """The slice of one head, of all for None."""
+    if head is None:
+        return slice(None)
+    check_place("head", head, heads)
+    return slice(head, head + 1)
 
 
 @dataclass(frozen=True)
@@ -92,9 +109,9 @@ class LayerAttention:
         return sum(a.sum(1) for _, a in self.blocks(span, asked)) / len(asked)
 
     def mass(self, label: Tensor, labels: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mass on each kind of key, entropy (nats) and distance (tokens) of every query, without a map.
+        """Mass on each kind of key, entropy and distance of every query: `ops.attention.attention_mass`.
 
-        label: int64 [K] in [0, labels). Returns float32 [H, K, labels], [H, K] and [H, K]; see `ops.attention`.
+        label: int64 [K] in [0, labels). Returns float32 [H, K, labels], [H, K] and [H, K].
         """
         b = self.batch
         return attention_mass(self.q, self.k, b.mask.lo, b.mask.hi, label, labels, b.lengths, self.scale, b.position)
@@ -108,10 +125,8 @@ class AttentionRecord:
     """
 
     captured: dict[int, LayerAttention] = field(default_factory=dict)
-    whole: Batch | None = None
-    """The batch as the model received it, before any layer dropped tokens."""
-    about: dict[str, str] = field(default_factory=dict)
-    """Properties of the model: its `model` kind."""
+    whole: Batch | None = None  # as the model received it, before any layer dropped tokens
+    about: dict[str, str] = field(default_factory=dict)  # properties of the model: its `model` kind
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -121,7 +136,6 @@ class AttentionRecord:
 
     @property
     def heads(self) -> int:
-        """Number of query heads."""
         return self._first().q.shape[0]
 
     @property
@@ -130,25 +144,17 @@ class AttentionRecord:
         return sum(layer.q.nbytes + layer.k.nbytes for layer in self.captured.values())
 
     def layer(self, layer: int) -> LayerAttention:
-        """Attention of one layer."""
-        self._first()
-        if layer not in self.captured:
-            there = ", ".join(map(str, self.layers))
-            raise CaptureError(f"layer {layer} was not captured; this record holds layers {there}.")
+        check_layer(layer, self.layers, "record")
         return self.captured[layer]
 
     def batch(self, layer: int) -> Batch:
         """The tokens that a layer processed, with their intervals."""
         return self.layer(layer).batch
 
-    def index(self, layer: int) -> Tensor:
-        """Places of a layer's tokens in `whole`: int64 [K], ascending."""
-        return places(self.whole, self.batch(layer))
-
     def span(self, row: int, layer: int) -> slice:
         """Slice of a row in a layer's tokens."""
         spans = self.batch(layer).rows()
-        _check("row", row, len(spans))
+        check_place("row", row, len(spans))
         return spans[row]
 
     def rows(self, task: Task) -> tuple[int, ...]:
@@ -163,15 +169,16 @@ class AttentionRecord:
 
     def map(self, row: int, layer: int, head: int | None = None) -> Tensor:
         """Post-softmax attention map of one row, query by key: float32 [n, n], of all heads [H, n, n]."""
-        found = self.layer(layer).weights(self.span(row, layer), heads=self._heads(head))
+        found = self.layer(layer).weights(self.span(row, layer), heads=one_head(head, self.heads))
         return found if head is None else found[0]
 
     def row_weights(self, row: int, layer: int, head: int | None, query: int) -> Tensor:
         """Attention from one query (negative: from the end): float32 [n]. head None: mean over heads."""
         span = self.span(row, layer)
         n = span.stop - span.start
-        _check("query", query + n * (query < 0), n)
-        return self.layer(layer).weights(span, torch.tensor([query % n]), self._heads(head))[:, 0].mean(0)
+        check_place("query", query + n * (query < 0), n)
+        heads = one_head(head, self.heads)
+        return self.layer(layer).weights(span, torch.tensor([query % n]), heads)[:, 0].mean(0)
 
     def tile(self, row: int, layer: int, queries: slice = slice(None), keys: slice = slice(None), bins: int = BINS,
              head: int | None = None) -> Tensor:
@@ -181,7 +188,7 @@ class AttentionRecord:
         if not (len(range(n)[queries]) and len(range(n)[keys])):
             raise CaptureError(f"tile: queries {queries} or keys {keys} are none of the {n} tokens of row {row} "
                                f"in layer {layer}.")
-        return self.layer(layer).tile(span, queries, keys, bins, self._heads(head))
+        return self.layer(layer).tile(span, queries, keys, bins, one_head(head, self.heads))
 
     def save(self, folder: str | Path, layers: Sequence[int] | None = None) -> Path:
         """Write `attention.safetensors`: queries and keys of these layers (default: all) and their batches.
@@ -192,9 +199,10 @@ class AttentionRecord:
         chosen = {number: self.layer(number) for number in (self.layers if layers is None else layers)}
         # dense layers share one batch: each is stored once, the whole batch first
         batches = list({id(batch): batch for batch in (self.whole, *(a.batch for a in chosen.values()))}.values())
-        tensors = {f"batch{n}.{name}": _column(batch, name) for n, batch in enumerate(batches) for name in COLUMNS}
-        notes = {"about": self.about, "batches": [], "layers": {}}
-        for batch in batches:
+        tensors, notes = {}, {"about": self.about, "batches": [], "layers": {}}
+        for n, batch in enumerate(batches):
+            columns = {name: getattr(batch, name) for name in COLUMNS} | {"lo": batch.mask.lo, "hi": batch.mask.hi}
+            tensors |= {f"batch{n}.{name}": column for name, column in columns.items()}
             segments = [[s.row, int(s.task), s.length, s.rule] for s in batch.segments]
             notes["batches"].append({"masks": batch.mask.kinds, "segments": segments})
         for number, a in chosen.items():
@@ -210,9 +218,9 @@ class AttentionRecord:
             batches, captured = [], {}
             for n, host in enumerate(notes["batches"]):
                 segments = tuple(Segment(row, Task(task), length, rule) for row, task, length, rule in host["segments"])
-                columns = {name: tensors[f"batch{n}.{name}"] for name in COLUMNS}
-                mask = IntervalMask(columns.pop("lo"), columns.pop("hi"), lengths_of(segments), tuple(host["masks"]))
-                batches.append(Batch(**columns, mask=mask, segments=segments))
+                lo, hi, *columns = (tensors[f"batch{n}.{name}"] for name in ("lo", "hi", *COLUMNS))
+                mask = IntervalMask(lo, hi, lengths_of(segments), tuple(host["masks"]))
+                batches.append(Batch(*columns, mask=mask, segments=segments))
             for number, a in notes["layers"].items():
                 q, k = tensors[f"layer{number}.q"], tensors[f"layer{number}.k"]
                 captured[int(number)] = LayerAttention(q, k, a["scale"], batches[a["batch"]])
@@ -223,17 +231,6 @@ class AttentionRecord:
             raise CaptureError("No layer was captured: run the model inside the block "
                                "(with capture(model) as record: model(batch)).")
         return next(iter(self.captured.values()))
-
-    def _heads(self, head: int | None) -> slice:
-        if head is None:
-            return slice(None)
-        _check("head", head, self.heads)
-        return slice(head, head + 1)
-
-
-def _check(name: str, value: int, end: int) -> None:
-    if not 0 <= value < end:
-        raise CaptureError(f"{name} {value} does not exist here; allowed: 0 to {end - 1}.")
 
 
 def places(whole: Batch, part: Batch) -> Tensor:
@@ -249,7 +246,7 @@ def edges(n: int, bins: int = BINS) -> Tensor:
     return torch.linspace(0, n, min(n, bins) + 1).round().long()
 
 
-def write_tensors(folder: str | Path, name: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Path:
+def write_tensors(folder: str | Path, name: str, tensors: Mapping[str, Tensor], notes: Mapping) -> Path:
     """Write `<name>.safetensors`, whole or not at all, with `notes` as JSON in its metadata. Returns the folder."""
     folder = Path(expanded(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,7 +259,7 @@ def write_tensors(folder: str | Path, name: str, tensors: Mapping[str, Tensor], 
 
 @contextmanager
 def read_tensors(folder: str | Path, name: str, what: str, writer: str,
-                 former: str) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+                 former: str) -> Iterator[tuple[dict[str, Tensor], dict]]:
     """Tensors and notes that `write_tensors` wrote.
 
     Raises `CaptureError` for a folder that holds no `what` or one of an earlier version (its file is `former`), and for
@@ -283,7 +280,3 @@ def read_tensors(folder: str | Path, name: str, what: str, writer: str,
     except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise CaptureError(f"{folder} cannot be read as an {what} ({type(error).__name__}: {error}). "
                            "Save it again.") from error
-
-
-def _column(batch: Batch, name: str) -> Tensor:
-    return getattr(batch.mask if name in ("lo", "hi") else batch, name)

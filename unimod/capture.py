@@ -34,10 +34,9 @@ from .models.unified import UnifiedModel
 __all__ = ["AttentionRecord", "CaptureError", "LayerAttention", "capture", "capture_batch", "capture_stock",
            "capture_summary"]
 R = TypeVar("R")
-CAPTURING, PLAIN = "unimod_capturing", "sdpa"
-"""Names of the attention inside a `capture_stock` block and of the only one whose masks it reads."""
-HIDDEN = -1e3
-"""Added to a logit, this or less hides the key: exp(-1000) is 0 in float32."""
+CAPTURING = "unimod_capturing"  # attention inside a `capture_stock` block
+PLAIN = "sdpa"  # the only attention whose masks it reads
+HIDDEN = -1e3  # added to a logit, this or less hides the key: exp(-1000) is 0 in float32
 Keep = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict], None]
 _CAPTURED: dict[nn.Module, Keep] = {}
 _FORMER = {"observe": "capture_batch", "reduced": "capture_summary"}
@@ -77,12 +76,8 @@ def _each_layer(model: UnifiedModel, begin: Callable[[Batch], None],
                                "sequence at once, without a cache.")
         begin(batch)
 
-    hook = model.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with seam.observe_attention(observer):
-            yield
-    finally:
-        hook.remove()
+    with model.register_forward_pre_hook(enter, with_kwargs=True), seam.observe_attention(observer):
+        yield
 
 
 @contextmanager
@@ -117,16 +112,9 @@ def capture_summary(model: UnifiedModel, batch: Batch, summarise: Callable[[Laye
     Raises `CaptureError` for another kind of model.
     """
     found: dict[int, R] = {}
-
-    def take(layer: int, attention: LayerAttention) -> None:
-        found[layer] = summarise(attention)
-
-    with _each_layer(model, lambda _: None, take):
+    with _each_layer(model, lambda _: None, lambda layer, attention: found.update({layer: summarise(attention)})):
         model(batch.to(model.device))
     return found
-
-
-# Models of transformers
 
 
 def _capturing_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None,
@@ -177,13 +165,12 @@ def capture_stock(model: PreTrainedModel) -> Iterator[AttentionRecord]:
 
     before, parts = seam.attention_names(config), list(model.modules())
     _CAPTURED.update(dict.fromkeys(parts, keep))
-    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     model.set_attn_implementation(seam.attention_names(config, {PLAIN: CAPTURING}))
     try:
-        yield record
+        with model.register_forward_pre_hook(begin, with_kwargs=True):
+            yield record
     finally:
         model.set_attn_implementation(before)
-        hook.remove()
         for module in parts:
             del _CAPTURED[module]
     if not record.captured:

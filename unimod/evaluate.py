@@ -6,11 +6,7 @@
     found = detect(picture)               # (Thing("red", "circle", cell=0, box=(1, 1, 23, 23)), ...)
     matches(found, sample)                # the picture shows exactly what its caption asks for
 
-    agreement(model, batch)               # per layer and task: does a per-token causal decision do what top-k would?
-    loss_by_decision(model, batch)        # and its cost: loss per task, decided by top-k and per token
-    cache_share(model, rows)              # share of the dense cache that the layers fill
-    guidance(model, tokenizer, samples)   # guidance branches that decide each for itself or together
-    in_use(model, tokenizer, batches)     # these four at once
+    in_use(model, tokenizer, batches)     # agreement, loss_by_decision, cache_share and guidance at once
 
 The detector has no learned part. The background is the palette's one nearest to most pixels; each pixel is then read as
 a mix of it with one palette color, and counts for that color where the mix is more than half. A majority of 3 x 3
@@ -23,6 +19,7 @@ Rows are written for training: every token known, top-k where it may look at a w
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -62,8 +59,8 @@ class Quality:
 
     def flat(self) -> dict[str, float]:
         """One flat dictionary (group/name), for records and tables; without the counts."""
-        groups = {"questions": self.questions, "pictures": self.pictures, "losses": self.losses}
-        return {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        return {f"{group}/{name}": value for group in ("questions", "pictures", "losses")
+                for name, value in getattr(self, group).items()}
 
 
 @torch.no_grad()
@@ -80,14 +77,15 @@ def evaluate(model: UnifiedModel, image_tokenizer: ImageTokenizer, data: Dataset
     samples = batches.samples(split, start, count, seed=0)  # the same pictures for every seed of a training
     if model.layout.causal_images and routed_layers(model):
         calibrate(model, batches.single_task(Task.T2I, "train", 64))
-    questions = questions_right(model, batches, samples, per_picture)
-    pictures = pictures_right(model, image_tokenizer, samples, seed) if all(sample.things for sample in samples) else {}
+    right = {"questions": questions_right(model, batches, samples, per_picture), "pictures": {}}
+    if all(sample.things for sample in samples):
+        right["pictures"] = pictures_right(model, image_tokenizer, samples, seed)
     per_task = losses(model, batches.held_out(split, min(32, count)).to(model.device)).per_task.tolist()
     model.train(training)
-    counts = {f"questions/{kind}": len(right) for kind, right in questions.items()}
-    counts |= {f"pictures/{kind}": len(right) for kind, right in pictures.items()}
-    mean = [{kind: float(np.mean(right)) for kind, right in sorted(found.items())} for found in (questions, pictures)]
-    return Quality(*mean, losses={task.name.lower(): loss for task, loss in zip(Task, per_task)}, counts=counts)
+    shares = {group: {kind: float(np.mean(hits)) for kind, hits in sorted(found.items())}
+              for group, found in right.items()}
+    counts = {f"{group}/{kind}": len(hits) for group, found in right.items() for kind, hits in found.items()}
+    return Quality(**shares, losses={task.name.lower(): loss for task, loss in zip(Task, per_task)}, counts=counts)
 
 
 @torch.no_grad()
@@ -98,11 +96,11 @@ def questions_right(model: UnifiedModel, batches: Batches, samples: list[Sample]
     right: dict[str, list[bool]] = defaultdict(list)
     asked = []
     for sample, code in zip(samples, batches.codes(samples)):
-        first: list[Question] = []                          # so that a small evaluation still meets every kind
+        first: dict[str, Question] = {}                     # so that a small evaluation still meets every kind
         for q in sample.questions:
-            if q.kind not in [f.kind for f in first]:
-                first.append(q)
-        asked += [(code, q) for q in (first + [q for q in sample.questions if q not in first])[:per_picture]]
+            first.setdefault(q.kind, q)
+        rest = [q for q in sample.questions if q not in first.values()]
+        asked += [(code, q) for q in [*first.values(), *rest][:per_picture]]
     texts = answer(model, [model.layout.mmu(code, [(q.text, "")], open_ended=True) for code, q in asked])
     for (_, q), text in zip(asked, texts):
         for kind in (q.kind, "all"):
@@ -117,33 +115,32 @@ def pictures_right(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples
     The model must be in eval mode."""
     right: dict[str, list[bool]] = defaultdict(list)
     codes = draw(model, [s.caption for s in samples], seed=seed).view(-1, *model.layout.grid)
-    for sample, picture in zip(samples, to_pictures(image_tokenizer, codes)):
+    for sample, hit in zip(samples, _as_captioned(image_tokenizer, codes, samples)):
         for category in (sample.category, "all"):
-            right[category].append(matches(detect(picture), sample))
+            right[category].append(hit)
     return right
 
 
-def to_pictures(image_tokenizer: ImageTokenizer, codes: Tensor) -> np.ndarray:
-    """Codes int64 [B, h, w] as uint8 pictures [B, H, W, 3]."""
-    return image_tokenizer.decode(codes).permute(0, 2, 3, 1).numpy()
+def _as_captioned(image_tokenizer: ImageTokenizer, codes: Tensor, samples: Sequence[Sample]) -> list[bool]:
+    """Whether the picture of each sample's codes, int64 [B, h, w], shows what the sample does."""
+    pictures = image_tokenizer.decode(codes).permute(0, 2, 3, 1).numpy()
+    return [matches(detect(picture), sample) for picture, sample in zip(pictures, samples)]
 
 
 def detect(image: np.ndarray) -> tuple[Thing, ...]:
     """The objects in a picture, uint8 [S, S, 3], ordered by cell and place; raises ValueError for any other array."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (len(image), len(image), 3):
         raise ValueError(f"detect needs a square uint8 picture [S, S, 3]; got {image.dtype} {list(image.shape)}")
-    colors = _color_map(image)
+    colors, size = _color_map(image), len(image)
     things = []
     for number, color in enumerate(COLORS):
-        if number not in colors:
-            continue
         votes = ndimage.uniform_filter((colors == number).astype(np.float32), size=3, mode="constant")
         patches, _ = ndimage.label(votes > 0.5)
-        for label, (rows, columns) in enumerate(ndimage.find_objects(patches), start=1):
-            shape = _shape_of(patches[rows, columns] == label, len(image))
+        for label, (y, x) in enumerate(ndimage.find_objects(patches), start=1):
+            shape = _shape_of(patches[y, x] == label, size)
             if shape:
-                box = (columns.start, rows.start, columns.stop, rows.stop)
-                things.append(Thing(color, shape, cell_of(box, len(image)), box))
+                cell = 2 * (y.start + y.stop >= size) + (x.start + x.stop >= size)      # by the center of the box
+                things.append(Thing(color, shape, cell, (x.start, y.start, x.stop, y.stop)))
     return tuple(sorted(things, key=lambda thing: (thing.cell, thing.box, thing.color)))
 
 
@@ -168,16 +165,13 @@ def _shape_of(mask: np.ndarray, image_size: int) -> str:
     short, long = sorted(mask.shape)
     if short < SMALLEST * image_size or long > LARGEST * image_size or long > LONGEST * short:
         return ""
-    outlines = {shape: shape_mask(shape, *mask.shape) for shape in SHAPES}
-    overlaps = {shape: (mask & outline).sum() / (mask | outline).sum() for shape, outline in outlines.items()}
+    overlaps = {}
+    for shape in SHAPES:
+        outline = shape_mask(shape, *mask.shape)
+        overlaps[shape] = (mask & outline).sum() / (mask | outline).sum()
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= LEAST_OVERLAP else ""
 
-
-def cell_of(box: tuple[int, int, int, int], image_size: int) -> int:
-    """The quarter of the picture with the center of the box: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
-    x0, y0, x1, y1 = box
-    return 2 * (y0 + y1 >= image_size) + (x0 + x1 >= image_size)
 
 
 def matches(found: tuple[Thing, ...], sample: Sample) -> bool:
@@ -205,17 +199,15 @@ def agreement(model: UnifiedModel, batch: Batch) -> list[dict[str, object]]:
     batch, rows = batch.to(model.device), []
     with record_routing() as log:
         model(batch)
-    for layer, routing in log.items():
-        router = model.layers[layer].router
-        for task in Task:
-            mine = routing.eligible & (batch.task == task)
-            if mine.any():
-                passes = router.passes(routing.score, routing.predicted, batch, {task})
-                rows.append({"layer": layer, "task": task.name.lower(),
-                             "by": "predictor" if router.config.predictor else "threshold",
-                             "agree": float((passes == routing.kept)[mine].float().mean()),
-                             "kept": float(passes[mine].float().mean()),
-                             "planned": float(routing.kept[mine].float().mean()), "tokens": int(mine.sum())})
+    for (layer, routing), task in itertools.product(log.items(), Task):
+        mine, router = routing.eligible & (batch.task == task), model.layers[layer].router
+        if mine.any():
+            passes = router.passes(routing.score, routing.predicted, batch, {task})
+            rows.append({"layer": layer, "task": task.name.lower(),
+                         "by": "predictor" if router.config.predictor else "threshold",
+                         "agree": float((passes == routing.kept)[mine].float().mean()),
+                         "kept": float(passes[mine].float().mean()),
+                         "planned": float(routing.kept[mine].float().mean()), "tokens": int(mine.sum())})
     return rows
 
 
@@ -223,11 +215,10 @@ def agreement(model: UnifiedModel, batch: Batch) -> list[dict[str, object]]:
 def loss_by_decision(model: UnifiedModel, batch: Batch) -> list[dict[str, object]]:
     """One row per task of the batch and way it is `decided` (top-k; alone: per token): `loss` in nats per target and
     the share of token-layers `kept` in the routed layers."""
-    decisions, rows = {"top-k": batch, "alone": per_token(batch)}, []
-    batch = batch.to(model.device)
-    for way, given in decisions.items():
+    batch, rows = batch.to(model.device), []
+    for way, given in {"top-k": batch, "alone": per_token(batch)}.items():
         with record_routing() as log:
-            per_task = losses(model, given.to(model.device)).per_task
+            per_task = losses(model, given).per_task
         for task in dict.fromkeys(batch.tasks):
             mine = batch.task == task
             kept = sum(int(mine[r.index].sum()) for r in log.values()) / max(1, len(log) * int(mine.sum()))
@@ -253,11 +244,10 @@ def guidance(model: UnifiedModel, image_tokenizer: ImageTokenizer, samples: Sequ
     layout, captions, rows = model.layout, [s.caption for s in samples], []
     for share in (False, True):
         codes = draw(model, captions, seed=seed, guidance=weight, share=share)
-        pictures = to_pictures(image_tokenizer, codes.view(-1, *layout.grid))
-        right = [matches(detect(picture), sample) for picture, sample in zip(pictures, samples)]
+        right = _as_captioned(image_tokenizer, codes.view(-1, *layout.grid), samples)
         unmasked = {"masked": torch.zeros(layout.image_tokens, dtype=torch.bool)}
         known = {"prompt": True} if layout.causal_images else unmasked
-        texts = [*captions, *[""] * len(captions)]
+        texts = captions + [""] * len(captions)
         batch = pack([layout.t2i(text, c, **known) for text, c in zip(texts, [*codes, *codes])])
         batch = (batch.share_scores() if share else batch).to(model.device)
         with record_routing() as log:
@@ -284,7 +274,7 @@ def in_use(model: UnifiedModel, image_tokenizer: ImageTokenizer, batches: Batche
         calibrate(model, batches.held_out("train", 32))
         found |= {"agreement": agreement(model, held_out), "decided": loss_by_decision(model, held_out)}
     codes = batches.codes(samples)
-    rows = {"mmu": [batches.mmu(s, c) for s, c in zip(samples, codes)],
+    rows = {"mmu": list(map(batches.mmu, samples, codes)),
             "t2i": batches.t2i([s.caption for s in samples], codes, torch.Generator(), drop=False)}
     found["cache"] = [{"task": task, "share": cache_share(model, some)} for task, some in rows.items()]
     if all(sample.things for sample in samples) and (decides or not model.layout.causal_images):

@@ -55,8 +55,7 @@ from .plan import FIXED, MAKERS, CapacityPlan, dense, from_arank, last_half, mak
 from .train import TrainConfig, train
 
 NEAR = 0.02  # how far the share of FLOPs that an arm saves may lie from unimod's
-ANY = CapacityPlan({task: [0.5, 0.4, 0.6] for task in TASKS})
-"""A plan as learned capacities may turn out: layer 0 routed, rising and falling."""
+ANY = CapacityPlan({task: [0.5, 0.4, 0.6] for task in TASKS})  # as learned ones may be: layer 0 routed, up and down
 FIT_STEPS = 1000  # optimiser steps of a learned image tokenizer; the dictionary needs none
 
 
@@ -88,9 +87,8 @@ def load(params: Params, name: str) -> Session:
     if not fits(params):
         cache = runs_folder(params.runs) / "image_tokenizers"
         image_tokenizer = fit_image_tokenizer(data, params.image_tokenizer, cache=cache)
-    model.to(device_of(params))
     batches = Batches(data, image_tokenizer, model.layout, rows_of(params), params.seed)
-    return Session(name, model, image_tokenizer, data, batches)
+    return Session(name, model.to(device_of(params)), image_tokenizer, data, batches)
 
 
 def rows_of(params: Params) -> tuple[int, int, int]:
@@ -121,11 +119,6 @@ class Arm:
     cost: Cost
     steps: int
 
-    @property
-    def membership(self) -> float:
-        """Weight of the auxiliary loss that belongs to the method: 0.01 in gamma-MoD."""
-        return 0.01 if self.router == PRESETS["gamma-mod"] else 0.0
-
     def model(self, base: UnifiedModel, seed: int) -> UnifiedModel:
         """A copy of the base model with this arm's routers, initialised from `seed`."""
         torch.manual_seed(seed)
@@ -143,14 +136,8 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
     def cost(plan: CapacityPlan, router: RouterConfig) -> Cost:
         return count(apply_mod(copy.deepcopy(session.model), plan, router).train(), batch)
 
-    @functools.cache
-    def arank() -> dict[str, list[float]]:
-        return shares(session.model, session.batches, params.samples, params.tolerance)
-
-    @functools.cache
-    def learned() -> LearnedCapacity:
-        return search(params, session)
-
+    arank = functools.cache(lambda: shares(session.model, session.batches, params.samples, params.tolerance))
+    learned = functools.cache(lambda: search(params, session))
     separate, shared = RouterConfig(), RouterConfig(shared=True)
     unimod = make_plan(params.plan, layers, params.saving)
     plans = {"dense": (dense(layers), separate), "unimod": (unimod, separate),
@@ -184,13 +171,14 @@ def arms_of(params: Params, session: Session) -> list[Arm]:
                                  "change saving, or leave the arm out.")
         return plan
 
+    budget, arms = cost(*plans["dense"]).step * params.steps, []
     for name in params.arms:
         if name not in plans:
             router, maker = ("shared", "interleaved") if name == "mod" else name.split(".")
             plans[name] = at_unimods_cost(name, maker, routers[router]), routers[router]
-    budget = cost(*plans["dense"]).step * params.steps
-    costs = {name: cost(*plans[name]) for name in params.arms}
-    return [Arm(name, *plans[name], each, round(budget / each.step)) for name, each in costs.items()]
+        each = cost(*plans[name])
+        arms.append(Arm(name, *plans[name], each, round(budget / each.step)))
+    return arms
 
 
 def search(params: Params, session: Session) -> LearnedCapacity:
@@ -231,7 +219,8 @@ def run_arm(params: Params, session: Session, arm: Arm, seed: int, folder: str |
     evaluations = [{"step": 0, "flops": 0.0, **judge(model)}]
     half = max(1, (arm.steps + 1) // 2)
     config = TrainConfig(steps=arm.steps, seed=seed, lr=params.lr, router_lr=params.router_lr, evaluate_every=half,
-                         save_every=50, membership=arm.membership, device=device_of(params))
+                         save_every=50, device=device_of(params),
+                         membership=0.01 if arm.router == PRESETS["gamma-mod"] else 0.0)        # as in gamma-MoD
     records = train(model, batches, config, folder=folder, resume=params.resume, evaluate=judge, log=log)
     spent = 0.0
     for record in records:

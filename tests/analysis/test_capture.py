@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import unimod.capture
+from unimod.attention_record import places
 from unimod.batch import Modality, Task
 from unimod.capture import AttentionRecord, CaptureError, capture, capture_batch, capture_summary
 from unimod.generate import answer
@@ -68,7 +69,7 @@ def test_a_routed_layer_records_its_kept_tokens(world):
     finally:
         remove_mod(model)
     for layer, routing in log.items():
-        assert torch.equal(record.index(layer), routing.index)
+        assert torch.equal(places(record.whole, record.batch(layer)), routing.index)
         assert record.batch(layer).lengths == batch.take(routing.index, routing.segments).lengths
         one = record.map(1, layer, 0)
         assert len(one) < batch.lengths[1]
@@ -174,7 +175,8 @@ def test_a_saved_record_is_the_same_record(world, tmp_path, dtype):
         mine, loaded = record.layer(number), again.layer(number)
         assert loaded.q.dtype == dtype and torch.equal(loaded.q, mine.q) and torch.equal(loaded.k, mine.k)
         assert torch.equal(again.map(1, number, 2), record.map(1, number, 2))
-        assert torch.equal(again.index(number), record.index(number)) and loaded.batch.lengths == mine.batch.lengths
+        kept = [places(found.whole, found.batch(number)) for found in (record, again)]
+        assert torch.equal(*kept) and loaded.batch.lengths == mine.batch.lengths
     some = AttentionRecord.load(record.save(tmp_path / "some", layers=(6,)))
     with pytest.raises(CaptureError, match="layer 0 was not captured; this record holds layers 6"):
         some.map(0, 0, 0)

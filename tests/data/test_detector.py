@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from unimod.data import LEVELS, Digits, Scenes
 from unimod.data.scenes import BACKGROUNDS, COLORS
-from unimod.evaluate import cell_of, detect, matches
+from unimod.evaluate import detect, matches
 
 RENDERS = 1000
 
@@ -120,12 +120,11 @@ def test_what_is_no_object_is_not_found():
 
 
 def test_cells_are_quarters_by_the_center():
-    assert [cell_of(box, 48) for box in ((0, 0, 20, 20), (20, 0, 30, 20), (0, 30, 40, 40), (30, 30, 40, 40))] == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    image = np.full((48, 48, 3), BACKGROUNDS["white"], np.uint8)
+    for color, (x, y) in zip(COLORS.values(), [(1, 1), (26, 2), (6, 30), (16, 16)]):
+        image[y : y + 12, x : x + 12] = color
+    image[16:32, 16:32] = list(COLORS.values())[3]              # its center is the picture's
+    assert {thing.color: thing.cell for thing in detect(image)} == dict(zip(COLORS, range(4)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from unimod.__main__ import main
 from unimod.batch import pack
@@ -122,27 +121,15 @@ def test_show_o_loads_from_every_file_form_and_is_bit_equal(original, how):
     assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
 
 
-def test_the_clip_variant_has_its_projector_and_sees_patches(tmp_path):
+def test_the_clip_variant_has_its_projector(tmp_path):
     torch.manual_seed(0)
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                         image_size=28, patch_size=14)
-    )
-    seen = []
-    tower.encoder.layers[2].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    features = showo.clip_features(tower.eval(), torch.randn(2, 3, 28, 28))
-    assert features.shape == (2, 4, 24) and torch.equal(features, seen[0][:, 1:]), (
-        "what enters the last layer, without the class token"
-    )
     model = small(features=24)
     save_pretrained(tmp_path, model)
     assert {k for k in Weights(tmp_path).shapes if not k.startswith("showo.")} == {
         f"mm_projector.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")
     }
     loaded, _ = from_pretrained(tmp_path, text=Letters())
-    rows = [loaded.layout.mmu(picture, [("ab", "c")], system="be kind") for picture in features]
+    rows = [loaded.layout.mmu(picture, [("ab", "c")], system="be kind") for picture in torch.randn(2, 4, 24)]
     with torch.no_grad():
         assert torch.equal(loaded(pack(rows)), model(pack(rows)))
     plain, _ = from_pretrained(save_pretrained(tmp_path / "plain", small()), text=Letters())

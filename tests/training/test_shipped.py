@@ -8,7 +8,7 @@ import torch
 from unimod.config import MODELS
 from unimod.data import open_data
 from unimod.data.batches import Batches
-from unimod.evaluate import detect, evaluate, matches, to_pictures
+from unimod.evaluate import detect, evaluate, matches
 from unimod.models.checkpoint import from_pretrained, shipped
 
 DATA = open_data("scenes")
@@ -38,5 +38,5 @@ def test_the_picture_tokenizer_is_lossless_on_held_out_scenes(loaded):
     _, model, image_tokenizer = loaded
     samples = Batches(DATA, image_tokenizer, model.layout).samples("test", 0, 100)
     codes = Batches(DATA, image_tokenizer, model.layout).codes(samples).view(-1, *model.layout.grid)
-    for sample, picture in zip(samples, to_pictures(image_tokenizer, codes)):
+    for sample, picture in zip(samples, image_tokenizer.decode(codes).permute(0, 2, 3, 1).numpy()):
         assert (picture == sample.image).all() and matches(detect(picture), sample)

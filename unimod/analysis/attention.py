@@ -19,6 +19,7 @@ Letters: L layers, N samples, H heads, T tokens of a batch, n of a row, b bins; 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_record import AttentionRecord, CaptureError, LayerAttention, edges, places, read_tensors, write_tensors
+from .. import attention_record
+from ..attention_record import AttentionRecord, CaptureError, LayerAttention
 from ..batch import Batch, Modality, Task
 from ..capture import capture_summary
 from ..models.unified import UnifiedModel
+from .redundancy import mean_sd
 
 NAMES = tuple(modality.name.lower() for modality in Modality)
 PER_HEAD = ("entropy", "evenness", "sink", "distance")
@@ -45,53 +48,34 @@ class Patterns:
 
     task: Task
     layers: tuple[int, ...]
-    mass: Tensor
-    """[L, N, H, 3, 3]: from query to key modality, mean over the queries of that modality; nan where there is none."""
-    received: Tensor
-    """[L, N, H, 3]: mass on the keys of each modality, mean over all queries; sums to 1."""
-    even: Tensor
-    """[L, N, 3]: the same if every query spread its attention evenly over its visible keys."""
-    entropy: Tensor
-    """[L, N, H]: in nats, mean over queries."""
-    evenness: Tensor
-    """[L, N, H]: entropy over the log of the number of visible keys, mean over queries that see at least two."""
-    sink: Tensor
-    """[L, N, H]: mass on the row's first token that the layer processed; mean over the queries behind it."""
-    distance: Tensor
-    """[L, N, H]: mean |position of key - position of query| in tokens, weighted by attention."""
+    mass: Tensor  # [L, N, H, 3, 3]: from query to key modality, mean over that modality's queries; nan without any
+    received: Tensor  # [L, N, H, 3]: mass on the keys of each modality, mean over all queries; sums to 1
+    even: Tensor  # [L, N, 3]: the same if every query spread its attention evenly over its visible keys
+    entropy: Tensor  # [L, N, H]: in nats, mean over queries
+    evenness: Tensor  # [L, N, H]: entropy over the log of the visible keys, mean over queries that see at least two
+    sink: Tensor  # [L, N, H]: mass on the row's first token that the layer processed; mean over the queries behind it
+    distance: Tensor  # [L, N, H]: mean |position of key - position of query| in tokens, weighted by attention
 
     def table(self) -> list[dict[str, object]]:
         """One row per layer and head: means over the samples, and `_sd`, the standard deviation over samples."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            for head in range(self.entropy.shape[2]):
-                row: dict[str, object] = {"task": self.task.name.lower(), "layer": layer, "head": head}
-                for m, name in enumerate(NAMES):
-                    row |= _mean(f"to_{name}", self.received[i, :, head, m])
-                for name in PER_HEAD:
-                    row |= _mean(name, getattr(self, name)[i, :, head])
-                rows.append(row)
+        rows, task = [], self.task.name.lower()
+        for (i, layer), head in itertools.product(enumerate(self.layers), range(self.entropy.shape[2])):
+            columns = {f"to_{name}": self.received[i, :, head, m] for m, name in enumerate(NAMES)}
+            columns |= {name: getattr(self, name)[i, :, head] for name in PER_HEAD}
+            rows.append({"task": task, "layer": layer, "head": head} | mean_sd(columns))
         return rows
 
     def flows(self) -> list[dict[str, object]]:
         """One row per layer, key and query modality ("any": all tokens): mass, its spread, and `even`."""
-        rows = []
-        for i, layer in enumerate(self.layers):
-            for k, key in enumerate(NAMES):
-                base = {"task": self.task.name.lower(), "layer": layer, "key": key}
-                even = float(self.even[i, :, k].nanmean())
-                rows.append(base | {"query": "any", "even": even} | _mean("mass", self.received[i, ..., k].mean(1)))
-                for q, query in enumerate(NAMES):
-                    mass = self.mass[i, :, :, q, k].mean(1)
-                    rows.append(base | {"query": query, "even": math.nan} | _mean("mass", mass))
+        rows, task = [], self.task.name.lower()
+        for (i, layer), (k, key) in itertools.product(enumerate(self.layers), enumerate(NAMES)):
+            masses = {"any": self.received[i, ..., k]}
+            masses |= {name: self.mass[i, :, :, q, k] for q, name in enumerate(NAMES)}
+            for query, mass in masses.items():
+                even = float(self.even[i, :, k].nanmean()) if query == "any" else math.nan
+                rows.append({"task": task, "layer": layer, "key": key, "query": query, "even": even}
+                            | mean_sd({"mass": mass.mean(1)}))
         return rows
-
-
-def _mean(name: str, values: Tensor) -> dict[str, float]:
-    """Mean and standard deviation over samples; a single sample has no spread (nan)."""
-    known = values[~values.isnan()]
-    mean, spread = float(known.mean()) if len(known) else math.nan, float(known.std()) if len(known) > 1 else math.nan
-    return {name: mean, f"{name}_sd": spread}
 
 
 def patterns(record: AttentionRecord, task: Task) -> Patterns:
@@ -121,9 +105,7 @@ def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tens
     out = {name: torch.full((len(rows), *size), torch.nan) for name, size in sizes.items()}
     if not len(batch):
         return out
-    head = torch.zeros_like(batch.row)                          # place of the first token of every token's row
-    for span in spans:
-        head[span] = span.start
+    head = torch.tensor([span.start for span in spans], device=batch.row.device)[batch.row]     # first of its row
     first = head == torch.arange(len(head), device=head.device)
     # a row's first token is a kind of its own, so that one pass also gives the sink; `to` adds it to its modality again
     given, entropy, distance = attention.mass(torch.where(first, kinds, batch.modality), kinds + 1)
@@ -148,7 +130,6 @@ def statistics(attention: LayerAttention, rows: Sequence[int]) -> dict[str, Tens
 
 
 def _assembled(task: Task, batches: Sequence[Mapping[int, Mapping[str, Tensor]]]) -> Patterns:
-    """Per batch and layer what `statistics` gives -> [L, N of all batches, ...] each."""
     layers = tuple(sorted(batches[0]))
     parts = {name: torch.stack([torch.cat([b[i][name] for b in batches]) for i in layers]) for name in STATISTICS}
     return Patterns(task, layers, **parts)
@@ -158,30 +139,20 @@ def _assembled(task: Task, batches: Sequence[Mapping[int, Mapping[str, Tensor]]]
 class Overview:
     """Attention of one row in all layers and heads, pooled; tensors on the CPU."""
 
-    about: Mapping[str, str]
-    """Properties of the model: its `model` kind."""
+    about: Mapping[str, str]  # properties of the model: its `model` kind
     task: Task
-    tokens: tuple[str, ...]
-    """Names of the tokens: [n]."""
-    modality: Tensor
-    """int64 [n]."""
-    grid: tuple[int, int]
-    """Rows and columns of the row's image tokens: the model's where the number fits, else a square, else one line."""
-    picture: np.ndarray | None
-    """uint8 [height, width, 3], or None."""
+    tokens: tuple[str, ...]  # [n]: their names
+    modality: Tensor  # int64 [n]
+    grid: tuple[int, int]  # of the row's image tokens: the model's where the number fits, else a square, else one line
+    picture: np.ndarray | None  # uint8 [height, width, 3]
     layers: tuple[int, ...]
-    kept: Tensor
-    """bool [L, n]: the tokens that each layer processed."""
-    maps: Tensor
-    """float16 [L, H, b, b]: bins of queries (mean) by bins of keys (sum), of the tokens that the layer processed."""
-    received: Tensor
-    """float16 [L, H, 3, n]: weight on each token, mean over a modality's queries; nan where the layer lacks either."""
-    patterns: Patterns
-    """Statistics of this one row."""
+    kept: Tensor  # bool [L, n]: the tokens that each layer processed
+    maps: Tensor  # float16 [L, H, b, b]: bins of queries (mean) by bins of keys (sum), of the tokens that it processed
+    received: Tensor  # float16 [L, H, 3, n]: weight on each token, mean over a modality's queries; nan without either
+    patterns: Patterns  # statistics of this one row
 
     @property
     def heads(self) -> int:
-        """Number of heads."""
         return self.maps.shape[1]
 
     def attention_from(self, layer: int, head: int | None, query: Modality | int) -> Tensor:
@@ -190,15 +161,13 @@ class Overview:
         One token's is that of its bin of the pooled map. nan where nothing is known. head None: mean over heads.
         Raises `CaptureError` for a layer, head or token that the overview does not hold.
         """
-        i = self._index(layer, head)
-        some = slice(None) if head is None else slice(head, head + 1)
+        i, some = self._at(layer, head)
         if isinstance(query, Modality):
             return self.received[i, some, query].float().mean(0)
-        if not 0 <= query < len(self.tokens):
-            raise CaptureError(f"token {query} does not exist here; allowed: 0 to {len(self.tokens) - 1}.")
+        attention_record.check_place("token", query, len(self.tokens))
         out = torch.full((len(self.tokens),), torch.nan)
         if self.kept[i, query]:
-            bins = edges(int(self.kept[i].sum()), self.maps.shape[-1])
+            bins = attention_record.edges(int(self.kept[i].sum()), self.maps.shape[-1])
             own = int(torch.searchsorted(bins, self.kept[i, :query].sum(), right=True)) - 1
             size = bins.diff()
             out[self.kept[i]] = (self.maps[i, some, own, : len(size)].float().mean(0) / size).repeat_interleave(size)
@@ -206,8 +175,8 @@ class Overview:
 
     def modality_mass(self, layer: int, head: int | None) -> Tensor:
         """`Patterns.mass` of one head (None: mean over heads), query by key modality: float32 [3, 3]."""
-        mass = self.patterns.mass[self._index(layer, head), 0]
-        return mass.mean(0) if head is None else mass[head]
+        i, some = self._at(layer, head)
+        return self.patterns.mass[i, 0, some].mean(0)
 
     def on_picture(self, values: Tensor) -> Tensor:
         """Values of the row's tokens, [..., n], on the grid of its image tokens: [..., h, w]."""
@@ -218,34 +187,31 @@ class Overview:
         tensors = {name: getattr(self, name) for name in ("modality", "kept", "maps", "received")}
         tensors |= {f"patterns.{name}": getattr(self.patterns, name) for name in STATISTICS}
         tensors |= {} if self.picture is None else {"picture": torch.tensor(self.picture)}
-        notes = {"about": dict(self.about), "task": int(self.task), "tokens": self.tokens, "grid": self.grid}
-        notes["layers"] = self.layers
-        return write_tensors(folder, "overview", tensors, notes)
+        notes = {"about": dict(self.about), "task": int(self.task), "tokens": self.tokens, "grid": self.grid,
+                 "layers": self.layers}
+        return attention_record.write_tensors(folder, "overview", tensors, notes)
 
     @classmethod
     def load(cls, folder: str | Path) -> Overview:
         """Read what `save` wrote. Raises `CaptureError` for a folder without an overview, or with a damaged one."""
         what = ("overview of attention", "Overview.save", "maps.npz")
-        with read_tensors(folder, "overview", *what) as (tensors, notes):
+        with attention_record.read_tensors(folder, "overview", *what) as (tensors, notes):
             task, layers = Task(notes["task"]), tuple(notes["layers"])
             found = Patterns(task, layers, *(tensors[f"patterns.{name}"] for name in STATISTICS))
             picture = tensors["picture"].numpy() if "picture" in tensors else None
             return cls(notes["about"], task, tuple(notes["tokens"]), tensors["modality"], tuple(notes["grid"]), picture,
                        layers, tensors["kept"], tensors["maps"], tensors["received"], found)
 
-    def _index(self, layer: int, head: int | None) -> int:
-        if layer not in self.layers:
-            there = ", ".join(map(str, self.layers))
-            raise CaptureError(f"layer {layer} was not captured; this overview holds layers {there}.")
-        if head is not None and not 0 <= head < self.heads:
-            raise CaptureError(f"head {head} does not exist here; allowed: 0 to {self.heads - 1}.")
-        return self.layers.index(layer)
+    def _at(self, layer: int, head: int | None) -> tuple[int, slice]:
+        """Index of a layer, and of a head (None: all)."""
+        attention_record.check_layer(layer, self.layers, "overview")
+        return self.layers.index(layer), attention_record.one_head(head, self.heads)
 
 
 def capture_overview(model: UnifiedModel, batch: Batch, row: int = 0, picture: np.ndarray | None = None) -> Overview:
     """Run the model on a batch and keep one row's overview, computed inside the attention: memory as of one layer."""
     batch = batch.to(model.device)
-    found = capture_summary(model, batch, lambda attention: _pooled(batch, attention, row))
+    found = capture_summary(model, batch, lambda layer: _pooled(batch, layer, row))
     return _overview(found, batch, row, {"model": model.layout.kind}, model.layout.token, model.layout.grid, picture)
 
 
@@ -260,7 +226,7 @@ def _pooled(whole: Batch, attention: LayerAttention, row: int) -> dict[str, obje
     """What an overview holds of one layer."""
     part, in_whole = attention.batch, whole.rows()[row]
     span = part.rows()[row]
-    at = (places(whole, part)[span] - in_whole.start).cpu()
+    at = (attention_record.places(whole, part)[span] - in_whole.start).cpu()
     n, modality = in_whole.stop - in_whole.start, part.modality[span]
     kept = torch.zeros(n, dtype=torch.bool)
     kept[at] = True

@@ -16,8 +16,10 @@ turns the stream little is often, not always, one to skip. Letters: L layers, N 
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +32,7 @@ from ..losses import losses
 from ..models.unified import UnifiedModel, without
 from ..routing import Routing
 from ..seam import layer_output
-from .redundancy import Finding, decide, resampled_means
+from .redundancy import Finding, decide, mean_sd, resampled_means
 from .routing import Log, overlap, pictures
 
 Metric = Callable[[UnifiedModel, object], float]
@@ -63,20 +65,14 @@ class Importance:
     def table(self) -> list[dict[str, object]]:
         """One row per layer: means over the batches and `_sd`, the standard deviation over seeds, or over batches where
         there is one seed (nan for a single one)."""
-        same = {"task": self.task.name.lower(), "metric": self.metric}
-        counts = {"base": float(self.base.mean()), "batches": len(self.base), "seeds": max(1, len(set(self.seeds)))}
+        same = {"base": float(self.base.mean()), "batches": len(self.base), "seeds": max(1, len(set(self.seeds)))}
         rows = []
         for layer in range(len(self.value)):
-            rows.append(same | {"layer": layer} | counts)
+            rows.append({"task": self.task.name.lower(), "metric": self.metric, "layer": layer} | same)
             for name in ("value", "damage", "cosine"):
                 values = getattr(self, name)[layer]
-                rows[-1] |= {name: float(values.mean()), f"{name}_sd": spread(self.per_seed(values))}
+                rows[-1] |= mean_sd({name: self.per_seed(values)}) | {name: float(values.mean())}
         return rows
-
-
-def spread(values: Tensor) -> float:
-    """Standard deviation of values [N] as tables have it: nan for a single one."""
-    return float(values.std()) if len(values) > 1 else float("nan")
 
 
 @torch.no_grad()
@@ -96,15 +92,16 @@ def importance(model: UnifiedModel, batches: Sequence, task: Task, metric: Metri
                              "give batches of that task.")
         return losses(model, batch.to(model.device)).per_task[task].item()
 
-    metric = metric or loss
-    base = [metric(model, batch) for batch in batches]
-    cosine = [_cosine(model, batch, task) if isinstance(batch, Batch) else torch.full((len(model.layers),), torch.nan)
-              for batch in batches]
-    value = []
+    metric, value = metric or loss, []
+    base = torch.tensor([metric(model, batch) for batch in batches])
+    cosine = torch.full((len(model.layers), len(batches)), torch.nan)
+    for n, batch in enumerate(batches):
+        if isinstance(batch, Batch):
+            cosine[:, n] = _cosine(model, batch, task)
     for layer in range(len(model.layers)):
         with without(model, layer):
             value.append([metric(model, batch) for batch in batches])
-    return Importance(task, torch.tensor(base), torch.tensor(value), torch.stack(cosine, 1), name, tuple(seeds))
+    return Importance(task, base, torch.tensor(value), cosine, name, tuple(seeds))
 
 
 def _cosine(model: UnifiedModel, batch: Batch, task: Task) -> Tensor:
@@ -116,12 +113,10 @@ def _cosine(model: UnifiedModel, batch: Batch, task: Task) -> Tensor:
         x, y = args[0][0, mine].float(), layer_output(output)[0, mine].float()
         found.append(F.cosine_similarity(x, y, dim=-1).mean())
 
-    hooks = [layer.register_forward_hook(compare) for layer in model.layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.layers:
+            hooks.enter_context(layer.register_forward_hook(compare))
         model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(found).cpu()
 
 
@@ -167,84 +162,67 @@ def collapsed(log: Log, batch: Batch, gate: str) -> list[Collapse]:
     one-sided.
     """
     found, segment = [], batch.segment_numbers()
-    for layer, routing in log.items():
-        for task in dict.fromkeys(batch.tasks):
-            eligible = routing.eligible & (batch.task == task)
-            kept = routing.kept & eligible
-            dropping = (_count(eligible, segment) > _count(kept, segment))[segment]
-            eligible, kept = eligible & dropping, kept & dropping
-            hits = [_constant(routing.score.detach(), segment, eligible)]
-            if hits == [None]:
-                hits = [_positional(batch, task, eligible, kept), _one_sided(batch, segment, eligible, kept)]
-            hits += [_saturated(routing, kept, gate), _dead(routing, kept)]
-            found += [Collapse(layer, task.name.lower(), *hit) for hit in hits if hit]
+    for (layer, routing), task in itertools.product(log.items(), dict.fromkeys(batch.tasks)):
+        eligible = routing.eligible & (batch.task == task)
+        kept = routing.kept & eligible
+        dropping = (_count(eligible, segment) > _count(kept, segment))[segment]
+        eligible, kept = eligible & dropping, kept & dropping
+        hits = list(_constant(routing.score.detach(), segment, eligible))
+        if not hits:
+            hits = [*_positional(batch, task, eligible, kept), *_one_sided(batch, segment, eligible, kept)]
+        hits += _gated(routing, kept, gate)
+        found += [Collapse(layer, task.name.lower(), *hit) for hit in hits]
     return found
 
 
-Hit = tuple[str, float, str] | None
-"""Name, figure and sentence of a rule that holds."""
+Hits = Iterator[tuple[str, float, str]]
+"""Name, figure and sentence of every rule that holds."""
 
 
-def _constant(score: Tensor, segment: Tensor, eligible: Tensor) -> Hit:
+def _constant(score: Tensor, segment: Tensor, eligible: Tensor) -> Hits:
     segments = [score[eligible & (segment == number)].double() for number in segment[eligible].unique()]
-    if not segments or int(eligible.sum()) < EVIDENCE:
-        return None
-    # 1e-300: scores that are all 0 differ by nothing
-    middle = statistics.median(float((x.max() - x.min()) / x.abs().max().clamp(min=1e-300)) for x in segments)
-    if middle > TIES * torch.finfo(score.dtype).eps:
-        return None
-    return "constant", middle, f"scores of a segment differ by {middle:.1e} of their size, so ties decide"
+    if int(eligible.sum()) >= EVIDENCE:
+        # 1e-300: scores that are all 0 differ by nothing
+        middle = statistics.median(float((x.max() - x.min()) / x.abs().max().clamp(min=1e-300)) for x in segments)
+        if not middle > TIES * torch.finfo(score.dtype).eps:                    # nor are scores that are nan a choice
+            yield "constant", middle, f"scores of a segment differ by {middle:.1e} of their size, so ties decide"
 
 
-def _positional(batch: Batch, task: Task, eligible: Tensor, kept: Tensor) -> Hit:
+def _positional(batch: Batch, task: Task, eligible: Tensor, kept: Tensor) -> Hits:
     where = pictures(batch, task)                  # image tokens only: all rows begin with the same words of text
-    if len(where) < 2:
-        return None
     kept, eligible, ids = kept[where].double(), eligible[where].double(), batch.ids[where]
     both, a, n = kept @ kept.T, kept @ eligible.T, eligible @ eligible.T        # [rows, rows]
     other = (ids[:, None] != ids[None]).any(-1).triu(1) & (n > 0)               # pairs of different pictures
     surprise = (torch.minimum(a, a.T) - a * a.T / n.clamp(min=1)) * other
-    if float(surprise.diagonal(1).sum()) < EVIDENCE:
-        return None
-    excess = overlap(both[other], a[other], a.T[other], n[other])["excess"]
-    if excess < POSITIONAL:
-        return None
-    return "positional", excess, ("different pictures keep the same places: overlap between rows "
-                                  f"{excess:.2f} of the way from chance to identity")
+    if float(surprise.diagonal(1).sum()) >= EVIDENCE:
+        excess = overlap(both[other], a[other], a.T[other], n[other])["excess"]
+        if excess >= POSITIONAL:
+            yield "positional", excess, ("different pictures keep the same places: overlap between rows "
+                                         f"{excess:.2f} of the way from chance to identity")
 
 
-def _one_sided(batch: Batch, segment: Tensor, eligible: Tensor, kept: Tensor) -> Hit:
+def _one_sided(batch: Batch, segment: Tensor, eligible: Tensor, kept: Tensor) -> Hits:
     share = (_count(kept, segment) / _count(eligible, segment))[segment]
     for modality, name in ((Modality.TEXT, "text"), (Modality.IMAGE, "picture")):
         of = batch.modality == modality
         competes = (_count(eligible & of, segment) > 0) & (_count(eligible & ~of, segment) > 0)
         mine = eligible & of & competes[segment]
-        if not mine.any():
-            continue
         different = len(batch.ids[mine].unique())      # a token that many rows have (a prompt's words) is evidence once
-        even, rate = float(share[mine].mean()), float(kept[mine].double().mean())
+        even, rate = float(share[mine].mean()), float(kept[mine].double().mean())       # nan without any
         if (rate >= 1 - ONE_SIDED and different * (1 - even) >= EVIDENCE) or (
                 rate <= ONE_SIDED and different * even >= EVIDENCE):
-            return "one-sided", rate, f"{rate:.0%} of its {name} tokens are kept, where an even choice keeps {even:.0%}"
-    return None
+            yield "one-sided", rate, f"{rate:.0%} of its {name} tokens are kept, where an even choice keeps {even:.0%}"
+            return                                     # where one modality is kept the other is dropped
 
 
-def _saturated(routing: Routing, kept: Tensor, gate: str) -> Hit:
-    score = routing.score.detach()[kept].double()
-    if gate not in STRETCH or len(score) < EVIDENCE:
-        return None
-    flat = float((1 - torch.tanh(STRETCH[gate] * score) ** 2 <= FLAT).double().mean())
-    if flat < NEARLY_ALL:
-        return None
-    return "saturated", flat, f"the {gate} of {flat:.0%} of its kept tokens is at its end"
-
-
-def _dead(routing: Routing, kept: Tensor) -> Hit:
-    weight = routing.weight.detach()[kept[routing.index]].abs()
+def _gated(routing: Routing, kept: Tensor, gate: str) -> Hits:
+    score, weight = routing.score.detach()[kept].double(), routing.weight.detach()[kept[routing.index]].abs()
+    flat = float((1 - torch.tanh(STRETCH.get(gate, 0.0) * score) ** 2 <= FLAT).double().mean())
     none = float((weight <= DEAD).double().mean())
-    if len(weight) < EVIDENCE or none < NEARLY_ALL:
-        return None                                # a fresh raw gate is rightly called dead: its scores begin near 0
-    return "dead gate", none, f"{none:.0%} of its kept tokens get at most {DEAD} of the layer's update"
+    if len(score) >= EVIDENCE and flat >= NEARLY_ALL:
+        yield "saturated", flat, f"the {gate} of {flat:.0%} of its kept tokens is at its end"
+    if len(weight) >= EVIDENCE and none >= NEARLY_ALL:  # a fresh raw gate is rightly dead: its scores begin near 0
+        yield "dead gate", none, f"{none:.0%} of its kept tokens get at most {DEAD} of the layer's update"
 
 
 def _count(which: Tensor, segment: Tensor) -> Tensor:

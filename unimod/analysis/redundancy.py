@@ -18,7 +18,9 @@ longest row has queries; shorter rows end in zeros).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from ..batch import Modality, Task
 from ..capture import AttentionRecord, capture_batch
-from ..config import ParameterError
+from ..config import ParameterError, one_of
 from ..data.batches import Batches
 from ..models.unified import UnifiedModel
 
@@ -50,6 +52,21 @@ def bootstrap(values: Tensor, draws: int = 1000, seed: int = 0) -> tuple[Tensor,
     return values.nanmean(-1), means.nanquantile(0.025, -1), means.nanquantile(0.975, -1)
 
 
+def mean_sd(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean and standard deviation (`_sd`) of the values of every column, [N], nan left out; a single one has no sd."""
+    row = {}
+    for name, values in columns.items():
+        known = values[~values.isnan()]
+        row |= {name: float(known.mean()), f"{name}_sd": float(known.std()) if len(known) > 1 else math.nan}
+    return row
+
+
+def cells(name: str, values: Tensor, **axes: Sequence) -> list[dict[str, object]]:
+    """One row per entry of `values`: its place, by the names and labels of the axes, and its number as `name`."""
+    places = itertools.product(*axes.values())
+    return [dict(zip(axes, place)) | {name: value} for place, value in zip(places, values.flatten().tolist())]
+
+
 @dataclass(frozen=True)
 class Reading:
     """Which entries of a post-softmax map count. Raises `ParameterError` for a value that `ALLOWED` does not list."""
@@ -61,8 +78,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         for name, allowed in ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ParameterError(f"{name}={getattr(self, name)!r} is not known. Allowed: {', '.join(allowed)}.")
+            one_of(name, getattr(self, name), allowed)
 
     def of(self, maps: Tensor, modality: Tensor) -> Tensor:
         """The entries that count. maps: [..., n, n], modality: int64 [n] -> [..., m, n]."""
@@ -78,8 +94,6 @@ GAMMA_MOD = Reading("causal", "zero")  # gamma-MoD's released code; its toleranc
 
 @dataclass(frozen=True)
 class ARank:
-    """ARank of one task."""
-
     task: Task
     layers: tuple[int, ...]
     tolerance: float | None
@@ -96,8 +110,8 @@ class ARank:
     def table(self) -> list[dict[str, object]]:
         """One row per layer: rank and effective rank over length with their intervals over samples, rank and length in
         tokens, and every choice behind them."""
-        same = {"task": self.task.name.lower(), "tolerance": self.tolerance, **asdict(self.reading)}
-        same["samples"] = self.rank.shape[1]
+        same = {"task": self.task.name.lower(), "tolerance": self.tolerance, **asdict(self.reading),
+                "samples": self.rank.shape[1]}
         columns = dict(zip(("share", "low", "high"), bootstrap(self.share)))
         columns |= {"rank": self.rank.nanmean(1), "length": self.length.nanmean(1)}
         columns |= zip(("effective", "effective_low", "effective_high"), bootstrap(self.effective / self.length))
@@ -107,8 +121,6 @@ class ARank:
 
 @dataclass(frozen=True)
 class Spectra:
-    """Singular values of every map of one task."""
-
     task: Task
     layers: tuple[int, ...]
     values: Tensor  # float32 [L, N, H, S], descending; zeros beyond the row's length
@@ -140,8 +152,8 @@ class Spectra:
 
     def table(self, points: int = 32) -> list[dict[str, object]]:
         """One row per layer and point of the mean spectrum."""
-        return [{"task": self.task.name.lower(), "layer": layer, "place": j / (points - 1), "value": float(value)}
-                for layer, values in zip(self.layers, self.curve(points)) for j, value in enumerate(values)]
+        place = [j / (points - 1) for j in range(points)]
+        return cells("value", self.curve(points), task=(self.task.name.lower(),), layer=self.layers, place=place)
 
     def sensitivity(self, tolerances: Sequence[float] = TOLERANCES, samples: Sequence[int] = ()) -> list[dict]:
         """ARank tables at several tolerances with all samples, and at 1e-2 with the first `samples` samples each."""
@@ -154,14 +166,13 @@ def spectra(record: AttentionRecord, task: Task, reading: Reading | None = None)
     reading, rows = reading or Reading(), record.rows(task)
     longest = max(record.whole.lengths[row] for row in rows)
     values = torch.zeros(len(record.layers), len(rows), record.heads, longest)
-    length = torch.full((len(record.layers), len(rows)), torch.nan)
-    for i, layer in enumerate(record.layers):
-        modality, spans = record.batch(layer).modality, record.batch(layer).rows()
-        for at, row in enumerate(rows):
-            counted = reading.of(record.map(row, layer), modality[spans[row]])      # [H, m, n]
-            if counted.shape[1]:
-                found = torch.linalg.svdvals(counted).cpu()
-                values[i, at, :, : found.shape[-1]], length[i, at] = found, float(counted.shape[1])
+    length = torch.full(values.shape[:2], torch.nan)
+    for (i, layer), (at, row) in itertools.product(enumerate(record.layers), enumerate(rows)):
+        modality = record.batch(layer).modality[record.span(row, layer)]
+        counted = reading.of(record.map(row, layer), modality)                      # [H, m, n]
+        if counted.shape[1]:
+            found = torch.linalg.svdvals(counted).cpu()
+            values[i, at, :, : found.shape[-1]], length[i, at] = found, float(counted.shape[1])
     return Spectra(task, record.layers, values, length, reading)
 
 
@@ -196,8 +207,7 @@ def drift(before: ARank, after: ARank) -> list[dict[str, object]]:
     """Change between two ARanks of the same rows, one table row per layer: mean share before and after, and the mean
     change per sample with its 95 % interval. Raises `ParameterError` when the two differ in anything but the model."""
     for name in ("task", "layers", "tolerance", "reading"):
-        a, b = getattr(before, name), getattr(after, name)
-        if a != b:
+        if (a := getattr(before, name)) != (b := getattr(after, name)):
             raise ParameterError(f"{name} was {a} before and is {b} after: measure both with the same.")
     samples = before.rank.shape[1]
     if before.rank.shape != after.rank.shape:
@@ -222,7 +232,7 @@ class Finding:
     """One finding of the paper, tested here by a number that is above 0 when the finding is right."""
 
     name: str  # number in the paper's order and the claim
-    holds: bool | None  # whether the 95 % interval lies above 0 (True) or below (False); None: undecided
+    outcome: str  # yes or no where the 95 % interval lies above or below 0, else undecided
     one: float
     other: float  # one, other: the two numbers that are compared, as `sentence` states them
     low: float
@@ -231,24 +241,18 @@ class Finding:
     over: str  # what is resampled: samples, batches, runs or seeds
     sentence: str
 
-    @property
-    def outcome(self) -> str:
-        """yes, no or undecided."""
-        return {True: "yes", False: "no", None: "undecided"}[self.holds]
-
     def table(self) -> list[dict[str, object]]:
-        """One row: all fields, the outcome as a word."""
+        """One row: all fields."""
         fields = asdict(self)
-        name, _ = fields.pop("name"), fields.pop("holds")
-        return [{"finding": name, "outcome": self.outcome, **fields}]
+        return [{"finding": fields.pop("name"), **fields}]
 
 
 def decide(name: str, draws: Tensor, one: float, other: float, n: int, over: str, sentence: str) -> Finding:
     """The finding of resampled means `draws` [DRAWS]: undecided where their interval holds 0 or is nan, or n is low."""
     low, high = draws.quantile(torch.tensor([0.025, 0.975])).tolist()
     # with 3 samples all fall on one side by chance one time in four, with 5 one time in sixteen
-    decided = n >= MIN_SAMPLES and (low > 0 or high < 0)
-    return Finding(name, low > 0 if decided else None, one, other, low, high, n, over, sentence)
+    outcome = "undecided" if n < MIN_SAMPLES or not (low > 0 or high < 0) else "yes" if low > 0 else "no"
+    return Finding(name, outcome, one, other, low, high, n, over, sentence)
 
 
 def arank_falls(found: ARank) -> Finding:

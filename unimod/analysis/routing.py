@@ -53,7 +53,7 @@ def routings(model: UnifiedModel, batch: Batch) -> dict[int, Routing]:
 
 
 def choosing(log: Log) -> bool:
-    """Whether any token was eligible: none in a dense model or under random routers in evaluation, which keep all."""
+    """Whether any token was eligible: none in a dense model, or under random routers in evaluation."""
     return any(bool(routing.eligible.any()) for routing in log.values())
 
 
@@ -161,13 +161,13 @@ def histograms(log: Log, batch: Batch, bins: int = BINS) -> list[Row]:
         chosen = routing.eligible[routing.index]
         values = {"score": (routing.score[routing.eligible], batch.task[routing.eligible]),
                   "gate": (routing.weight[chosen], batch.task[routing.index[chosen]])}
-        for value, (numbers, of) in values.items():
-            for task in of.unique().tolist():
-                mine = numbers[of == task].detach().double().cpu()
+        for (value, (numbers, of)), task in itertools.product(values.items(), Task):
+            mine = numbers[of == task].detach().double().cpu()
+            if len(mine):
                 low, high = float(mine.min()), float(mine.max())
                 low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
                 edges, counts = torch.linspace(low, high, bins + 1).tolist(), torch.histc(mine, bins, low, high)
-                rows += [{"layer": layer, "task": _name(Task(task)), "value": value, "low": a, "high": b,
+                rows += [{"layer": layer, "task": _name(task), "value": value, "low": a, "high": b,
                           "share": float(n) / len(mine)} for a, b, n in zip(edges, edges[1:], counts)]
     return rows
 
@@ -179,27 +179,18 @@ def figures(log: Log, batch: Batch, start: Log) -> dict[str, float]:
     `start`, the routings of the same batch before training, that are still kept; routing/score: median |score|;
     routing/gate and gate_sd: its mean and spread.
     """
-    found: dict[str, list[float]] = {}
-
-    def add(name: str, value: float) -> None:
-        found.setdefault(f"routing/{name}", []).append(value)
-
-    for row in kept(log, batch):
-        if row["task"] != "lm" and row["modality"] != "special":
-            add(f"kept_{row['task']}_{row['modality']}", row["kept"])
-    for row in neighbours(log, batch):
-        if row["task"] != "lm":
-            add(f"neighbours_{row['task']}", row["excess"])
+    found = [(f"kept_{row['task']}_{row['modality']}", row["kept"]) for row in kept(log, batch)
+             if row["task"] != "lm" and row["modality"] != "special"]
+    found += [(f"neighbours_{row['task']}", row["excess"]) for row in neighbours(log, batch) if row["task"] != "lm"]
     for layer, routing in log.items():
         for task in BOTH:
             before = start[layer].kept & start[layer].eligible & (batch.task == task)
-            add(f"same_{_name(task)}", _mean(routing.kept[before]))
+            found.append((f"same_{_name(task)}", _mean(routing.kept[before])))
         gate = routing.weight[routing.eligible[routing.index]].double()
-        add("score", float(routing.score[routing.eligible].abs().median()))
-        add("gate", float(gate.mean()))
-        add("gate_sd", float(gate.var(correction=0).sqrt()) if len(gate) else float("nan"))
-    known = {name: [v for v in values if v == v] for name, values in found.items()}            # without nan
-    return {name: sum(values) / len(values) for name, values in known.items() if values}
+        found += [("score", float(routing.score[routing.eligible].abs().median())), ("gate", float(gate.mean()))]
+        found += [("gate_sd", float(gate.var(correction=0).sqrt()))] if len(gate) else []
+    known = {name: [v for other, v in found if other == name and v == v] for name, _ in found}         # without nan
+    return {f"routing/{name}": sum(values) / len(values) for name, values in known.items() if values}
 
 
 def diagnose(model: UnifiedModel, batches: Batches, count: int = 16) -> dict[str, list[Row]]:
@@ -211,11 +202,11 @@ def diagnose(model: UnifiedModel, batches: Batches, count: int = 16) -> dict[str
         return {}
     maps = positions(log, batch, batches.layout.grid)
     maps = F.adaptive_avg_pool2d(maps, tuple(min(side, SIDE) for side in maps.shape[2:]))
-    cells = [{"layer": layer, "task": _name(task), "row": y, "column": x, "kept": share}
-             for layer, of_layer in zip(log, maps) for task, table in zip(BOTH, of_layer) if not table.isnan().all()
-             for y, line in enumerate(table.tolist()) for x, share in enumerate(line)]
+    shares = [{"layer": layer, "task": _name(task), "row": y, "column": x, "kept": share}
+              for layer, of_layer in zip(log, maps) for task, table in zip(BOTH, of_layer) if not table.isnan().all()
+              for y, line in enumerate(table.tolist()) for x, share in enumerate(line)]
     alike = neighbours(log, batch) + tasks(routings(model, pairs), pairs)
-    return {"kept": kept(log, batch), "positions": cells, "overlaps": alike, "histograms": histograms(log, batch)}
+    return {"kept": kept(log, batch), "positions": shares, "overlaps": alike, "histograms": histograms(log, batch)}
 
 
 def _name(kind: Task | Modality) -> str:

@@ -37,8 +37,8 @@ from ..models.unified import UnifiedModel
 from ..plan import CapacityPlan
 from ..routing import Routing
 from .attention import Patterns, patterns
-from .layers import early_matters, importance, spread
-from .redundancy import Finding, arank, arank_falls, arank_higher, decide, resampled_means
+from .layers import early_matters, importance
+from .redundancy import Finding, arank, arank_falls, arank_higher, cells, decide, mean_sd, resampled_means
 
 BOTH = (Task.T2I, Task.MMU)
 NAMES = tuple(task.name.lower() for task in BOTH)
@@ -54,11 +54,9 @@ class GradientCosine:
 
     def table(self, pair: str) -> list[dict[str, object]]:
         """One row per layer: mean cosine and norms, and `_sd`, the standard deviation over pairs (nan for one pair)."""
-        rows: list[dict] = [{"pair": pair, "layer": i, "pairs": len(row)} for i, row in enumerate(self.cosine)]
-        for name in ("cosine", "norm_a", "norm_b"):
-            for row, values in zip(rows, getattr(self, name)):
-                row |= {name: float(values.mean()), f"{name}_sd": spread(values)}
-        return rows
+        return [{"pair": pair, "layer": i, "pairs": len(row)}
+                | mean_sd({"cosine": row, "norm_a": self.norm_a[i], "norm_b": self.norm_b[i]})
+                for i, row in enumerate(self.cosine)]
 
 
 def gradient_cosine(model: UnifiedModel, a: Sequence[Batch], b: Sequence[Batch]) -> GradientCosine:
@@ -95,17 +93,14 @@ class Competition:
 
     def table(self) -> list[dict[str, object]]:
         """One row per routed layer, task and modality ("all" for the task's tokens together)."""
-        names = ("all", *(m.name.lower() for m in Modality))
         shares = torch.cat([self.kept[..., None], self.kept_modality], -1)
-        return [{"seed": self.seed, "layer": layer, "task": task, "modality": name, "kept": float(share),
-                 "capacity": self.capacity}
-                for layer, of_layer in zip(self.layers, shares) for task, of_task in zip(NAMES, of_layer)
-                for name, share in zip(names, of_task)]
+        kinds = ("all", *(m.name.lower() for m in Modality))
+        rows = cells("kept", shares, seed=[self.seed], layer=self.layers, task=NAMES, modality=kinds)
+        return [row | {"capacity": self.capacity} for row in rows]
 
     def steps(self) -> list[dict[str, object]]:
         """One row per training step and task."""
-        return [{"seed": self.seed, "step": step, "task": task, "kept": float(share)}
-                for step, of_step in enumerate(self.history, start=1) for task, share in zip(NAMES, of_step)]
+        return cells("kept", self.history, seed=[self.seed], step=range(1, len(self.history) + 1), task=NAMES)
 
 
 def compete(model: UnifiedModel, batches: Sequence[Batch], held_out: Batch, *, steps: int = 40, capacity: float = 0.5,
@@ -135,11 +130,11 @@ def compete(model: UnifiedModel, batches: Sequence[Batch], held_out: Batch, *, s
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.step()
-            history.append(torch.stack([_kept(log[i], batch)[0] for i in where]).mean(0))
+            history.append(torch.stack([_kept(log[i], batch)[:, 0] for i in where]).mean(0))
     with record_routing() as log:
         results.append(_loss(frozen.eval(), held_out))
-    kept, split = (torch.stack(shares) for shares in zip(*(_kept(log[i], held_out) for i in where)))
-    return Competition(where, capacity, torch.stack(history), kept, split, torch.stack(results), seed)
+    kept = torch.stack([_kept(log[i], held_out) for i in where])
+    return Competition(where, capacity, torch.stack(history), kept[..., 0], kept[..., 1:], torch.stack(results), seed)
 
 
 @torch.no_grad()
@@ -148,11 +143,11 @@ def _loss(model: UnifiedModel, batch: Batch) -> Tensor:
     return losses(model, batch).per_task[list(BOTH)].cpu()
 
 
-def _kept(routing: Routing, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Shares kept per task [2], and per task and modality [2, 3] (nan where a task has no such token)."""
-    stays, mine = routing.kept.float(), [batch.task == task for task in BOTH]
-    split = [[stays[m & (batch.modality == modality)].mean() for modality in Modality] for m in mine]
-    return torch.stack([stays[m].mean() for m in mine]).cpu(), torch.stack([torch.stack(s) for s in split]).cpu()
+def _kept(routing: Routing, batch: Batch) -> Tensor:
+    """Shares kept per task, of all its tokens and by modality: [2, 4] (nan where a task has no such token)."""
+    kinds = [torch.ones_like(batch.task, dtype=torch.bool), *(batch.modality == modality for modality in Modality)]
+    shares = [routing.kept[(batch.task == task) & kind].float().mean() for task in BOTH for kind in kinds]
+    return torch.stack(shares).view(2, -1).cpu()
 
 
 @dataclass(frozen=True)
@@ -170,8 +165,8 @@ class JointOrSingle:
 
     def table(self) -> list[dict[str, object]]:
         """One row per task, way and run."""
-        return [{"task": task, "way": way, "run": run, "loss": float(loss)} for t, task in enumerate(NAMES)
-                for way in ("before", "joint", "single") for run, loss in enumerate(getattr(self, way)[:, t])]
+        values = torch.stack([self.before, self.joint, self.single]).permute(2, 0, 1)       # [2, 3, runs]
+        return cells("loss", values, task=NAMES, way=("before", "joint", "single"), run=range(len(self.before)))
 
 
 def joint_or_single(model: UnifiedModel, t2i: Sequence[Batch], mmu: Sequence[Batch], held_out: Batch, *,
@@ -182,14 +177,12 @@ def joint_or_single(model: UnifiedModel, t2i: Sequence[Batch], mmu: Sequence[Bat
     way. `held_out` holds rows of both tasks.
     """
     held_out = held_out.to(model.device)
-    before, joint, single = [], [], []
+    found = []
     for run in range(runs):
         pairs = [(t2i[i % len(t2i)], mmu[i % len(mmu)]) for i in range(run * steps, (run + 1) * steps)]
-        before.append(_loss(model, held_out))
-        joint.append(_tuned(model, pairs, held_out, lr))
         alone = [_tuned(model, [pair[t : t + 1] for pair in pairs], held_out, lr)[t] for t in (0, 1)]
-        single.append(torch.stack(alone))
-    return JointOrSingle(torch.stack(before), torch.stack(joint), torch.stack(single))
+        found.append((_loss(model, held_out), _tuned(model, pairs, held_out, lr), torch.stack(alone)))
+    return JointOrSingle(*map(torch.stack, zip(*found)))
 
 
 def _tuned(model: UnifiedModel, steps: Sequence[Sequence[Batch]], held_out: Batch, lr: float) -> Tensor:

@@ -55,10 +55,8 @@ __all__ = [
 SOURCES = {"scenes": Scenes, "digits": Digits, "folder": Folder}
 
 
-def open_data(
-    name: str, *, image_size: int = 48, level: str | Level = "default", folder: str = "", strict: bool = False,
-    seed: int = 0,
-) -> Dataset:
+def open_data(name: str, *, image_size: int = 48, level: str | Level = "default", folder: str = "",
+              strict: bool = False, seed: int = 0) -> Dataset:
     """The data set of that name, with pictures of [image_size, image_size, 3].
 
     `level` is for scenes only, `folder` and `strict` are for folder only, and `seed` picks another stream of samples

@@ -31,10 +31,8 @@ def cosine_mask(u_ratio: Tensor, u_slots: Tensor) -> Tensor:
 class Batches:
     """Makes sequences in the layout of one model from the samples of one data set."""
 
-    def __init__(
-        self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object,
-        rows: tuple[int, int, int] = (16, 16, 2), seed: int = 0,
-    ) -> None:
+    def __init__(self, data: Dataset, image_tokenizer: torch.nn.Module, layout: object,
+                 rows: tuple[int, int, int] = (16, 16, 2), seed: int = 0) -> None:
         self.data, self.image_tokenizer, self.layout, self.rows, self.seed = data, image_tokenizer, layout, rows, seed
 
     def samples(self, split: str, start: int, count: int, seed: int | None = None) -> list[Sample]:
@@ -57,33 +55,25 @@ class Batches:
         samples = self.samples(split, 0, 2 * count + 1, seed=0)
         return self.mixed(samples, (count, count, 1), torch.Generator().manual_seed(0), drop=False)
 
-    def mixed(
-        self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator, drop: bool = True
-    ) -> Batch:
+    def mixed(self, samples: list[Sample], rows: tuple[int, int, int], generator: torch.Generator,
+              drop: bool = True) -> Batch:
         """Pack samples, in this order, as `rows` sequences of t2i, mmu and lm; `drop`: with caption dropout."""
         codes, (t2i, mmu, _) = self.codes(samples), rows
         sequences = self.t2i([s.caption for s in samples[:t2i]], codes[:t2i], generator, drop)
-        sequences += [self.mmu(s, c) for s, c in zip(samples[t2i : t2i + mmu], codes[t2i:])]
+        sequences += map(self.mmu, samples[t2i : t2i + mmu], codes[t2i:])
         sequences += [self.layout.lm(s.caption) for s in samples[t2i + mmu :]]
         return pack(sequences)
 
-    def t2i(
-        self, captions: list[str], codes: Tensor, generator: torch.Generator, drop: bool = True
-    ) -> list[TokenSequence]:
+    def t2i(self, captions: list[str], codes: Tensor, generator: torch.Generator,
+            drop: bool = True) -> list[TokenSequence]:
         """Training rows of text-to-image. Draws ratios [B], slots [B, N] (masked models), then caption dropout [B]."""
-        masked = None
+        masked = []
         if not self.layout.causal_images:
             u_ratio = torch.rand(len(captions), generator=generator)
-            masked = cosine_mask(u_ratio, torch.rand(codes.shape, generator=generator))
+            masked = [cosine_mask(u_ratio, torch.rand(codes.shape, generator=generator))]
         dropped = torch.rand(len(captions), generator=generator) < self.layout.drop_caption * drop
         texts = ["" if d else c for d, c in zip(dropped.tolist(), captions)]
-        return self._t2i(texts, codes, masked)
-
-    def _t2i(self, texts: list[str], codes: Tensor, masked: Tensor | None) -> list[TokenSequence]:
-        """masked: bool [B, N], or None for models that have no mask."""
-        if masked is None:
-            return [self.layout.t2i(t, c) for t, c in zip(texts, codes)]
-        return [self.layout.t2i(t, c, m) for t, c, m in zip(texts, codes, masked)]
+        return list(map(self.layout.t2i, texts, codes, *masked))
 
     def mmu(self, sample: Sample, codes: Tensor) -> TokenSequence:
         """One understanding row: all questions about the picture, as turns of one conversation."""
@@ -94,9 +84,9 @@ class Batches:
         """The same pictures in both tasks: `count` rows of t2i with all image tokens known, then `count` of mmu."""
         samples = self.samples(split, 0, count, seed=0)
         codes = self.codes(samples)
-        masked = None if self.layout.causal_images else torch.zeros_like(codes, dtype=torch.bool)
-        rows = self._t2i([s.caption for s in samples], codes, masked)
-        return pack(rows + [self.mmu(s, c) for s, c in zip(samples, codes)])
+        masked = [] if self.layout.causal_images else [torch.zeros_like(codes, dtype=torch.bool)]
+        return pack([*map(self.layout.t2i, [s.caption for s in samples], codes, *masked),
+                     *map(self.mmu, samples, codes)])
 
     def single_task(self, task: Task, split: str, count: int, start: int = 0) -> Batch:
         """`count` rows of one task from a split, without caption dropout."""
@@ -105,6 +95,6 @@ class Batches:
             return pack([self.layout.lm(s.caption) for s in samples])
         codes = self.codes(samples)
         if task == Task.MMU:
-            return pack([self.mmu(s, c) for s, c in zip(samples, codes)])
+            return pack(list(map(self.mmu, samples, codes)))
         generator = torch.Generator().manual_seed(start)
         return pack(self.t2i([s.caption for s in samples], codes, generator, drop=False))

@@ -21,6 +21,7 @@ Contents of one object are few (48) and of four alike objects fewer (12); SALT i
 each: validation and test hold seven single objects each, of every color, shape and cell among them.
 """
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -79,9 +80,8 @@ class Level:
         if self.placement not in ("cells", "free"):
             raise DataError(f'placement {self.placement!r} must be "cells" or "free"')
         if self.placement == "free" and max(self.sizes) > 18:
-            raise DataError(
-                f"free placement needs sizes of at most 18 pixels, or four objects may not fit; got {self.sizes}"
-            )
+            raise DataError("free placement needs sizes of at most 18 pixels, or four objects may not fit; got "
+                            f"{self.sizes}")
 
 
 LEVELS = {
@@ -106,22 +106,18 @@ class Scenes:
 
     def __init__(self, image_size: int = 48, level: str | Level = "default", seed: int = 0):
         if image_size < 48 or image_size % 16:
-            raise DataError(
-                f"image_size {image_size} does not suit scenes: use a multiple of 16 from 48, such as 48, 64 or 96"
-            )
+            raise DataError(f"image_size {image_size} does not suit scenes: use a multiple of 16 from 48, such as 48, "
+                            "64 or 96")
         if isinstance(level, str) and level not in LEVELS:
             raise DataError(f"unknown level {level!r}: choose one of {', '.join(LEVELS)}")
-        self.image_size = image_size
+        self.image_size, self.seed = image_size, seed
         self.level = LEVELS[level] if isinstance(level, str) else level
-        self.seed = seed
 
     def words(self) -> tuple[str, ...]:
-        """Every word of the grammar, sorted."""
         fixed = "a at the and , left of right above below is are there ? what color shape how many shapes where yes no"
         return vocabulary(fixed, *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES), *CELLS, *NUMBERS)
 
     def size(self, split: str) -> None:
-        """None: scenes never run out."""
         check_request(split, 0)
 
     def sample(self, split: str, index: int, seed: int = 0) -> Sample:
@@ -237,17 +233,14 @@ def draw(content: Content, level: Level, image_size: int, rng: random.Random) ->
     return image, tuple(things)
 
 
-def place(
-    cells: list[int], sides: list[int], level: Level, image_size: int, rng: random.Random
-) -> list[tuple[int, int]]:
+def place(cells: list[int], sides: list[int], level: Level, image_size: int,
+          rng: random.Random) -> list[tuple[int, int]]:
     """The top left corner (x, y) of each object's square; no two squares overlap, each center is in its cell."""
     half = image_size // 2
     if level.placement == "cells":
         reach = level.jitter * image_size // 48
-        return [
-            tuple(half * part + (half - side) // 2 + rng.randint(-reach, reach) for part in (cell % 2, cell // 2))
-            for cell, side in zip(cells, sides)
-        ]
+        return [tuple(half * part + (half - side) // 2 + rng.randint(-reach, reach) for part in (cell % 2, cell // 2))
+                for cell, side in zip(cells, sides)]
 
     def along(second: int, side: int) -> int:
         # the center stays two pixels clear of the picture's middle line, so that its quarter is never in doubt
@@ -257,11 +250,7 @@ def place(
 
     while True:  # drawn anew until no two squares overlap
         corners = [(along(cell % 2, side), along(cell // 2, side)) for cell, side in zip(cells, sides)]
-        squares = list(zip(corners, sides))
-        apart = all(
-            x + side <= u or u + other <= x or y + side <= v or v + other <= y
-            for i, ((x, y), side) in enumerate(squares)
-            for (u, v), other in squares[:i]
-        )
-        if apart:
+        pairs = itertools.combinations(zip(corners, sides), 2)
+        if all(x + side <= u or u + other <= x or y + side <= v or v + other <= y
+               for ((x, y), side), ((u, v), other) in pairs):
             return corners

@@ -74,7 +74,8 @@ class Dataset(Protocol):
         """How many different samples the split holds; None where it never runs out."""
 
     def sample(self, split: str, index: int, seed: int = 0) -> Sample:
-        """Sample `index` (any integer from 0) of a split; raises DataError for an unknown split or a negative index."""
+        """Sample `index` (any integer from 0; modulo the split's size, if any); raises DataError for an unknown split
+        or a negative index."""
 
 
 def split_words(text: str) -> list[str]:
@@ -120,20 +121,16 @@ class Digits:
             raise DataError(f"image_size {image_size} is smaller than the 8-pixel scans: use 8 or more, such as 48")
         from sklearn.datasets import load_digits  # half a second to import: only where digits are asked for
 
-        self.image_size = image_size
-        self.seed = seed
+        self.image_size, self.seed = image_size, seed
         scans = load_digits()
         self._scans, self._labels = scans.images, scans.target
-        self._members = {split: [] for split in SPLITS}
-        for number in range(len(self._labels)):
-            self._members[split_of(f"digit {number}")].append(number)
+        splits = [split_of(f"digit {number}") for number in range(len(self._labels))]
+        self._members = {split: [number for number, own in enumerate(splits) if own == split] for split in SPLITS}
 
     def words(self) -> tuple[str, ...]:
-        """Every word of the captions, questions and answers, sorted."""
         return vocabulary("a handwritten which digit is this ? it even odd greater than yes no", *DIGITS)
 
     def size(self, split: str) -> int:
-        """The number of scans in the split."""
         check_request(split, 0)
         return len(self._members[split])
 
@@ -144,10 +141,10 @@ class Digits:
         digit = int(self._labels[number])
         # a scan is float [8, 8] from 0 (paper) to 16 (ink)
         paper = Image.fromarray((255 - self._scans[number] * (255 / 16)).astype(np.uint8))
-        size = (self.image_size, self.image_size)
-        image = np.asarray(paper.resize(size, Image.Resampling.BICUBIC).convert("RGB"))
+        paper = paper.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         questions = questions_of(digit, random.Random(f"{self.seed}/{seed}/{split}/{index}"))
-        return Sample(f"digits/{number}", image, f"a handwritten {DIGITS[digit]}", questions, DIGITS[digit])
+        return Sample(f"digits/{number}", np.asarray(paper.convert("RGB")), f"a handwritten {DIGITS[digit]}", questions,
+                      DIGITS[digit])
 
 
 def questions_of(digit: int, rng: random.Random) -> tuple[Question, ...]:
@@ -161,10 +158,8 @@ def questions_of(digit: int, rng: random.Random) -> tuple[Question, ...]:
     return tuple(asked)
 
 
-EXAMPLE = (
-    '{"image": "cats/1.png", "caption": "a cat on a mat", '
-    '"questions": [{"question": "where is the cat?", "answer": "on a mat"}]}'
-)
+EXAMPLE = ('{"image": "cats/1.png", "caption": "a cat on a mat", '
+           '"questions": [{"question": "where is the cat?", "answer": "on a mat"}]}')
 
 
 class Folder:
@@ -189,9 +184,8 @@ class Folder:
         self.skipped: list[tuple[str, str]] = []
         if not str(folder) or not self.path.is_file():
             what = "data.jsonl in it" if str(folder) and self.path.parent.is_dir() else "such folder"
-            raise DataError(
-                f"folder {str(folder)!r}: there is no {what}; give a folder with a data.jsonl of lines like\n{EXAMPLE}"
-            )
+            raise DataError(f"folder {str(folder)!r}: there is no {what}; give a folder with a data.jsonl of lines "
+                            f"like\n{EXAMPLE}")
         entries = self._read()
         if strict and self.skipped:
             first = "; ".join(f"{where}: {reason}" for where, reason in self.skipped[:10])
@@ -203,14 +197,11 @@ class Folder:
         self.kinds = tuple(sorted({question.kind for entry in entries for question in entry.questions}))
 
     def words(self) -> tuple[str, ...]:
-        """Every word of the captions, questions and answers of all splits, sorted."""
-        texts = []
-        for entry in (entry for members in self._entries.values() for entry in members):
-            texts += [entry.caption, *(f"{question.text} {question.answer}" for question in entry.questions)]
-        return vocabulary(*texts)
+        entries = [entry for members in self._entries.values() for entry in members]
+        asked = [question for entry in entries for question in entry.questions]
+        return vocabulary(*(entry.caption for entry in entries), *(f"{q.text} {q.answer}" for q in asked))
 
     def size(self, split: str) -> int:
-        """The number of entries in the split."""
         check_request(split, 0)
         return len(self._entries[split])
 
@@ -266,9 +257,8 @@ def read_entry(record: object, root: Path, image_size: int) -> Sample:
         raise DataError("no questions")
     if not all(isinstance(q, dict) for q in asked):
         raise DataError("a question is not a JSON object")
-    questions = tuple(
-        Question(text(q, "question"), text(q, "answer"), text(q, "kind") if "kind" in q else "question") for q in asked
-    )
+    questions = tuple(Question(text(q, "question"), text(q, "answer"), text(q, "kind") if "kind" in q else "question")
+                      for q in asked)
     try:
         path = (root / name).resolve()  # follows links: one that leads out of the folder is refused too
         if not path.is_relative_to(root):
@@ -306,9 +296,8 @@ def split_paths(paths: set[str], source: Path) -> dict[str, str]:
     Raises DataError for fewer than three pictures.
     """
     if len(paths) < len(SPLITS):
-        raise DataError(
-            f"{source} has {len(paths)} usable pictures, too few for train, validation and test: add at least 3 in all"
-        )
+        raise DataError(f"{source} has {len(paths)} usable pictures, too few for train, validation and test: add at "
+                        "least 3 in all")
     members = {split: [path for path in sorted(paths) if split_of(path) == split] for split in SPLITS}
     for split in SPLITS:
         if not members[split]:

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..baselines import own_class
-from ..config import MODELS, ParameterError, RouterConfig, expanded
+from ..config import MODELS, ParameterError, RouterConfig, expanded, one_of
 from ..layers import MoDLayer, apply_mod, routed_layers
 from ..plan import CapacityPlan
 from ..router import TaskRouter
@@ -39,43 +39,39 @@ from .text import HubText, Text, WordTokenizer
 from .unified import UnifiedModel
 from .weights import CheckpointError, Family, Weights, compare, fill, listing, read_json
 
-INSIDE = ("model.vqmodel.", "vqmodel.")
-"""Beginnings of the keys of an image tokenizer that a model's own weights contain."""
+INSIDE = ("model.vqmodel.", "vqmodel.")  # beginnings of the keys of an image tokenizer among a model's own weights
 FAMILIES = (showo.FAMILY, emu3.FAMILY, chameleon.FAMILY, janus.FAMILY)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class NoText:
-    """The text tokenizer of a folder that has none: the model can be analysed and routed, but no text written."""
+    """The text tokenizer of a folder that has none: the model can be analysed and routed, but to write or read text
+    raises `CheckpointError`."""
 
     size: int
     eot: int
     folder: Path
 
     def encode(self, text: str) -> list[int]:
-        """Raises `CheckpointError`: there is no tokenizer."""
         raise CheckpointError(f"{self.folder} has no text tokenizer, so {text[:40]!r} cannot be written. Give "
                               "from_pretrained(text=...) the folder of one (Show-o: Phi-1.5's; Emu3: the converted "
                               "model's).")
 
     def decode(self, ids: object) -> str:
-        """Raises `CheckpointError`, as `encode`."""
         return self.encode(str(ids))
 
     def token(self, i: int) -> str:
-        """The id itself."""
         return f"#{i}"
 
 
 def build_model(name: str, words: tuple[str, ...], codebook_size: int = 256, grid: tuple[int, int] = (6, 6),
                 text_budget: int = 96, seed: int = 0) -> UnifiedModel:
     """A tiny model with fresh weights. Raises `ParameterError` for an unknown name."""
-    builders = {"showo-tiny": showo.tiny, "emu3-tiny": emu3.tiny}
-    if name not in builders:
-        raise ParameterError(f"There is no model {name!r}. Allowed: {', '.join(MODELS)}.")
+    one_of("model", name, MODELS)
     torch.manual_seed(seed)
-    return builders[name](WordTokenizer(words), codebook_size, grid, text_budget)
+    builder = {"showo-tiny": showo.tiny, "emu3-tiny": emu3.tiny}[name]
+    return builder(WordTokenizer(words), codebook_size, grid, text_budget)
 
 
 def from_pretrained(folder: str | Path, *, text: str | Path | Text | None = None,
@@ -117,26 +113,23 @@ def save_pretrained(folder: str | Path, model: UnifiedModel, image_tokenizer: Im
     folder, family = Path(expanded(folder)), next((f for f in FAMILIES if f.name == model.layout.kind), None)
     if family is None:
         raise CheckpointError(f"No family of models is named {model.layout.kind!r}, so nobody could load what is "
-                              f"saved. "
-                              f"Known: {', '.join(f.name for f in FAMILIES)}. Add yours to `checkpoint.FAMILIES` "
-                              "(`unimod.models` says how).")
+                              f"saved. Known: {', '.join(f.name for f in FAMILIES)}. Add yours to "
+                              "`checkpoint.FAMILIES` (`unimod.models` says how).")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     # cloned, since routers may share weights and safetensors refuses tensors that share memory
     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     save_file({family.theirs(k): v for k, v in state.items() if ".router." not in k}, folder / "model.safetensors",
               metadata={"format": "pt"})
-    routed = routed_layers(model)
-    if routed:
+    for name in ("routers.safetensors", "plan.yaml", "router.json"):
+        (folder / name).unlink(missing_ok=True)
+    if routed := routed_layers(model):
         routers = {k: v for k, v in state.items() if ".router." in k and ".learned." not in k}
         save_file(routers, folder / "routers.safetensors")
         plan_of(model).save(folder / "plan.yaml")
         router = routed[0].router
         settings = asdict(router.config) | ({"class": type(router).__qualname__} if own_class(router) else {})
         (folder / "router.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    else:
-        for name in ("routers.safetensors", "plan.yaml", "router.json"):
-            (folder / name).unlink(missing_ok=True)
     if image_tokenizer is not None:
         image_tokenizer.save(folder / "image_tokenizer")
     config, text = family.describe(model), model.layout.text
@@ -185,16 +178,13 @@ class Inspection:
     width: int
     vocabulary: int
     codebook: int
-    parameters: int
-    """In the weights of the model itself."""
+    parameters: int  # in the weights of the model itself
     dtypes: tuple[str, ...]
     files: tuple[str, ...]
-    weights_gb: float
-    """As stored, in 10^9 bytes."""
+    weights_gb: float  # as stored, in 10^9 bytes
     load_bf16_gb: float
     load_fp32_gb: float
-    train_gb: float
-    """Weights, gradients and AdamW's two moments in fp32; activations come on top."""
+    train_gb: float  # weights, gradients and AdamW's two moments in fp32; activations come on top
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     shape: tuple[str, ...]
@@ -300,14 +290,13 @@ def _text(folder: Path, config: dict, family: Family, text: str | Path | Text | 
 
 def _load_routers(folder: Path, model: UnifiedModel, router: type[TaskRouter] | None) -> None:
     path = folder / "routers.safetensors"
-    if not (folder / "plan.yaml").exists():
-        if path.is_file():
-            raise CheckpointError(f"{folder} has a routers.safetensors but no plan.yaml. Copy it there, or remove the "
-                                  "routers to load the dense model.")
+    there = {file.name: file.is_file() for file in (path, folder / "plan.yaml")}
+    if not any(there.values()):
         return
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has a plan.yaml but no routers.safetensors. Copy it there, or remove "
-                              "plan.yaml to load the dense model.")
+    if not all(there.values()):
+        lacking, given = sorted(there, key=there.get)
+        raise CheckpointError(f"{folder} has a {given} but no {lacking}. Copy it there, or remove {given} to load the "
+                              "dense model.")
     try:
         settings = read_json(folder / "router.json")
         name = settings.pop("class", None)

@@ -34,15 +34,13 @@ class Emu3VQConfig:
 
     codebook_size: int = 256
     latent_channels: int = 4
-    base_channels: int = 32
-    """Channels at multiplier 1; 32-group norms need a multiple of 32."""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2)
-    """One per level, from the finest; each level but the last halves the side."""
+    base_channels: int = 32  # channels at multiplier 1; 32-group norms need a multiple of 32
+    multipliers: tuple[int, ...] = (1, 1, 2, 2)  # one per level, from the finest; each but the last halves the side
     res_blocks: int = 1
     attention_levels: tuple[int, ...] = (3,)
+    # frames that one code plane stands for: a power of two. The real 4 passes images twice through swish in four
+    # channels and learns far slower: 13.7 against 17.6 dB after 200 steps on scenes, without the quantiser
     temporal: int = 1
-    """Frames that one code plane stands for: a power of two. The real 4 passes images twice through swish in four
-    channels and learns far slower: 13.7 against 17.6 dB after 200 steps on scenes, without the quantiser."""
 
     def __post_init__(self):
         counts = ("codebook_size", "latent_channels", "res_blocks", "base_channels", "temporal")
@@ -91,7 +89,6 @@ class Emu3VQ(LearnedTokenizer):
         self.register_buffer("idle", torch.zeros(config.codebook_size), persistent=False)
 
     def stored(self) -> nn.Module:
-        """transformers' model: the file has its keys."""
         return self.model
 
     @classmethod
@@ -117,13 +114,11 @@ class Emu3VQ(LearnedTokenizer):
 
     @staticmethod
     def key_of(key: str) -> str:
-        """transformers' name of a key of BAAI's file; its own are left as they are."""
         for pattern, name in BAAI_KEYS:
             key = re.sub(pattern, name, key)
         return key
 
     def latents(self, x: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation."""
         e = self.model.encoder
         h = e.conv_out(F.silu(e.norm_out(e.middle_block(e.down_block(e.conv_in(x))))))
         h = h[:, :, None].expand(-1, -1, self.config.temporal, -1, -1)  # equal frames, [B, D, t, h, w]
@@ -134,15 +129,12 @@ class Emu3VQ(LearnedTokenizer):
         return self.model.quant_conv(h)[:, :, 0]  # one frame is left
 
     def nearest(self, z: Tensor) -> Tensor:
-        """[B, D, h, w] -> int64 [B, h, w], the nearest codeword's."""
         return self.model.quantize(z[:, None])[:, 0]
 
     def codewords(self, codes: Tensor) -> Tensor:
-        """int64 [B, h, w] -> [B, D, h, w]."""
         return self.model.quantize.embedding(codes).permute(0, 3, 1, 2)
 
     def images_of(self, q: Tensor) -> Tensor:
-        """[B, D, h, w] -> float [B, 3, H, W] in about [-1, 1]."""
         d = self.model.decoder
         q = q[:, :, None]
         both = torch.cat((self.model.post_quant_conv(q), q))  # features, and the conditions of the spatial norms

@@ -22,6 +22,7 @@ import argparse
 import importlib
 import json
 import math
+import pkgutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -36,12 +37,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import expanded
+from ..config import expanded, one_of
 from .weights import CheckpointError, Weights, fill, read_json
 
-# name -> module and class, imported when first used
-MEMBERS = {"dictionary": ("unimod.models.patches", "PatchDictionary"),
-           "magvit": ("unimod.models.magvit", "MagVitV2"), "emu3vq": ("unimod.models.emu3_vq", "Emu3VQ")}
+# name -> class, imported when first used
+MEMBERS = {"dictionary": "unimod.models.patches:PatchDictionary", "magvit": "unimod.models.magvit:MagVitV2",
+           "emu3vq": "unimod.models.emu3_vq:Emu3VQ"}
 CONFIG_FILE, WEIGHTS_FILE = "tokenizer.json", "tokenizer.safetensors"
 Log = Callable[[str], object]
 PIXELS_AT_ONCE = 1 << 19  # encode and decode work on about this many pixels at once, which bounds their memory
@@ -52,12 +53,9 @@ MEASURED = 256  # images a FitReport is measured on
 class ReconstructionReport:
     """What encode and decode lose."""
 
-    psnr_db: float
-    """10 log10(255^2 / mean squared error over all images), decibels; inf when nothing is lost."""
-    exact_fraction: float
-    """Share of the images that come back bit for bit."""
-    codes_used: int
-    """Distinct codes these images need."""
+    psnr_db: float  # 10 log10(255^2 / mean squared error over all images), decibels; inf when nothing is lost
+    exact_fraction: float  # share of the images that come back bit for bit
+    codes_used: int  # distinct codes these images need
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,10 @@ class FitReport(ReconstructionReport):
     name: str
     pictures: int
     seconds: float
-    steps: int
-    """Optimiser steps; 0 for the dictionary."""
+    steps: int  # of the optimiser; 0 for the dictionary
     parameters: int
-    distinct_patches: int | None = None
-    """Distinct patches in the fitting images; None for the learned tokenizers."""
-    warning: str = ""
-    """Why the result is worse than it could be; empty otherwise."""
+    distinct_patches: int | None = None  # in the fitting images; None for the learned tokenizers
+    warning: str = ""  # why the result is worse than it could be; empty otherwise
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -83,10 +78,8 @@ class ImageTokenizer(nn.Module, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    codebook_size: int
-    """Codes are 0 .. codebook_size - 1."""
-    downsample: int
-    """Pixels along one side of a code."""
+    codebook_size: int  # codes are 0 .. codebook_size - 1
+    downsample: int  # pixels along one side of a code
 
     @classmethod
     def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> object | None:
@@ -252,14 +245,12 @@ def reconstruction_report(tokenizer: ImageTokenizer, images: Tensor) -> Reconstr
 def build_image_tokenizer(name: str, *, seed: int = 0, **options) -> ImageTokenizer:
     """A new tokenizer: `name` is a key of MEMBERS, `options` are fields of its config; `seed` draws the first weights.
 
-    Raises ValueError for an unknown name or option.
+    Raises `ParameterError` for an unknown name or option.
     """
-    if name not in MEMBERS:
-        raise ValueError(f"unknown image tokenizer {name!r}: choose one of {', '.join(MEMBERS)}")
-    cls = _member(name)
-    allowed = [field.name for field in fields(cls.Config)]
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"unknown option {unknown[0]!r} for image tokenizer '{name}': it takes {', '.join(allowed)}")
+    one_of("image tokenizer", name, tuple(MEMBERS))
+    cls = pkgutil.resolve_name(MEMBERS[name])
+    for option in options:
+        one_of(f"option of image tokenizer '{name}'", option, tuple(field.name for field in fields(cls.Config)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return cls(cls.Config(**options))
@@ -293,10 +284,9 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
 
 def stock_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[type[ImageTokenizer], object] | None:
     """The member that released weights of these shapes are of, and its config; None when they are of no known kind."""
-    for name in MEMBERS:
-        config = _member(name).config_of(shapes)
-        if config is not None:
-            return _member(name), config
+    for cls in map(pkgutil.resolve_name, MEMBERS.values()):
+        if config := cls.config_of(shapes):
+            return cls, config
     return None
 
 
@@ -316,10 +306,6 @@ def at_least_one(**values: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
 
-
-def _member(name: str) -> type[ImageTokenizer]:
-    module, cls = MEMBERS[name]
-    return getattr(importlib.import_module(module), cls)
 
 
 def main(argv: list[str] | None = None) -> None:

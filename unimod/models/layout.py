@@ -30,26 +30,20 @@ class Layout:
     given flat. text_budget: length limit of a text, in tokens. vocab_size: rows of the embedding.
     """
 
-    kind: ClassVar[str]
-    """Name of the model family, as in `Family.name`."""
-    causal_images: ClassVar[bool]
-    """Whether images are generated token by token; otherwise by masked decoding."""
-    drop_caption: ClassVar[float] = 0.1
-    """Share of t2i sequences that the model's own training writes without their caption, for guidance."""
-    whole_turns: ClassVar[bool] = True
-    """Whether a conversation that is too long ends before the turn that does not fit, or is cut inside it."""
-    stop: int
-    """The token that ends an answer."""
+    kind: ClassVar[str]  # name of the model family, as in `Family.name`
+    causal_images: ClassVar[bool]  # images are generated token by token; otherwise by masked decoding
+    drop_caption: ClassVar[float] = 0.1  # share of t2i sequences that training writes without caption, for guidance
+    whole_turns: ClassVar[bool] = True  # a conversation too long ends before the turn that does not fit, else inside it
+    stop: int  # the token that ends an answer: eos where a model has one, else the text's eot
 
     def __init__(self, text: Text, special: Mapping[str, int], code_ids: Tensor, grid: tuple[int, int],
                  text_budget: int, vocab_size: int) -> None:
         self.text, self.special, self.code_ids = text, dict(special), code_ids
         self.grid, self.text_budget, self.vocab_size = tuple(grid), text_budget, vocab_size
-        self.codebook_size = len(code_ids)
+        self.codebook_size, self.stop = len(code_ids), special.get("eos", text.eot)
         run = slice(int(code_ids[0]), int(code_ids[0]) + len(code_ids))
-        # a slice of the head is a view, an index tensor copies its rows at every step
+        # the image codes' rows of the head, in code order: a slice is a view, an index tensor copies them at every step
         self.codes_at = run if torch.equal(code_ids, torch.arange(run.start, run.stop)) else code_ids
-        """Where the image codes are in the vocabulary, in code order: an index into rows of the head."""
         for name, i in special.items():
             setattr(self, name, i)
         self._modality = torch.full((vocab_size + 1,), Modality.TEXT)
@@ -58,7 +52,6 @@ class Layout:
 
     @property
     def image_tokens(self) -> int:
-        """Number of codes of an image."""
         return self.grid[0] * self.grid[1]
 
     def resized(self, grid: tuple[int, int]) -> Layout:
@@ -120,7 +113,6 @@ class Layout:
 
     def _sequence(self, task: Task, ids: Tensor, hi: Tensor, target: Tensor, parts: Seq[tuple[int, str]],
                   position: Tensor | None = None, features: Tensor | None = None) -> TokenSequence:
-        """A `TokenSequence` of these fields, at positions 0, 1, ... unless given."""
         position = torch.arange(len(ids)) if position is None else position
         return TokenSequence(task, ids, position, self.modality(ids), hi, target, tuple(parts), features)
 
@@ -132,11 +124,6 @@ class CausalLayout(Layout):
     """
 
     causal_images = True
-
-    def __init__(self, text: Text, special: Mapping[str, int], code_ids: Tensor, grid: tuple[int, int],
-                 text_budget: int, vocab_size: int) -> None:
-        super().__init__(text, special, code_ids, grid, text_budget, vocab_size)
-        self.stop = special["eos"]
 
     def lm(self, text: str) -> TokenSequence:
         """Plain text: [bos] text [eos], every next token a target."""

@@ -16,6 +16,7 @@ N latent vectors, D bits.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -30,16 +31,13 @@ from .image_tokenizer import LearnedTokenizer, at_least_one
 class MagVitConfig:
     """Tuples run from the finest level to the coarsest; the defaults are the small tokenizer."""
 
-    ch: int = 16
-    """Channels at multiplier 1."""
+    ch: int = 16  # channels at multiplier 1
     encoder_multipliers: tuple[int, ...] = (1, 2, 2, 4)
     decoder_multipliers: tuple[int, ...] = (1, 1, 2, 4)
-    encoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
-    """Residual blocks per level."""
+    encoder_blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks per level
     decoder_blocks: tuple[int, ...] = (1, 1, 1, 1)
     bits: int = 8
-    groups: int = 8
-    """Groups of every GroupNorm."""
+    groups: int = 8  # of every GroupNorm
 
     def __post_init__(self):
         levels = (self.encoder_multipliers, self.decoder_multipliers, self.encoder_blocks, self.decoder_blocks)
@@ -89,89 +87,58 @@ class Attention(nn.Module):
         return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
-class Middle(nn.Module):
-    """Residual block, attention, residual block, at the coarsest resolution."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, groups)
-        self.attn_1 = Attention(channels, groups)
-        self.block_2 = ResBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def named(**modules: nn.Module) -> nn.Sequential:
+    """The modules one after the other, under these names."""
+    return nn.Sequential(OrderedDict(modules))
 
 
-class Resample(nn.Module):
-    """Half the side (zeros added right and below, conv of stride 2) or twice the side (nearest, then conv)."""
-
-    def __init__(self, channels: int, up: bool):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if up else nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+def middle(channels: int, groups: int) -> nn.Sequential:
+    return named(block_1=ResBlock(channels, channels, groups), attn_1=Attention(channels, groups),
+                 block_2=ResBlock(channels, channels, groups))
 
 
-class Level(nn.Module):
+def level(inside: int, outside: int, blocks: int, groups: int, then: str | None) -> nn.Sequential:
     """Residual blocks at one resolution, then the change to the next: "downsample", "upsample" or None."""
+    block = nn.Sequential(*(ResBlock(inside if i == 0 else outside, outside, groups) for i in range(blocks)))
+    if then == "downsample":
+        return named(block=block, downsample=named(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                                   conv=nn.Conv2d(outside, outside, 3, stride=2)))
+    if then == "upsample":
+        return named(block=block, upsample=named(nearest=nn.Upsample(scale_factor=2.0),
+                                                 conv=nn.Conv2d(outside, outside, 3, padding=1)))
+    return named(block=block)
 
-    def __init__(self, inside: int, outside: int, blocks: int, groups: int, then: str | None):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(inside if i == 0 else outside, outside, groups) for i in range(blocks))
-        if then:
-            self.add_module(then, Resample(outside, up=then == "upsample"))
+
+class FromCoarsest(nn.ModuleList):
+    """Levels in the encoder's order, from the finest on, applied in the other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        for then in ("downsample", "upsample"):
-            x = getattr(self, then)(x) if hasattr(self, then) else x
+        for one in reversed(self):
+            x = one(x)
         return x
 
 
-class Encoder(nn.Module):
+def encoder(c: MagVitConfig) -> nn.Sequential:
     """[B, 3, H, W] in [-1, 1] -> [B, D, h, w]."""
-
-    def __init__(self, c: MagVitConfig):
-        super().__init__()
-        widths = [c.ch * m for m in (1, *c.encoder_multipliers)]
-        last = len(c.encoder_blocks) - 1
-        self.conv_in = nn.Conv2d(3, c.ch, 3, padding=1)
-        self.down = nn.ModuleList(Level(widths[i], widths[i + 1], n, c.groups, "downsample" if i < last else None)
-                                  for i, n in enumerate(c.encoder_blocks))
-        self.mid = Middle(widths[-1], c.groups)
-        self.norm_out = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], c.bits, 3, padding=1)
-        self.quant_conv = nn.Conv2d(c.bits, c.bits, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+    widths, last = [c.ch * m for m in (1, *c.encoder_multipliers)], len(c.encoder_blocks) - 1
+    return named(
+        conv_in=nn.Conv2d(3, c.ch, 3, padding=1),
+        down=nn.Sequential(*(level(widths[i], widths[i + 1], n, c.groups, "downsample" if i < last else None)
+                             for i, n in enumerate(c.encoder_blocks))),
+        mid=middle(widths[-1], c.groups), norm_out=nn.GroupNorm(c.groups, widths[-1], eps=1e-6), swish=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], c.bits, 3, padding=1), quant_conv=nn.Conv2d(c.bits, c.bits, 1))
 
 
-class Decoder(nn.Module):
-    """[B, D, h, w] -> [B, 3, H, W] in about [-1, 1]. Level 0 is the finest, as in the encoder, and comes last."""
-
-    def __init__(self, c: MagVitConfig):
-        super().__init__()
-        widths = [c.ch * m for m in (*c.decoder_multipliers, c.decoder_multipliers[-1])]
-        self.post_quant_conv = nn.Conv2d(c.bits, c.bits, 1)
-        self.conv_in = nn.Conv2d(c.bits, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], c.groups)
-        self.up = nn.ModuleList(Level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None)
-                                for i, n in enumerate(c.decoder_blocks))
-        self.norm_out = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, q: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(self.post_quant_conv(q)))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+def decoder(c: MagVitConfig) -> nn.Sequential:
+    """[B, D, h, w] -> [B, 3, H, W] in about [-1, 1]."""
+    widths = [c.ch * m for m in (*c.decoder_multipliers, c.decoder_multipliers[-1])]
+    return named(
+        post_quant_conv=nn.Conv2d(c.bits, c.bits, 1), conv_in=nn.Conv2d(c.bits, widths[-1], 3, padding=1),
+        mid=middle(widths[-1], c.groups),
+        up=FromCoarsest(level(widths[i + 1], widths[i], n, c.groups, "upsample" if i else None)
+                        for i, n in enumerate(c.decoder_blocks)),
+        norm_out=nn.GroupNorm(c.groups, widths[0], eps=1e-6), swish=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[0], 3, 3, padding=1))
 
 
 class LookupFree(nn.Module):
@@ -198,7 +165,7 @@ class MagVitV2(LearnedTokenizer):
         super().__init__()
         self.config = config
         self.codebook_size, self.downsample = 2**config.bits, 2 ** (len(config.encoder_blocks) - 1)
-        self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), LookupFree(config.bits)
+        self.encoder, self.decoder, self.quantize = encoder(config), decoder(config), LookupFree(config.bits)
 
     @classmethod
     def config_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> MagVitConfig | None:
@@ -221,19 +188,15 @@ class MagVitV2(LearnedTokenizer):
         return MagVitConfig(ch, *both(multiplier), *both(blocks), bits=shapes["quantize.power_vals"][0], groups=32)
 
     def latents(self, x: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> [B, D, h, w] before quantisation."""
         return self.encoder(x)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """[B, D, h, w] -> int64 [B, h, w]."""
         return ((z > 0) * self.quantize.power_vals[:, None, None]).sum(1)  # code = sum of bit_i 2^(D-1-i)
 
     def codewords(self, codes: Tensor) -> Tensor:
-        """int64 [B, h, w] -> [B, D, h, w] of -1 and +1."""
-        return self.quantize.embedding[codes].permute(0, 3, 1, 2)
+        return self.quantize.embedding[codes].permute(0, 3, 1, 2)          # of -1 and +1
 
     def images_of(self, q: Tensor) -> Tensor:
-        """[B, D, h, w] -> float [B, 3, H, W] in about [-1, 1]."""
         return self.decoder(q)
 
     def quantiser_loss(self, z: Tensor, codes: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
@@ -29,11 +30,8 @@ from .image_tokenizer import FitReport, ImageTokenizer, Log, at_least_one, fit_r
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """Sizes of the dictionary."""
-
     codebook_size: int = 256
-    patch: int = 8
-    """Pixels along one side of a patch."""
+    patch: int = 8  # pixels along one side
 
     def __post_init__(self):
         at_least_one(codebook_size=self.codebook_size, patch=self.patch)
@@ -63,8 +61,7 @@ class PatchDictionary(ImageTokenizer):
 
     def fit(self, images: Tensor, *, steps: int | None = None, seconds: float | None = None, seed: int = 0,
             log: Log | None = None) -> FitReport:
-        """Fit on `images` (uint8 [N, 3, H, W]). `steps` and `seconds`, which learned tokenizers need, change
-        nothing."""
+        """As the base's; `steps` and `seconds`, which learned tokenizers need, change nothing."""
         self.check_images(images)
         started = time.perf_counter()
         rows = self._cut(images).cpu().numpy()
@@ -87,21 +84,17 @@ class PatchDictionary(ImageTokenizer):
 
     def _cut(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B h w, P], raster order."""
-        p = self.downsample
-        return images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * p * p)
+        return F.pixel_unshuffle(images, self.downsample).permute(0, 2, 3, 1).flatten(0, 2).contiguous()
 
     def _codes(self, images: Tensor) -> Tensor:
         if not self.used:
             raise RuntimeError("this patch dictionary is empty: call fit(images), or load a fitted one with "
                                "load_image_tokenizer")
-        b, _, height, width = images.shape
-        p = self.downsample
-        return _nearest(self._cut(images), self.patches[: self.used].flatten(1)).view(b, height // p, width // p)
+        height, width = (side // self.downsample for side in images.shape[2:])
+        return _nearest(self._cut(images), self.patches[: self.used].flatten(1)).view(-1, height, width)
 
     def _pixels(self, codes: Tensor) -> Tensor:
-        b, h, w = codes.shape
-        p = self.downsample
-        return self.patches[codes].permute(0, 3, 1, 4, 2, 5).reshape(b, 3, h * p, w * p)
+        return F.pixel_shuffle(self.patches[codes].flatten(3).permute(0, 3, 1, 2), self.downsample)
 
 
 def _nearest(rows: Tensor, table: Tensor) -> Tensor:

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, PhiConfig, PhiForCausalLM
+from transformers import PhiConfig, PhiForCausalLM
 
 from ..batch import FEATURE, IGNORE, Modality, Task, TokenSequence
 from ..mask import prefix_hi, suffix_hi
@@ -20,8 +21,8 @@ from .text import Text
 from .unified import UnifiedModel
 from .weights import Family, Shapes, agree, setting, settings
 
+# special tokens in their order after the text vocabulary; the image codes come next, the mask token is last
 SPECIAL = ("pad", "soi", "eoi", "sov", "eov", "t2i_task", "mmu_task", "t2v", "v2v", "lvg")
-"""Special tokens in their order after the text vocabulary; the image codes come next, the mask token is last."""
 
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -44,15 +45,6 @@ def clip_projector(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
 
 
-@torch.no_grad()
-def clip_features(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """Features of images for the CLIP-ViT variant: the patches of the last layer but one, without the class token.
-
-    tower: openai/clip-vit-large-patch14-336 in the released models; pixels: float [B, 3, H, W], as its image processor
-    makes them. Returns [B, F, D_v] (there 576 x 1024), one entry of which is `ShowoLayout.mmu`'s picture.
-    """
-    return tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-
 
 class ShowoLayout(Layout):
     """Writes Show-o's sequences without their padding; positions count the left pads that the reference has.
@@ -72,7 +64,6 @@ class ShowoLayout(Layout):
         code_ids = self.image_offset + torch.arange(codebook_size)
         super().__init__(text, special, code_ids, grid, text_budget, self.mask + 1)
         self._modality[self.mask] = Modality.IMAGE
-        self.stop = text.eot
 
     def t2i(self, caption: str, codes: Tensor, masked: Tensor) -> TokenSequence:
         """Text to image: [t2i] [sot] text [eot] [soi] N codes [eoi]; the text is causal, the image part sees all.
@@ -94,10 +85,11 @@ class ShowoLayout(Layout):
         """A conversation about an image, as in LLaVA: the image's prefix, then "USER: q ASSISTANT: a" [eot] per turn.
 
         picture: codes int64 [N], or features float [F, D_v] of a vision tower (the CLIP-ViT variant, with the `system`
-        prompt it was tuned with: `SYSTEM_PROMPT`). Targets are the answers and their eot. A conversation is cut at T
-        tokens, or with features where the sequence is as long as those of the other tasks; an `open_ended` one is not
-        cut and its last answer, whose text so far may be empty, is left for the model to continue. Raises ValueError
-        when features leave no room.
+        prompt it was tuned with: `SYSTEM_PROMPT`; of openai/clip-vit-large-patch14-336 `hidden_states[-2][0, 1:]`, the
+        patches of the last layer but one). Targets are the answers and their eot. A conversation is cut at T tokens, or
+        with features where the sequence is as long as those of the other tasks; an `open_ended` one is not cut and its
+        last answer, whose text so far may be empty, is left for the model to continue. Raises ValueError when features
+        leave no room.
         """
         system_ids, budget = [], self.text_budget
         if picture.is_floating_point():
@@ -108,10 +100,7 @@ class ShowoLayout(Layout):
                     f"{len(picture)} features and {len(system_ids)} tokens of system prompt leave no room for a "
                     f"conversation in rows of {self.text_budget} + {self.image_tokens} + 3 tokens; load the model with "
                     "a larger text_budget (Show-o's own: 512 or 576).")
-        ids, learned, parts = self._turns(turns, open_ended, budget)
-        if picture.is_floating_point():
-            return self._with_features(picture, system_ids, ids, learned, parts)
-        return self._with_codes(picture, ids, learned, parts)
+        return self._about(picture, *self._turns(turns, open_ended, budget), system_ids)
 
     def mmu_caption(self, codes: Tensor, text: str, open_ended: bool = False) -> TokenSequence:
         """An image and a text that is learned from its first token on: [mmu] [soi] N codes [eoi] [sot] text [eot].
@@ -122,7 +111,7 @@ class ShowoLayout(Layout):
         """
         ids = self._begun(text)
         ids = ids if open_ended else self._ended(ids, self.text_budget)
-        return self._with_codes(codes, ids, [not open_ended] * len(ids), [(len(ids), "keep")])
+        return self._about(codes, ids, [not open_ended] * len(ids), [(len(ids), "keep")])
 
     def lm(self, text: str) -> TokenSequence:
         """Plain text: [sot] text [eot], causal, every next token a target; cut at the length of the other tasks."""
@@ -130,26 +119,21 @@ class ShowoLayout(Layout):
         target = shifted(ids, torch.ones_like(ids, dtype=torch.bool))
         return self._sequence(Task.LM, ids, prefix_hi(0, len(ids)), target, [(len(ids), "topk")])
 
-    def _with_codes(self, codes: Tensor, ids: list[int], learned: list[bool], parts: list) -> TokenSequence:
-        """[mmu] [soi] codes [eoi], all of which see one another, and causal text."""
-        image = torch.cat([torch.tensor([self.mmu_task, self.soi]), self.code_ids[codes], torch.tensor([self.eoi])])
-        prefix, full = len(image), torch.cat([image, torch.tensor(ids, dtype=torch.long)])
-        target = shifted(full, torch.tensor([False] * prefix + learned))
-        return self._sequence(Task.MMU, full, prefix_hi(prefix, len(full)), target, [(prefix, "topk"), *parts])
-
-    def _with_features(self, features: Tensor, system_ids: list[int], ids: list[int], learned: list[bool],
-                       parts: list) -> TokenSequence:
-        """[mmu] system [soi] features [eoi] text, causal but for the features, which everything sees.
-
-        The features are packed first and keep their positions, so that what the tokens before them see is one interval.
-        """
-        f, front = len(features), len(system_ids) + 2
-        full = torch.tensor([FEATURE] * f + [self.mmu_task, *system_ids, self.soi, self.eoi, *ids])
-        position = torch.arange(len(full))
-        position[:f], position[f:f + front] = torch.arange(front, front + f), torch.arange(front)
-        hi = torch.arange(1, len(full) + 1)
-        hi[:f] = f + front
-        prefix = f + front + 1
+    def _about(self, picture: Tensor, ids: list[int], learned: list[bool], parts: list,
+               system: Seq[int] = ()) -> TokenSequence:
+        """[mmu] [soi] codes [eoi], all of which see one another, and causal text; or [mmu] system [soi] features [eoi]
+        text, causal but for the features, which everything sees."""
+        if picture.is_floating_point():
+            # packed first, at their own positions, so that what the tokens before them see is one interval
+            f, front, features = len(picture), len(system) + 2, picture
+            full = torch.tensor([FEATURE] * f + [self.mmu_task, *system, self.soi, self.eoi, *ids])
+            position, hi, prefix = torch.arange(len(full)), torch.arange(1, len(full) + 1), f + front + 1
+            position[:f], position[f:f + front] = torch.arange(front, front + f), torch.arange(front)
+            hi[:f] = f + front
+        else:
+            full = torch.tensor([self.mmu_task, self.soi, *self.code_ids[picture].tolist(), self.eoi, *ids])
+            position, features, prefix = None, None, len(full) - len(ids)
+            hi = prefix_hi(prefix, len(full))
         target = shifted(full, torch.tensor([False] * prefix + learned))
         return self._sequence(Task.MMU, full, hi, target, [(prefix, "topk"), *parts], position, features)
 
@@ -170,10 +154,10 @@ def tiny(text: Text, codebook_size: int, grid: tuple[int, int], text_budget: int
     return UnifiedModel(PhiForCausalLM(config), layout)
 
 
+# settings of the backbone in config.json -> parameters of `showo_config`, whose defaults are Phi-1.5's
 DIMENSIONS = {"vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers",
               "num_attention_heads": "heads", "intermediate_size": "ffn", "rope_theta": "rope_theta",
               "max_position_embeddings": "max_positions"}
-"""Settings of the backbone in config.json -> parameters of `showo_config`, whose defaults are Phi-1.5's."""
 
 
 def _text(config: dict) -> tuple[int, int, str]:

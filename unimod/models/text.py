@@ -15,10 +15,8 @@ from typing import Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-MARKERS = ("USER:", "ASSISTANT:")
-"""Role names of a conversation, one token each."""
-GLUE = ("?", ".", ",", "*", *"0123456789", "You", "are", "a", "helpful", "assistant")
-"""Words that the layouts themselves write."""
+MARKERS = ("USER:", "ASSISTANT:")  # role names of a conversation, one token each
+GLUE = ("?", ".", ",", "*", *"0123456789", "You", "are", "a", "helpful", "assistant")  # what the layouts write
 _PIECE = re.compile("|".join(map(re.escape, MARKERS)) + r"|\w+|[^\w\s]")
 
 
@@ -59,20 +57,17 @@ class HubText:
         return cls(AutoTokenizer.from_pretrained(where), size, eot)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, no special token added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first eot; ids outside the text vocabulary are left out."""
         return self.tokenizer.decode([i for i in _until(ids, self.eot) if 0 <= i < self.size]).strip()
 
     def token(self, i: int) -> str:
-        """One token for a label in a figure."""
         return self.tokenizer.decode([i])
 
 
 class WordTokenizer:
-    """Known words are one token each, everything else falls back to bytes; lossless up to the amount of white space.
+    """Known words are one token each, any other is the bytes of a space and the word; lossless up to white space.
 
     Ids: 0 .. 255 bytes, then the words, then <|endoftext|> (also Show-o's start of text, as in Phi's vocabulary).
     `words` are the data's own; markers and punctuation are added.
@@ -85,14 +80,12 @@ class WordTokenizer:
         self.size = self.eot + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. An unknown word becomes the bytes of a space and the word."""
         ids: list[int] = []
         for piece in _PIECE.findall(text):
             ids.extend([self._id[piece]] if piece in self._id else f" {piece}".encode())
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids up to the first <|endoftext|>; ids outside the vocabulary are left out."""
         out = bytearray()
         for i in _until(ids, self.eot):
             if 0 <= i < 256:
@@ -102,7 +95,6 @@ class WordTokenizer:
         return re.sub(r" ([?.,])", r"\1", out.decode(errors="replace")).strip()
 
     def token(self, i: int) -> str:
-        """One token for a label in a figure."""
         if i == self.eot:
             return "<|endoftext|>"
         return chr(i) if i < 256 else self.words[i - 256]

@@ -27,9 +27,9 @@ from .layout import Layout
 from .text import Text
 from .unified import UnifiedModel
 
+# file names that are looked for, in this order, whole or as NAME.index.json with shards
 NAMES = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin",
          "model.pt", "tokenizer.safetensors")
-"""File names that are looked for, in this order, whole or as NAME.index.json with shards."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -45,16 +45,14 @@ class Weights:
         self.files = self._files() if file is None else [file]
         self.tensors: dict[str, Tensor] = {}
         for path in self.files:
-            self.tensors |= _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+            self.tensors |= _read(path)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Data type of every tensor, as stored."""
         return {key: tensor.dtype for key, tensor in self.tensors.items()}
 
     def __len__(self) -> int:
@@ -68,8 +66,7 @@ class Weights:
 
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder. "
-                                  "Give the folder that holds config.json and the weights.")
+            raise CheckpointError(f"{self.folder} is not a folder. Give the one with config.json and the weights.")
         for name in NAMES:
             whole, index = self.folder / name, self.folder / f"{name}.index.json"
             if whole.is_file():
@@ -92,23 +89,17 @@ def listing(folder: Path) -> str:
     return ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): it is damaged or cut short. "
-                              "Copy or download it again.") from None
-
-
-def _pickled(path: Path) -> dict[str, Tensor]:
-    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and was refused, since loading it could run code "
                               f"({str(error).splitlines()[0]}). Ask its maker for a safetensors file.") from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged or not a file of "
-                              "torch.save. Copy or download it again.") from None
+    except (SafetensorError, KeyError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}): it is damaged or cut "
+                              "short, or not of its kind. Copy or download it again.") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise CheckpointError(f"{path} is not a state dict of named tensors; save the model's state_dict() in it.")
     return state
@@ -186,8 +177,7 @@ class Family:
     """
 
     name: str
-    folder: str
-    """What such a folder looks like, in words, for messages."""
+    folder: str  # what it looks like, in words, for messages
     recognises: Callable[[dict], bool]
     text: Callable[[dict], tuple[int, int, str]]
     layout: Callable[[dict, Text], Layout]
