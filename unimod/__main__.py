@@ -183,7 +183,8 @@ def show_plan(args: argparse.Namespace) -> None:
 @command(
     "bench",
     option("what", help="layer (the stack, forward and backward), step (a training step), decode, attention, capture "
-                        "(of one long row's attention), or gpu (all, on released sizes)"),
+                        "(of one long row's attention), counts (operations that routing adds at released sizes, on "
+                        "any machine), or gpu (all, on released sizes)"),
     option("--preset", default="",
            help="cpu (default), showo-tiny, emu3-tiny; with CUDA showo-256, showo-512, emu3-4k, emu3-8k, or gpu for "
                 "these four; for capture showo-tiny, emu3-tiny, showo-512, emu3-8k, or released for the last two "

@@ -25,7 +25,7 @@ def test_a_step_of_released_size_takes_few_operations_and_nothing_of_the_host(na
     plan = (paper_showo(24) if name.startswith("showo") else paper_emu3(32)) if routed else None
     counter, layers = decode_step(name, plan)
     assert not counter.host_ops and not counter.uploads
-    assert counter.device_ops.total() / layers <= 28                       # 26.8 on Show-o; 26.0 and, routed, 27.0 on Emu3
+    assert counter.device_ops.total() / layers <= 28      # 26.8 on Show-o; 26.0 and, routed, 27.0 on Emu3
 
 
 @torch.no_grad()

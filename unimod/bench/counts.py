@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..batch import Batch, TokenSequence, pack
+from ..config import ParameterError
 from ..decode import Choice, ChosenSteps, next_tokens
 from ..graph import signature_of
 from ..layers import apply_mod, routed_layers
 from ..models.cache import KVCache
 from ..models.unified import UnifiedModel
-from ..ops.backend import count_launches, meta_as
+from ..ops.backend import choice, count_launches, meta_as, use_backend
 from ..plan import CapacityPlan
 from ..presets import CUDA, SIZES, Size, preset, row_of
 from ..train import Objective
@@ -77,7 +78,7 @@ class Counter(TorchDispatchMode):
 
 
 def counts() -> list[dict]:
-    """A row for each released size, routed by the paper's plan, in bfloat16.
+    """A row for each released size, routed by the paper's plan, in bfloat16. Raises `ParameterError` without Triton.
 
     device_ops, dispatches, host_ops, uploads: what a routed layer adds to a dense one, mean over the routed layers,
     forward and backward, once the batch's plan is made; uploads_per_step: of a whole training step, plan included;
@@ -85,7 +86,10 @@ def counts() -> list[dict]:
     filled up with; decode_ops: per layer of a static decoding step, dense or
     routed, whichever has more.
     """
-    with meta_as("cuda"):
+    with use_backend(), meta_as("cuda"):
+        name, missing = choice("kernels", "cuda", torch.bfloat16)
+        if name != "triton":
+            raise ParameterError(f"What a GPU runs cannot be counted: {missing['triton']}.")
         return [_row(name, SIZES[name][-1]) for name in CUDA]
 
 
@@ -104,7 +108,7 @@ def _row(name: str, size: Size) -> dict:
     signatures, filler = _signatures(model, size)
     decoded = [decode_step(name, plan) for plan in (None, size.plans(len(model.layers))["paper"])]
     return {
-        "preset": name, "tokens": len(batch), "layers": len(model.layers), "routed": layers,
+        "bench": "counts", "preset": name, "tokens": len(batch), "layers": len(model.layers), "routed": layers,
         "device_ops": added(routed.device_ops.total(), dense.device_ops.total()),
         "dispatches": added(routed.dispatches, dense.dispatches),
         "host_ops": added(routed.host_ops, dense.host_ops), "uploads": added(routed.uploads, dense.uploads),

@@ -25,6 +25,7 @@ from ..files import facts, write
 from ..presets import CAPTURE_SIZES, CUDA, SIZES
 from .capture import capture
 from .cases import attention, decode, layer, step
+from .counts import counts
 from .jobs import Job, jobs_of
 from .parts import PARTS
 from .timing import MIN_ROUNDS, OutOfTime, describe, ends_at
@@ -40,6 +41,8 @@ COLUMNS = {
     "decode": "preset what batch layers capacity backend per_second time of_floor ms rounds note",
     "attention": "preset tokens batch backend time ms rounds note",
     "capture": "preset tokens layers way ms memory kept disk rounds note",
+    "counts": "preset tokens routed device_ops dispatches host_ops uploads uploads_per_step signatures filler "
+    "decode_ops",
 }
 """What the table shows of each kind of row; shares: of each part in the steps."""
 HEADS = {
@@ -58,8 +61,10 @@ def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0, o
     if kind == "looking":
         print("unimod bench: looking is now called capture", file=sys.stderr)
         kind = "capture"
-    if kind not in (*MEASURES, "gpu"):
-        raise ParameterError(f"bench {kind!r} is not known. Allowed: {', '.join(MEASURES)}, gpu.")
+    if kind not in (*MEASURES, "counts", "gpu"):
+        raise ParameterError(f"bench {kind!r} is not known. Allowed: {', '.join(MEASURES)}, counts, gpu.")
+    if kind == "counts":
+        return _counted(preset, out)
     captures = kind == "capture"
     preset, known = preset or ("released" if captures else "cpu"), CAPTURE_SIZES if captures else (*SIZES, "gpu")
     if preset not in known:
@@ -92,6 +97,16 @@ def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0, o
             write(Path(out), json.dumps(found, indent=1) + "\n")
 
     run_jobs(jobs, MEASURES, keep)
+    return found
+
+
+def _counted(preset: str, out: str) -> dict:
+    """The record of `counts`, which takes no time that could be measured."""
+    if preset:
+        raise ParameterError(f"--preset {preset}: counts are always of {', '.join(CUDA)}; leave it out.")
+    found = record("python -m unimod bench counts", "cpu", counts())
+    if out:
+        write(Path(out), json.dumps(found, indent=1) + "\n")
     return found
 
 
