@@ -114,13 +114,19 @@ def signature_of(batch: Batch, kept: list[tuple[int, ...]], known: Iterable[Sign
     """The sizes to which a batch is filled up, the smallest of the `known` ones that fit, or new ones. kept: tokens of
     each segment that are kept, for each capacity."""
     rows = _up(len(batch.lengths) + ROWS // 2, ROWS)
-    of_rows = (batch.lengths, *(lengths_of([replace(s, length=k) for s, k in zip(batch.segments, x)]) for x in kept))
+
+    def longest(counts: Iterable[int]) -> int:
+        found = [0] * len(batch.lengths)
+        for s, n in zip(batch.segments, counts):
+            found[s.row] += n
+        return _up(max(found), FINE)
+
     real = Signature(
         tokens=len(batch), kept=tuple(map(sum, kept)), targets=sum(batch.target_counts), sequences=rows,
         segments=_up(len(batch.segments) + rows - len(batch.lengths), ROWS),
         block=(max(s.length for s in batch.segments) - 1).bit_length(),
         features=0 if batch.features is None else len(batch.features),
-        longest=tuple(_up(max(x), FINE) for x in of_rows))
+        longest=(_up(max(batch.lengths), FINE), *map(longest, kept)))
     return min((s for s in known if s.fits(real)), key=lambda s: s.tokens, default=None) or _roomier(real, batch, kept)
 
 
