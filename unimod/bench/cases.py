@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..batch import pack
+from ..batch import Batch, pack
 from ..flops import count
 from ..generate import answer, calibrate, draw
 from ..layers import apply_mod
@@ -28,6 +28,7 @@ from ..models.unified import UnifiedModel
 from ..ops.attention import interval_attention
 from ..ops.backend import use_backend
 from ..presets import ragged, shared_copy
+from ..routing import BatchPlan
 from .jobs import Job, available
 from .parts import part_shares
 from .stock import Padded
@@ -56,27 +57,77 @@ class Case:
     finish: Callable[[Tensor], object]
     model: UnifiedModel | None = None
     update: Callable[[], object] | None = None
+    planned: Callable[[], Tensor] | None = None
+    """`forward` on a plan of the batch that was made before, which a CUDA graph can hold."""
 
     def run(self) -> None:
         """What is timed: without arguments, on the same tensors each time, and no case does more on the host than its
-        way has to. What replaces it by something faster, such as a CUDA graph, has to do so for all cases of a job."""
+        way has to."""
         with use_backend(*self.backends):
             self.finish(self.forward())
 
+    def recorded(self, device: str, clear: Callable[[], None]) -> Callable[[], object]:
+        """`run` as one CUDA graph; on a CPU the same way without a graph. Raises RuntimeError where it cannot be one.
+
+        clear: frees gradients, which a recording makes anew.
+        """
+        def run() -> None:
+            with use_backend(*self.backends):
+                self.finish((self.planned or self.forward)())
+
+        if device != "cuda":
+            return run
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run()
+                clear()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        clear()
+        return graph.replay
+
+
+GRAPHS = ("cuda",)
+"""Devices on which stacks and steps are also measured as one graph each: Show-o's are bound by the host."""
+
 
 def rows(job: Job, model: UnifiedModel, tokens: int, cases: list[Case], leaves: Iterable[Tensor]) -> Iterator[dict]:
-    """The measured cases, the first of which is the base; the gradients of `leaves` are freed after each run."""
-    leaves = list(leaves)
+    """The measured cases, the first of which is the base; the gradients of `leaves` are freed after each run. Where the
+    device has graphs, all of them once more as graphs, with the first one's as the base."""
+    leaves, graphs = list(leaves), cases[0].planned is not None and job.device in GRAPHS
 
     def clear() -> None:
         for leaf in leaves:
             leaf.grad = None
 
-    steps = dict(enumerate(case.run for case in cases))
     began = time.monotonic()
-    until = began + TIMED * (job.until - began)
+    until = began + TIMED / (1 + graphs) * (job.until - began)
+    yield from _timed(job, model, tokens, cases, [case.run for case in cases], clear, until)
+    if not graphs:
+        return
+    runs, again = [], []
+    for case in cases:
+        named = case.columns | {"backend": f"{case.columns['backend']},graph"}
+        try:
+            runs.append(case.recorded(job.device, clear))
+            again.append(replace(case, columns=named, model=None, update=None))
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [""])[0][:160]
+            yield job.missing(f"{named.get('way', 'stack')} at {named['capacity']} is no graph: {reason}")
+            if not runs:                                    # the others would have no base
+                return
+    yield from _timed(job, model, tokens, again, runs, clear, job.until)
+
+
+def _timed(job: Job, model: UnifiedModel, tokens: int, cases: list[Case], runs: list[Callable[[], object]],
+           clear: Callable[[], None], until: float) -> Iterator[dict]:
+    """The rows of cases whose `runs` are timed in turn."""
     # two rounds of warm-up: every other round is reversed, so each case has been the first and the last once
-    times = time_interleaved(steps, job.rounds, warmup=2, after=clear, until=until)
+    times = time_interleaved(dict(enumerate(runs)), job.rounds, warmup=2, after=clear, until=until)
     for case, t in zip(cases, paired_ratios(times, job.clock).values()):
         columns, late = {"realised": None} | case.columns, ""
         try:
@@ -116,6 +167,14 @@ def weights_of(arms: dict[float | str, UnifiedModel]) -> list[Tensor]:
     return [p for arm in arms.values() for p in arm.parameters()]
 
 
+def planned(arm: UnifiedModel, batch: Batch, backends: tuple[str, str],
+            forward: Callable[[BatchPlan], Tensor]) -> Callable[[], Tensor]:
+    """`forward` on the plan of the batch, made now: a graph can hold no work of the host."""
+    with use_backend(*backends):
+        plan = arm.plan(batch)
+    return lambda: forward(plan)
+
+
 def layer(job: Job) -> Iterator[dict]:
     """The stack with its final norm, forward and backward from given hidden states: dense, and routed by each plan with
     each kernels backend. Dense and routed attend by the same backend, the job's."""
@@ -134,7 +193,9 @@ def layer(job: Job) -> Iterator[dict]:
                 columns = {"capacity": capacity, "backend": f"{kernels},{job.attention}"}
                 columns["flops"] = 1 - count(arm, batch).saved
                 forward, finish = (lambda arm=arm: arm(batch)), (lambda out: out.backward(grad))
-                cases.append(Case(columns, (kernels, job.attention), forward, finish, arm))
+                backends = kernels, job.attention
+                ready = planned(arm, batch, backends, lambda plan, arm=arm: arm(batch, plan=plan))
+                cases.append(Case(columns, backends, forward, finish, arm, planned=ready))
     yield from rows(job, model, len(batch), cases, [h, *weights_of(arms)])
 
 
@@ -149,7 +210,7 @@ def step(job: Job) -> Iterator[dict]:
     arms = routed_arms(job, model)
     # The learning rate is 0: all arms keep the same weights, and the work is the same. One optimizer's state serves
     # the weights that all arms share; each arm's routers have another.
-    options = {"lr": 0.0, "fused": device == "cuda" or None}
+    options = {"lr": 0.0, "fused": device == "cuda" or None, "capturable": device == "cuda"}
     shared, weights = torch.optim.AdamW(model.parameters(), **options), {id(p) for p in model.parameters()}
 
     def update_of(arm: UnifiedModel) -> Callable[[], object]:
@@ -169,7 +230,8 @@ def step(job: Job) -> Iterator[dict]:
         columns = {"capacity": capacity, "way": "packed", "backend": job.backend, "flops": cost.step / cost.dense_step}
         forward = lambda arm=arm: losses(arm, batch).total  # noqa: E731
         finish = lambda loss, update=update: (loss.backward(), update())  # noqa: E731
-        cases.append(Case(columns, backends, forward, finish, arm, update))
+        ready = planned(arm, batch, backends, lambda plan, arm=arm: losses(arm, batch, plan).total)
+        cases.append(Case(columns, backends, forward, finish, arm, update, ready))
     # its FLOPs are not counted: the counting knows no padding
     columns = {"capacity": 1.0, "way": "padded", "backend": "stock,sdpa", "flops": None, "shares": None}
     stock = shared_copy(model)  # of its own: to change the attention of a model takes the host some time
