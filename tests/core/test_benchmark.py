@@ -291,7 +291,7 @@ def test_attention_by_every_backend_and_a_table_to_read(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["layers"], "Allowed: layer, step, decode, attention, capture, gpu"),
+    (["layers"], "is not known. Allowed: layer, step, decode, attention, capture"),
     (["layer", "--preset", "showo-1024"], "Allowed: cpu, showo-tiny, emu3-tiny, showo-256"),
     (["looking", "--preset", "showo-256"], "looking is now called capture"),
     (["capture", "--preset", "showo-256"], "Allowed: showo-tiny, emu3-tiny, showo-512, emu3-8k, released"),
