@@ -43,7 +43,9 @@ def test_other_lengths_compile_nothing_anew(model, name):
         for packed in batches(model.layout):
             torch.testing.assert_close(model(packed), plain(packed))
             counts.append(len(built))
-    assert counts[-1] == counts[1] <= 24, counts            # the second batch may still make a size dynamic
+    # all layers share frames: before and after the attention, which stays outside, and what lies around them. A view
+    # where others get none, or an attribute that some layers lack, would make further ones for some layers
+    assert counts[-1] == counts[1] <= 6, counts             # the second batch may still make a size dynamic
     row = model.layout.mmu(torch.arange(12), [("is there a circle", "")], open_ended=True)
     assert answer(model, [row, row], 3) == answer(plain, [row, row], 3)
 

@@ -20,6 +20,7 @@ from unimod.data.batches import Batches
 from unimod.decode import Choice, DecodeSession
 from unimod.evaluate import evaluate, in_use
 from unimod.generate import answer, calibrate, draw
+from unimod.graph import StaticStep
 from unimod.layers import apply_mod, learn_capacity
 from unimod.maskgit import MaskedDrawing
 from unimod.models.checkpoint import from_pretrained, shipped
@@ -107,6 +108,29 @@ def test_learned_capacities_wait_once_a_step():
         device.waits.clear()
         Objective(model).train()(packed).objective.backward()
         assert not device.waits
+
+
+@MODELS
+@pytest.mark.parametrize("router", ["dense", "unimod", "gamma-mod", "early-exit"])
+def test_a_step_on_static_memory_can_be_a_graph(name, router):
+    """One copy of what is new, into memory that stays where it is; nothing is waited for."""
+    model, _, batches = built(name, router)
+    objective = Objective(there(model)).train()
+    with On() as device:
+        optimizer = torch.optim.AdamW([{"params": model.parameters(), "peak": 0.0}], lr=0.0)
+        step = StaticStep(objective, optimizer, 1.0)
+        step([batches.train(0)], 1.0)                           # rotary frequencies follow the model once
+        device.copies.clear()
+        device.waits.clear()
+        ready = step._upload(batches.train(1), 1.0)
+        assert len(device.copies) == 1
+        device.copies.clear()
+        device.waits.clear()                                    # here memory is not pinned
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        step._learn(*ready[1:], 1.0, False)
+        # the reference of the selection makes its tables itself; the kernel is given them
+        others = [copy for copy in device.copies if "ops/select.py" not in copy]
+        assert not others and not device.waits
 
 
 @MODELS
