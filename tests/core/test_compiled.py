@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_rows import make_rows
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 from unimod.baselines import PRESETS
 from unimod.batch import pack
@@ -58,7 +58,7 @@ def test_a_layer_is_one_graph(name, model, packed):
     if name != "dense":
         apply_mod(model, last_half(8), PRESETS[name])
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
     compile_layers(model.train(), backend=counter, fullgraph=True)
     losses(model, packed).total.backward()
     new, plan, _ = filled(model, packed)

@@ -182,7 +182,8 @@ def within(lo: Tensor, hi: Tensor, j: Tensor) -> Tensor:
 class Padded:
     """B packed sequences as a padded batch of n slots each."""
 
-    lengths: tuple[int, ...]
+    rows: int
+    """B: a number by itself, which a compiler makes a symbol of; it would take the length of a tuple for a constant."""
     n: int
     begin: Tensor
     """int64 [T]: the first token of each token's sequence."""
@@ -196,12 +197,12 @@ class Padded:
         begin = torch.repeat_interleave(size.cumsum(0) - size, size, output_size=sum(lengths))
         row = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths))
         even = min(lengths) == n                                # then padding is the identity
-        return cls(lengths, n, begin, None if even else row * n + torch.arange(sum(lengths)) - begin)
+        return cls(len(lengths), n, begin, None if even else row * n + torch.arange(sum(lengths)) - begin)
 
     def pad(self, x: Tensor) -> Tensor:
         """[H, T, d] -> [B, H, n, d], zeros where there is no token."""
         if self.place is not None:
-            x = x.new_zeros(x.shape[0], len(self.lengths) * self.n, x.shape[2]).index_copy(1, self.place, x)
+            x = x.new_zeros(x.shape[0], self.rows * self.n, x.shape[2]).index_copy(1, self.place, x)
         return x.unflatten(1, (-1, self.n)).transpose(0, 1)
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -213,8 +214,8 @@ class Padded:
         """Intervals counted within their sequences, each int64 [B, n]; pads see all, so that no softmax is empty."""
         low, high = lo - self.begin, hi - self.begin
         if self.place is not None:
-            low = lo.new_zeros(len(self.lengths) * self.n).index_copy(0, self.place, low)
-            high = hi.new_full((len(self.lengths) * self.n,), self.n).index_copy(0, self.place, high)
+            low = lo.new_zeros(self.rows * self.n).index_copy(0, self.place, low)
+            high = hi.new_full((self.rows * self.n,), self.n).index_copy(0, self.place, high)
         return low.view(-1, self.n), high.view(-1, self.n)
 
     def allowed(self, mask: IntervalMask | KeptMask) -> Tensor | None:
