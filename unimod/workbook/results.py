@@ -30,7 +30,8 @@ from .run_folder import records_folder
 KEYS = (("model", "arm"), ("model", "finding"), ("preset", "way"), ("model", "plan"), ("name",), ("what",))
 # columns that name a row: the first of these that all rows have; their values, joined by spaces, are the row's key
 BENCH_KEYS = {"layer": ("preset", "tokens", "capacity", "backend"), "step": ("preset", "tokens", "way", "capacity"),
-              "decode": ("preset", "what", "batch", "capacity"), "attention": ("preset", "tokens", "backend")}
+              "decode": ("preset", "what", "batch", "capacity"), "attention": ("preset", "tokens", "backend"),
+              "counts": ("preset",)}
 # the same for a benchmark's rows of one kind
 WORDS = {"drawing": "T2I", "answering": "MMU"}      # in records made before these words were used
 README_COLUMNS = ["model", "arm", "seeds", "tokens", "step FLOPs", "step time", "questions right", "pictures right"]
