@@ -131,3 +131,28 @@ def test_what_has_been_decoded_is_freed_without_the_garbage_collector(monkeypatc
 def test_a_step_that_draws_by_a_generator_of_the_cpu_is_not_recorded_on_a_gpu():
     # a recording that fails leaves torch's own generator of that device unusable
     assert not Replayed(torch.device("cuda"), torch.Generator()).replays and Replayed(torch.device("cuda")).replays
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"steps": 0}, "steps=0 is not allowed; give a whole number of at least 1"),
+    ({"steps": 1.5}, "steps=1.5 is not allowed"),
+    ({"grid": (-1, -4)}, "grid=-1 is not allowed"),
+    ({"guidance": -1.0}, "guidance=-1.0 is not a weight; allowed: 0"),
+    ({"guidance": float("nan")}, "guidance=nan is not a weight"),
+    ({"captions": "a"}, r"captions='a' is one text; give a list: \['a'\]"),
+])
+def test_what_cannot_be_drawn_is_refused_in_words(given, words):
+    model, _ = from_pretrained(shipped("showo-tiny"))
+    with pytest.raises(ParameterError, match=words):
+        draw(model, **{"captions": ["a"]} | given)
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_negative_counts_are_refused_and_nothing_asked_is_nothing_made(name):
+    model, _ = from_pretrained(shipped(name))
+    asked = [model.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)]
+    for option in ({"max_new": -3}, {"top_k": -1}):
+        with pytest.raises(ParameterError, match="is not allowed; give a whole number of at least 0"):
+            answer(model, asked, **option)
+    assert answer(model, []) == [] and answer(model, asked, max_new=0) == [""]
+    assert draw(model, []).shape == (0, 36)
