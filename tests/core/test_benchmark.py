@@ -390,6 +390,22 @@ def test_tables_are_kept_and_used_again(monkeypatch, tmp_path, capsys):
         CostTable("x", 1, 1.0, (0.5, 0.2), (1.0, 1.0))
 
 
+def test_a_table_that_cannot_be_kept_is_measured_for_each_process(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(costs_module, "measured", lambda *_: TABLE)
+    assert costs(*preset("emu3-tiny"), ROUTERS["unimod"]) == TABLE
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record_module, "run_jobs", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(record_module, "counts", lambda: pytest.fail("counted"))
+    (tmp_path / "file").touch()
+    for words in (["layer"], ["counts"]):
+        assert main(["bench", *words, "--out", str(tmp_path / "file" / "bench.json")]) == 3
+        assert "The folder of --out, " in (said := capsys.readouterr().err) and "--runs" not in said
+
+
 def test_a_measured_table_rises_with_what_is_kept():
     model, rows = preset("showo-tiny")
     found = costs_module.measured(model, rows[:1], None, "cpu", rounds=1)
