@@ -170,13 +170,14 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], choic
     texts = captions + [negative] * count * (choice.guidance > 0)
     nothing = torch.zeros(0, dtype=torch.long)
     score_source = torch.arange(len(texts)) % count if share else None
-    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, score_source,
-                            static)
+    # behind each code but the last, whatever code it is: its own id, then the end of a row
+    written = [layout.after_code(torch.zeros(1, dtype=torch.long), number) for number in range(1, n)]
+    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], sum(map(len, written)),
+                            score_source, static)
     if static and choice.stays_on(model.device):
         steps = session.steps(choice, n, layout.code_ids)
-        for number in range(1, n):
-            # what the layout writes behind the code, whatever code it is
-            for ids in layout.after_code(torch.zeros(1, dtype=torch.long), number)[1:]:
+        for _, *ends in written:
+            for ids in ends:
                 steps.force(int(ids))
             steps.choose()
         return steps.chosen.T.cpu()

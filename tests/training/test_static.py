@@ -156,3 +156,14 @@ def test_negative_counts_are_refused_and_nothing_asked_is_nothing_made(name):
             answer(model, asked, **option)
     assert answer(model, []) == [] and answer(model, asked, max_new=0) == [""]
     assert draw(model, []).shape == (0, 36)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (2, 5)])
+def test_the_cache_has_room_for_the_picture_and_for_no_more(grid, static, monkeypatch):
+    model, _ = from_pretrained(shipped("emu3-tiny"))
+    made, start = [], KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *a: (made.append(self), start(self, *a))[1])
+    draw(model, ["a red circle", "a"], grid=grid, static=static)
+    used = max(int(used.max()) for used in made[0].used.values())
+    assert used + static == made[0].room, "a static step needs one place more, for a token that is dropped"
