@@ -23,6 +23,7 @@ from .models.cache import KVCache
 from .models.layout import Layout
 from .models.unified import UnifiedModel
 from .ops.backend import say
+from .recording import record, warm_up
 
 WARM = 2
 """Steps that run as they are before one is recorded: kernels are compiled and workspaces allocated in them."""
@@ -51,33 +52,16 @@ class Replayed:
         if self.graph is not None:
             self.graph.replay()
         elif self.replays:
-            self._warm_up(step)
+            warm_up(step)
         else:
             step()
-
-    def _warm_up(self, step: Callable[[], None]) -> None:
-        """One step on a stream of its own, as torch asks for before a capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
 
     def _record(self, step: Callable[[], None]) -> None:
-        """Record the step, which does not run meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        if self.generator is not None and self.generator.device.type == "cuda":
-            graph.register_generator_state(self.generator)
         try:
-            with torch.cuda.graph(graph):
-                step()
+            self.graph, _ = record(step, self.generator)
         except RuntimeError as error:
-            # the capture's end complains too: what came first is the reason
-            reason = str(error.__context__ or error).splitlines()[0]
-            say(f"unimod: steps are not recorded as a CUDA graph, because one of them waits for the device: {reason}")
+            say(f"unimod: steps are not recorded as a CUDA graph, because one of them waits for the device: {error}")
             self.replays = False
-        else:
-            self.graph = graph
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from unimod.maskgit import MaskedDrawing
 from unimod.models.cache import KVCache
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
+from unimod.recording import record
 
 DATA = open_data("scenes")
 
@@ -167,3 +168,30 @@ def test_the_cache_has_room_for_the_picture_and_for_no_more(grid, static, monkey
     draw(model, ["a red circle", "a"], grid=grid, static=static)
     used = max(int(used.max()) for used in made[0].used.values())
     assert used + static == made[0].room, "a static step needs one place more, for a token that is dropped"
+
+
+class Capture:
+    """`torch.cuda.graph` without a GPU: it complains at the block's end where the block failed, as CUDA does."""
+
+    def __init__(self, graph, pool=None):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+
+
+@pytest.mark.parametrize("error, words", [(RuntimeError("not permitted\nmore"), "not permitted"),
+                                          (NotImplementedError(), "NotImplementedError")])
+def test_a_step_that_cannot_be_recorded_says_the_first_reason(error, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    assert record(lambda: 3) == ("graph", 3)
+
+    def fails():
+        raise error
+    with pytest.raises(RuntimeError, match=f"^{words}$"):
+        record(fails)
