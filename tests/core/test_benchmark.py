@@ -18,7 +18,7 @@ from unimod.bench import costs as costs_module
 from unimod.bench import parts as parts_module
 from unimod.bench import record as record_module
 from unimod.bench.costs import CostTable, costs, predicted_seconds
-from unimod.bench.jobs import Job, jobs_of
+from unimod.bench.jobs import Job, available, jobs_of
 from unimod.bench.parts import PARTS
 from unimod.bench.record import COMMAND, PAPER, bench, on_gpu, run_jobs, table
 from unimod.bench.timing import MIN_ROUNDS, OutOfTime, Times, paired_ratios, realised, time_interleaved
@@ -404,6 +404,14 @@ def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(
     for words in (["layer"], ["counts"]):
         assert main(["bench", *words, "--out", str(tmp_path / "file" / "bench.json")]) == 3
         assert "The folder of --out, " in (said := capsys.readouterr().err) and "--runs" not in said
+
+
+@pytest.mark.parametrize("family, name", [("attention", "sdpa"), ("kernels", "reference")])
+def test_a_backend_that_is_forced_is_measured_alone(family, name, monkeypatch):
+    monkeypatch.delenv("UNIMOD_BACKEND", raising=False)
+    assert name in available(family, "cuda") and len(available(family, "cuda")) > 1
+    monkeypatch.setenv("UNIMOD_BACKEND", name)
+    assert available(family, "cuda") == (name,)
 
 
 def test_a_measured_table_rises_with_what_is_kept():
