@@ -156,7 +156,8 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
             choice = Choice(model, True, _greedy(top_k, temperature), temperature, generator, w)
             drawn.append(_draw_causal(model, layout, captions[part], choice, negative, share, static))
         else:
-            known = (codes[part], masked[part]) if given else None
+            # sequences are written on the host, wherever an image tokenizer has left the codes
+            known = (codes[part].cpu(), masked[part].cpu()) if given else None
             drawing = MaskedDrawing(model, layout, captions[part], generator, steps, w, negative, share, known)
             drawing.run()
             drawn.append(drawing.codes.cpu())
@@ -216,7 +217,7 @@ def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, b
     window = draw(model, captions, codes=known.flatten(1), masked=masked.flatten(1), grid=tuple(known.shape[1:]),
                   **options).view(known.shape)
     new = window.narrow(along, 0 if first else size - by, by)
-    return torch.cat([new, codes] if first else [codes, new], along)
+    return torch.cat([new, codes.cpu()] if first else [codes.cpu(), new], along)
 
 
 @torch.no_grad()
