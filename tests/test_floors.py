@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("config", "params", "batch", "files", "mask", "upload", "versions"),
+    ("config", "params", "batch", "files", "mask", "recording", "upload", "versions"),
     ("ops",),
     ("baselines", "routing", "plan", "capacity", "router", "seam", "layers", "losses"),
     ("models",),

@@ -23,6 +23,7 @@ from .models.cache import KVCache
 from .models.layout import Layout
 from .models.unified import UnifiedModel
 from .ops.backend import say
+from .recording import record, warm_up
 
 WARM = 2
 """Steps that run as they are before one is recorded: kernels are compiled and workspaces allocated in them."""
@@ -32,51 +33,35 @@ class Replayed:
     """A step that reads and writes tensors which stay where they are: run as it is, and on CUDA replayed as one graph
     after `WARM` runs.
 
-    generator: what the step draws samples by. A step that cannot be a graph, because it waits for the device, goes on
-    as it is, and one line on stderr says why.
+    generator: what the step draws samples by; one of the CPU cannot be part of a graph. A step that cannot be a graph,
+    because it waits for the device, goes on as it is, and one line on stderr says why.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device,
-                 generator: torch.Generator | None = None) -> None:
-        self.step, self.generator = step, generator
+    def __init__(self, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
         self.runs, self.graph = 0, None
-        self.replays = device.type == "cuda"
+        self.replays = device.type == "cuda" and (generator is None or generator.device.type == "cuda")
 
-    def __call__(self) -> None:
-        """One step."""
+    def __call__(self, step: Callable[[], None]) -> None:
+        """One step, the same at every call."""
+        # given here and not held: what owns the step owns this, and a circle would keep its cache of keys and values,
+        # 1 GB a row at Emu3's 8,190 tokens, until the garbage collector comes by
         self.runs += 1
         if self.replays and self.graph is None and self.runs > WARM:
-            self._record()
+            self._record(step)
         if self.graph is not None:
             self.graph.replay()
         elif self.replays:
-            self._warm_up()
+            warm_up(step)
         else:
-            self.step()
+            step()
 
-    def _warm_up(self) -> None:
-        """One step on a stream of its own, as torch asks for before a capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.step()
-        torch.cuda.current_stream().wait_stream(side)
-
-    def _record(self) -> None:
-        """Record the step, which does not run meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        if self.generator is not None and self.generator.device.type == "cuda":
-            graph.register_generator_state(self.generator)
+    def _record(self, step: Callable[[], None]) -> None:
         try:
-            with torch.cuda.graph(graph):
-                self.step()
+            self.graph, _ = record(step, self.generator)
         except RuntimeError as error:
-            # the capture's end complains too: what came first is the reason
-            reason = str(error.__context__ or error).splitlines()[0]
-            say(f"unimod: steps are not recorded as a CUDA graph, because one of them waits for the device: {reason}")
+            say(f"unimod: steps are not recorded as a CUDA graph, because one of them waits for the device: {error}")
             self.replays = False
-        else:
-            self.graph = graph
 
 
 @dataclass(frozen=True)
@@ -203,11 +188,11 @@ class DecodeStep:
     def __init__(self, model: UnifiedModel, batch: Batch, cache: KVCache) -> None:
         self.model, self.batch, self.cache = model, batch.to(model.device), cache
         self.hidden = torch.empty(0)
-        self._replayed = Replayed(self.run, model.device)
+        self._replayed = Replayed(model.device)
 
     def __call__(self) -> None:
         """One step, by a graph where there is one."""
-        self._replayed()
+        self._replayed(self.run)
 
     def run(self) -> None:
         """One step as it is."""
@@ -232,20 +217,20 @@ class ChosenSteps:
         self.number = 0
         self._at = torch.zeros(1, dtype=torch.long, device=device)
         self._forced = torch.zeros(len(batch), dtype=torch.long, device=device)
-        self._choose = Replayed(self.run_chosen, device, choice.generator)
-        self._force = Replayed(self.run_forced, device)
+        self._choose = Replayed(device, choice.generator)
+        self._force = Replayed(device)
         self._keep(choice(hidden))
         self.number += 1
 
     def choose(self) -> None:
         """Feed the tokens that are due and choose the next ones."""
-        self._choose()
+        self._choose(self.run_chosen)
         self.number += 1
 
     def force(self, token: int) -> None:
         """Feed the tokens that are due; `token` is next in every row."""
         self._forced.fill_(token)
-        self._force()
+        self._force(self.run_forced)
 
     def run_chosen(self) -> None:
         """`choose` as it is."""

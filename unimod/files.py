@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def write(path: Path, text: str) -> None:
     """Write all of a file or nothing. Raises `SetupError` where it cannot be written."""
-    part = path.with_name(path.name + ".part")
+    # of this process alone: two that measure at once, such as those of a training on several GPUs, write one cache
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
@@ -44,16 +46,18 @@ def read_json(path: Path, missing: object = None):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def writable(runs: Path) -> None:
-    """Raise `SetupError` where nothing can be written under `runs`, an absolute path that need not exist yet."""
-    nearest = next(place for place in (runs, *runs.parents) if os.path.lexists(place))
+def writable(folder: Path, name: str = "The folder of runs",
+             cure: str = "Choose another one with --runs DIR.") -> None:
+    """Raise `SetupError` where nothing can be written under `folder`, an absolute path that need not exist yet. name,
+    cure: of the message."""
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not nearest.is_dir():
         fault = f"cannot be made: {nearest} is not a folder"
     elif not os.access(nearest, os.W_OK | os.X_OK):
         fault = f"cannot be written: {nearest} is read-only here"
     else:
         return
-    raise SetupError(f"The folder of runs, {runs}, {fault}. Choose another one with --runs DIR.")
+    raise SetupError(f"{name}, {folder}, {fault}. {cure}")
 
 
 def home() -> Path:
@@ -69,7 +73,10 @@ def runs_folder(runs: str | Path) -> Path:
 
 def cache_folder() -> Path:
     """Where what was measured on this machine is kept between processes."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unimod"
+    named, own = os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~")
+    # a container's user may have no home folder, and then "~" stays as it is
+    place = os.path.join(own, ".cache") if own != "~" else tempfile.gettempdir()
+    return Path(named or place) / "unimod"
 
 
 def facts() -> dict[str, object]:

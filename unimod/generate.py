@@ -13,6 +13,8 @@ decoding runs the whole sequence at every step, so a routed layer may choose amo
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,8 +47,17 @@ def _generator(model: UnifiedModel, seed: int) -> torch.Generator:
     return torch.Generator(model.device if model.device.type == "cuda" else "cpu").manual_seed(seed)
 
 
+def _at_least(least: int, **given: int) -> None:
+    """Raise `ParameterError` for a number below `least`, or one that is not whole."""
+    for name, value in given.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ParameterError(f"{name}={value!r} is not allowed; give a whole number of at least {least}.")
+
+
 def _greedy(top_k: int, temperature: float) -> int:
-    """top_k as it is meant at this temperature: 1, the best token, at 0. Raises `ParameterError` for one below."""
+    """top_k as it is meant at this temperature: 1, the best token, at 0. Raises `ParameterError` for one below, or a
+    negative top_k."""
+    _at_least(0, top_k=top_k)
     if not temperature >= 0:
         raise ParameterError(f"temperature={temperature!r} is not a temperature; allowed: 0 (the best token) and "
                              f"above. Give 1.0 for the model's own distribution.")
@@ -59,9 +70,10 @@ def answer(model: UnifiedModel, rows: list[TokenSequence], max_new: int = 6, *, 
     """Answers to open-ended understanding rows, at most `max_new` tokens each.
 
     top_k: sample among so many tokens (0: all) at `temperature`; 1, or a temperature of 0, is greedy decoding. static:
-    see `DecodeSession`. Raises `ParameterError` for a negative temperature.
+    see `DecodeSession`. Raises `ParameterError` for a negative temperature, top_k or max_new.
     """
     _refuse_batch_competition(model)
+    _at_least(0, max_new=max_new)
     generator = _generator(model, seed)
     choice = Choice(model, False, _greedy(top_k, temperature), temperature, generator)
     texts: list[str] = []
@@ -117,9 +129,17 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
 
     Masked decoding only: `steps`; `codes` [B, N] and `masked` bool [B, N] draw the masked slots anew and keep the
     others. Token by token only: `top_k`, `temperature` (0 takes the best) and `static` (see `DecodeSession`). Raises
-    ValueError when codes and masked do not fit, `ParameterError` for a negative temperature.
+    ValueError when codes and masked do not fit, `ParameterError` for a negative temperature, top_k or guidance, for no
+    steps, and for a grid without slots.
     """
     _refuse_batch_competition(model)
+    if isinstance(captions, str):
+        raise ParameterError(f"captions={captions!r} is one text; give a list: [{captions!r}].")
+    _at_least(1, steps=steps)
+    for side in grid or ():
+        _at_least(1, grid=side)
+    if guidance is not None and not guidance >= 0:
+        raise ParameterError(f"guidance={guidance!r} is not a weight; allowed: 0 (none) and above.")
     generator = generator or _generator(model, seed)
     layout = model.layout if grid is None else model.layout.resized(grid)
     given = (codes is not None) + (masked is not None)
@@ -129,14 +149,15 @@ def draw(model: UnifiedModel, captions: list[str], seed: int = 0, guidance: floa
                          f"{[None if x is None else list(x.shape) for x in (codes, masked)]} for a {layout.kind} "
                          f"model.")
     w = (0.0 if layout.causal_images else 1.5) if guidance is None else guidance
-    drawn = []
+    drawn = [torch.zeros(0, layout.image_tokens, dtype=torch.long)]     # all there is without captions
     for at in range(0, len(captions), ROWS // 2):
         part = slice(at, at + ROWS // 2)
         if layout.causal_images:
             choice = Choice(model, True, _greedy(top_k, temperature), temperature, generator, w)
             drawn.append(_draw_causal(model, layout, captions[part], choice, negative, share, static))
         else:
-            known = (codes[part], masked[part]) if given else None
+            # sequences are written on the host, wherever an image tokenizer has left the codes
+            known = (codes[part].cpu(), masked[part].cpu()) if given else None
             drawing = MaskedDrawing(model, layout, captions[part], generator, steps, w, negative, share, known)
             drawing.run()
             drawn.append(drawing.codes.cpu())
@@ -150,13 +171,14 @@ def _draw_causal(model: UnifiedModel, layout: Layout, captions: list[str], choic
     texts = captions + [negative] * count * (choice.guidance > 0)
     nothing = torch.zeros(0, dtype=torch.long)
     score_source = torch.arange(len(texts)) % count if share else None
-    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], 2 * n, score_source,
-                            static)
+    # behind each code but the last, whatever code it is: its own id, then the end of a row
+    written = [layout.after_code(torch.zeros(1, dtype=torch.long), number) for number in range(1, n)]
+    session = DecodeSession(model, [layout.t2i(text, nothing, prompt=True) for text in texts], sum(map(len, written)),
+                            score_source, static)
     if static and choice.stays_on(model.device):
         steps = session.steps(choice, n, layout.code_ids)
-        for number in range(1, n):
-            # what the layout writes behind the code, whatever code it is
-            for ids in layout.after_code(torch.zeros(1, dtype=torch.long), number)[1:]:
+        for _, *ends in written:
+            for ids in ends:
                 steps.force(int(ids))
             steps.choose()
         return steps.chosen.T.cpu()
@@ -195,7 +217,7 @@ def extend(model: UnifiedModel, captions: list[str], codes: Tensor, side: str, b
     window = draw(model, captions, codes=known.flatten(1), masked=masked.flatten(1), grid=tuple(known.shape[1:]),
                   **options).view(known.shape)
     new = window.narrow(along, 0 if first else size - by, by)
-    return torch.cat([new, codes] if first else [codes, new], along)
+    return torch.cat([new, codes.cpu()] if first else [codes.cpu(), new], along)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from .mask import IntervalMask
 from .models.unified import UnifiedModel
 from .ops.backend import say
 from .ops.select import segment_sizes
+from .recording import record
 from .routing import BatchPlan, LayerPlan
 from .upload import size_of, upload
 
@@ -272,20 +273,14 @@ class StaticStep:
             self._seen.add(key)
             return step()
         if key not in self._graphs:
+            torch.cuda.synchronize()
             try:
-                self._record(key, step)
+                self._graphs[key] = record(step, pool=self._pool)
             except RuntimeError as error:
                 self.records = False
                 say(f"unimod: training steps run one kernel at a time, since this one cannot be recorded: {error}")
                 return step()
         graph, out = self._graphs[key]
+        self._pool = self._pool or graph.pool()
         graph.replay()
         return out
-
-    def _record(self, key: object, step: Callable[[], object]) -> None:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = step()
-        self._pool = self._pool or graph.pool()
-        self._graphs[key] = graph, out

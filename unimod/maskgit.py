@@ -60,12 +60,15 @@ class MaskedDrawing:
         left = [int(n * torch.cos(torch.tensor(r) * math.pi / 2)) for r in ratios]
         self.left = torch.tensor(left).to(at)
         self.number = torch.zeros(1, dtype=torch.long, device=at)
-        self.steps, self._replayed = steps, Replayed(self.step, model.device, generator)
+        self.steps, self._replayed = steps, Replayed(model.device, generator)
 
     def run(self) -> None:
         """All steps."""
         for _ in range(self.steps):
-            self._replayed()
+            if self.labelled:                               # its plan is worked out on the host, at every step
+                self.step()
+            else:
+                self._replayed(self.step)
 
     def step(self) -> None:
         """One step, of which nothing is returned: `codes` and `unknown` are new."""

@@ -18,7 +18,7 @@ from unimod.bench import costs as costs_module
 from unimod.bench import parts as parts_module
 from unimod.bench import record as record_module
 from unimod.bench.costs import CostTable, costs, predicted_seconds
-from unimod.bench.jobs import Job, jobs_of
+from unimod.bench.jobs import Job, available, jobs_of
 from unimod.bench.parts import PARTS
 from unimod.bench.record import COMMAND, PAPER, bench, on_gpu, run_jobs, table
 from unimod.bench.timing import MIN_ROUNDS, OutOfTime, Times, paired_ratios, realised, time_interleaved
@@ -388,6 +388,30 @@ def test_tables_are_kept_and_used_again(monkeypatch, tmp_path, capsys):
         assert "is not timed on a CPU" in capsys.readouterr().err
     with pytest.raises(ParameterError, match="delete its file"):
         CostTable("x", 1, 1.0, (0.5, 0.2), (1.0, 1.0))
+
+
+def test_a_table_that_cannot_be_kept_is_measured_for_each_process(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(costs_module, "measured", lambda *_: TABLE)
+    assert costs(*preset("emu3-tiny"), ROUTERS["unimod"]) == TABLE
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record_module, "run_jobs", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(record_module, "counts", lambda: pytest.fail("counted"))
+    (tmp_path / "file").touch()
+    for words in (["layer"], ["counts"]):
+        assert main(["bench", *words, "--out", str(tmp_path / "file" / "bench.json")]) == 3
+        assert "The folder of --out, " in (said := capsys.readouterr().err) and "--runs" not in said
+
+
+@pytest.mark.parametrize("family, name", [("attention", "sdpa"), ("kernels", "reference")])
+def test_a_backend_that_is_forced_is_measured_alone(family, name, monkeypatch):
+    monkeypatch.delenv("UNIMOD_BACKEND", raising=False)
+    assert name in available(family, "cuda") and len(available(family, "cuda")) > 1
+    monkeypatch.setenv("UNIMOD_BACKEND", name)
+    assert available(family, "cuda") == (name,)
 
 
 def test_a_measured_table_rises_with_what_is_kept():

@@ -19,7 +19,7 @@ from unimod.data import open_data
 from unimod.data.batches import Batches
 from unimod.decode import Choice, DecodeSession
 from unimod.evaluate import evaluate, in_use
-from unimod.generate import answer, calibrate, draw
+from unimod.generate import answer, calibrate, draw, extend
 from unimod.graph import StaticStep
 from unimod.layers import apply_mod, learn_capacity
 from unimod.maskgit import MaskedDrawing
@@ -223,3 +223,14 @@ def test_captures_and_analyses_run_there_too(name, router):
         for got, expected in zip(figures(), want, strict=True):
             # an overview is float16
             torch.testing.assert_close(numbers(got), expected, atol=1e-3, rtol=1e-2, equal_nan=True)
+
+
+def test_pictures_are_drawn_anew_from_codes_of_the_device():
+    """Where an image tokenizer leaves them."""
+    model, _ = from_pretrained(shipped("showo-tiny"))
+    codes, masked = torch.zeros(1, 36, dtype=torch.long), torch.arange(36)[None] < 5
+    here = draw(model, ["a"], codes=codes, masked=masked), extend(model, ["a"], codes.view(1, 6, 6), "right", 2)
+    with On():
+        moved = (draw(model, ["a"], codes=Pretend(codes), masked=Pretend(masked)),
+                 extend(model, ["a"], Pretend(codes.view(1, 6, 6)), "right", 2))
+    assert all(torch.equal(a, b) for a, b in zip(here, moved))

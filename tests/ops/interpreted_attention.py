@@ -8,7 +8,7 @@ from ops.attention_rows import GENERAL, ROWS, routed
 from unimod.batch import pack
 from unimod.ops import attention_triton as triton
 from unimod.ops.attention import attention_mass, attention_received
-from unimod.ops.backend import use_backend
+from unimod.ops.backend import count_launches, use_backend
 
 BATCHES = {name: pack(ROWS[name][-6:]) for name in ("showo", "showo features", "degenerate")}
 BATCHES |= {"causal": pack(ROWS["emu3"][3:6]), "general": pack([GENERAL, *ROWS["showo"][:2]]),
@@ -61,3 +61,13 @@ def test_torch_sees_through_the_registered_ops():
     common = q, k, batch.mask.lo, batch.mask.hi
     torch.library.opcheck(triton.attention_received, (*common, batch.segment_numbers(), 0.3), test_utils=checks)
     torch.library.opcheck(triton.attention_mass, (*common, batch.modality, batch.position, 3, 0.3), test_utils=checks)
+
+
+def test_launches_are_made_on_the_device_of_their_tensors():
+    """By `backend.launch`, which also counts them: Triton itself takes the current device, whatever it is given."""
+    batch = BATCHES["degenerate"]
+    q = torch.randn(1, len(batch), 16)
+    with use_backend("triton"), count_launches() as launched:
+        attention_received(q, q, batch.mask.lo, batch.mask.hi, batch.segment_numbers(), batch.lengths, 0.4)
+        attention_mass(q, q, batch.mask.lo, batch.mask.hi, batch.modality, 3, batch.lengths, 0.4)
+    assert launched == ["mass_kernel", "received_kernel", "mass_kernel"]

@@ -1,5 +1,8 @@
 """Static decoding steps: all rows take every step, and what is said and drawn stays the same."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -11,8 +14,10 @@ from unimod.decode import Choice, DecodeSession, Replayed, sample
 from unimod.generate import answer, calibrate, draw
 from unimod.layers import apply_mod
 from unimod.maskgit import MaskedDrawing
+from unimod.models.cache import KVCache
 from unimod.models.checkpoint import from_pretrained, shipped
 from unimod.plan import last_half
+from unimod.recording import record
 
 DATA = open_data("scenes")
 
@@ -95,7 +100,98 @@ def test_a_masked_step_is_given_what_packing_would_write(always):
 
 def test_a_step_goes_on_as_it_is_where_nothing_is_recorded():
     ran = []
-    step = Replayed(lambda: ran.append(1), torch.device("cpu"))
+    step = Replayed(torch.device("cpu"))
     for _ in range(5):
-        step()
+        step(lambda: ran.append(1))
     assert len(ran) == 5 and step.graph is None
+
+
+def test_what_has_been_decoded_is_freed_without_the_garbage_collector(monkeypatch):
+    """Else the next 64 rows find the memory of a GPU taken by the cache of the last ones."""
+    made = []
+
+    def note(kind):
+        start = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *a, **k: (made.append(weakref.ref(self)),
+                                                                     start(self, *a, **k))[1])
+    note(KVCache)
+    note(MaskedDrawing)
+    showo, emu3 = (from_pretrained(shipped(name))[0] for name in ("showo-tiny", "emu3-tiny"))
+    asked = [showo.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)]
+    gc.disable()
+    try:
+        answer(showo, asked, static=True)
+        answer(showo, asked, static=True, top_k=0)
+        draw(emu3, ["a"], static=True, grid=(2, 2))
+        draw(showo, ["a"], steps=2)
+        assert [x() for x in made] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_draws_by_a_generator_of_the_cpu_is_not_recorded_on_a_gpu():
+    # a recording that fails leaves torch's own generator of that device unusable
+    assert not Replayed(torch.device("cuda"), torch.Generator()).replays and Replayed(torch.device("cuda")).replays
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"steps": 0}, "steps=0 is not allowed; give a whole number of at least 1"),
+    ({"steps": 1.5}, "steps=1.5 is not allowed"),
+    ({"grid": (-1, -4)}, "grid=-1 is not allowed"),
+    ({"guidance": -1.0}, "guidance=-1.0 is not a weight; allowed: 0"),
+    ({"guidance": float("nan")}, "guidance=nan is not a weight"),
+    ({"captions": "a"}, r"captions='a' is one text; give a list: \['a'\]"),
+])
+def test_what_cannot_be_drawn_is_refused_in_words(given, words):
+    model, _ = from_pretrained(shipped("showo-tiny"))
+    with pytest.raises(ParameterError, match=words):
+        draw(model, **{"captions": ["a"]} | given)
+
+
+@pytest.mark.parametrize("name", ["showo-tiny", "emu3-tiny"])
+def test_negative_counts_are_refused_and_nothing_asked_is_nothing_made(name):
+    model, _ = from_pretrained(shipped(name))
+    asked = [model.layout.mmu(torch.zeros(36, dtype=torch.long), [("a", "")], open_ended=True)]
+    for option in ({"max_new": -3}, {"top_k": -1}):
+        with pytest.raises(ParameterError, match="is not allowed; give a whole number of at least 0"):
+            answer(model, asked, **option)
+    assert answer(model, []) == [] and answer(model, asked, max_new=0) == [""]
+    assert draw(model, []).shape == (0, 36)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (2, 5)])
+def test_the_cache_has_room_for_the_picture_and_for_no_more(grid, static, monkeypatch):
+    model, _ = from_pretrained(shipped("emu3-tiny"))
+    made, start = [], KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *a: (made.append(self), start(self, *a))[1])
+    draw(model, ["a red circle", "a"], grid=grid, static=static)
+    used = max(int(used.max()) for used in made[0].used.values())
+    assert used + static == made[0].room, "a static step needs one place more, for a token that is dropped"
+
+
+class Capture:
+    """`torch.cuda.graph` without a GPU: it complains at the block's end where the block failed, as CUDA does."""
+
+    def __init__(self, graph, pool=None):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+
+
+@pytest.mark.parametrize("error, words", [(RuntimeError("not permitted\nmore"), "not permitted"),
+                                          (NotImplementedError(), "NotImplementedError")])
+def test_a_step_that_cannot_be_recorded_says_the_first_reason(error, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    assert record(lambda: 3) == ("graph", 3)
+
+    def fails():
+        raise error
+    with pytest.raises(RuntimeError, match=f"^{words}$"):
+        record(fails)

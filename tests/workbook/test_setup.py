@@ -10,13 +10,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 from PIL import Image
 
-from unimod import __main__
+from unimod import __main__, files
 from unimod.config import ParameterError, SetupError, expanded
 from unimod.params import Params
 from unimod.plan import CapacityPlan, last_half
@@ -198,6 +199,25 @@ def test_in_a_notebook_a_refused_run_folder_says_how_to_choose_another(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match="cannot be written .* choose another folder of runs"):
         run_folder.Run.open("03_token_redundancy", Params(runs=str(tmp_path / "file")))
+
+
+def test_two_processes_that_write_one_file_leave_a_whole_one(tmp_path):
+    script = "import sys; from pathlib import Path; from unimod.files import write\nfor _ in range(300): " \
+             "write(Path(sys.argv[1]), sys.argv[2] * 20000)"
+    both = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "a.json", letter], stderr=subprocess.PIPE,
+                             cwd=ROOT) for letter in "ab"]
+    assert [process.communicate()[1] for process in both] == [b"", b""]
+    text = (tmp_path / "a.json").read_text()
+    assert text in ("a" * 20000, "b" * 20000) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_was_measured_is_kept_where_there_is_no_home_too(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert files.cache_folder() == Path.home() / ".cache" / "unimod"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)       # as for a user whom the system does not know
+    assert files.cache_folder() == Path(tempfile.gettempdir()) / "unimod"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert files.cache_folder() == Path("/elsewhere/unimod")
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])

@@ -28,6 +28,7 @@ from ..models.unified import UnifiedModel
 from ..ops.attention import interval_attention
 from ..ops.backend import use_backend
 from ..presets import ragged, shared_copy
+from ..recording import record, warm_up
 from ..routing import BatchPlan
 from .jobs import Job, available
 from .parts import part_shares
@@ -77,17 +78,13 @@ class Case:
 
         if device != "cuda":
             return run
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        try:
             for _ in range(2):
-                run()
+                warm_up(run)
                 clear()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        clear()
+            graph, _ = record(run)
+        finally:
+            clear()
         return graph.replay
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import nn
 
 from .. import seam
 from ..batch import Batch, TokenSequence, pack
-from ..config import TASKS, ParameterError, RouterConfig
+from ..config import TASKS, ParameterError, RouterConfig, SetupError
 from ..files import cache_folder, facts, write
 from ..flops import planned
 from ..layers import MoDLayer, apply_mod
@@ -104,14 +105,13 @@ def costs(
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = (folder or cache_folder() / "costs") / f"{name}.json"
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))["table"]
-            return CostTable(**known | {"kept": tuple(known["kept"]), "seconds": tuple(known["seconds"])})
-        except (ValueError, KeyError, TypeError):  # half-written or of another make: measured anew
-            path.unlink()
-    table = measured(model, rows, config, device)
-    write(path, json.dumps({"key": key, "table": asdict(table)}, indent=1, default=str) + "\n")
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["table"]
+        return CostTable(**known | {"kept": tuple(known["kept"]), "seconds": tuple(known["seconds"])})
+    except (OSError, ValueError, KeyError, TypeError):  # not there, half-written or of another make
+        table = measured(model, rows, config, device)
+    with suppress(SetupError):  # a cache that cannot be written costs the next process the measurement
+        write(path, json.dumps({"key": key, "table": asdict(table)}, indent=1, default=str) + "\n")
     return table
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import ParameterError
 from ..mask import IntervalMask
 from ..models.unified import UnifiedModel
 from ..ops.attention import implementation
-from ..ops.backend import FAMILIES, backend, use_backend
+from ..ops.backend import possible, use_backend
 from ..presets import Size
 from .timing import dtype_of
 
@@ -97,17 +96,9 @@ def device_of(size: Size) -> str:
 def available(family: str, device: str) -> tuple[str, ...]:
     """The backends of a family, "kernels" or "attention", that run on a device, the preferred first; a forced one
     alone."""
-    dtype, found = dtype_of(device), []
     if device == "cpu" and family == "kernels":
         return ("reference",)  # triton is an interpreter on a CPU
-    preferred = backend(family, device, dtype)
-    for name in FAMILIES[family]:
-        try:
-            with use_backend(name):
-                found.append(backend(family, device, dtype))
-        except ParameterError:
-            continue
-    return (preferred, *(name for name in found if name != preferred))
+    return possible(family, device, dtype_of(device))
 
 
 WEIGHTS = {"layer": 4.0, "step": 3.0, "decode": 4.0, "attention": 1.0, "capture": 1.0}

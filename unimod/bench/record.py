@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..config import ParameterError
-from ..files import facts, write
+from ..files import facts, writable, write
 from ..presets import CAPTURE_SIZES, CUDA, SIZES
 from .capture import capture
 from .cases import attention, decode, layer, step
@@ -63,6 +63,8 @@ def bench(kind: str, preset: str = "", rounds: int = 9, deadline: float = 0.0, o
         kind = "capture"
     if kind not in (*MEASURES, "counts", "gpu"):
         raise ParameterError(f"bench {kind!r} is not known. Allowed: {', '.join(MEASURES)}, counts, gpu.")
+    if out:  # before minutes are spent
+        writable(Path(out).absolute().parent, "The folder of --out", "Name a file elsewhere.")
     if kind == "counts":
         return _counted(preset, out)
     captures = kind == "capture"

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backend import launch
+
 BLOCK = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
 """Queries and keys of a block; an exact float32 product runs outside the tensor cores, where a larger block spills."""
 WIDEN = triton.knobs.runtime.interpret
@@ -117,8 +119,8 @@ def attention_received(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, segment: Te
     _launch_mass(q, k, lo, hi, scale, lse=lse)
     first, last = torch.searchsorted(segment, segment), torch.searchsorted(segment, segment, right=True)
     tensors, sizes, constants = _arguments(q, k, scale)
-    received_kernel[(triton.cdiv(q.shape[1], constants["N"]),)](
-        *tensors, lo, hi, segment, first, last, lse, received, *sizes[:3], q.shape[0], *sizes[3:], **constants)
+    launch(received_kernel, (triton.cdiv(q.shape[1], constants["N"]),), *tensors, lo, hi, segment, first, last, lse,
+           received, *sizes[:3], q.shape[0], *sizes[3:], **constants)
     return received
 
 
@@ -151,8 +153,8 @@ def _launch_mass(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float, *, 
     label, position = (lo if x is None else x for x in (label, position))
     lse, *out = (q if x is None else x for x in (lse, *out))
     tensors, sizes, constants = _arguments(q, k, scale)
-    mass_kernel[(triton.cdiv(q.shape[1], constants["M"]), q.shape[0])](
-        *tensors, lo, hi, label, position, lse, *out, *sizes, **constants, LABELS=labels, KINDS=_width(labels))
+    launch(mass_kernel, (triton.cdiv(q.shape[1], constants["M"]), q.shape[0]), *tensors, lo, hi, label, position, lse,
+           *out, *sizes, **constants, LABELS=labels, KINDS=_width(labels))
 
 
 def _arguments(q: Tensor, k: Tensor, scale: float) -> tuple[tuple[Tensor, Tensor], tuple, dict]:
