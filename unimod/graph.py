@@ -98,7 +98,7 @@ def filled(model: UnifiedModel, batch: Batch, known: Iterable[Signature] = ()) -
     n = signature.tokens - len(batch)
     fillers = [n // rows + (i < n % rows) for i in range(rows)] + [0] * (segments - rows)
     new = _with_fillers(batch, fillers, rows)
-    changed = {key: _with_places(p, new, kept - sum(p.kept), longest)
+    changed = {key: _with_places(p, new, kept - sum(p.kept), longest, 2**signature.block)
                for (key, p), kept, longest in zip(layers.items(), signature.kept, signature.longest[1:])}
     by_number = {i: changed[id(p)] for i, p in plan.layers.items()}
     return new, BatchPlan(by_number, model.attention_plan(new, by_number, signature.longest[0]),
@@ -169,7 +169,7 @@ def _with_fillers(batch: Batch, lengths: list[int], rows: int) -> Batch:
                    segments=batch.segments + segments, score_source=source)
 
 
-def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int) -> LayerPlan:
+def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int, widest: int) -> LayerPlan:
     """The layer's plan for the batch with fillers, which take `places` in it; no gate is on them."""
     kept, fillers = list(plan.kept), batch.segments[len(plan.lengths):]
     for s in fillers:
@@ -177,7 +177,7 @@ def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int) -> La
         places -= kept[-1]
     lengths = tuple(s.length for s in batch.segments)
     none = torch.zeros(sum(s.length for s in fillers), dtype=torch.bool)
-    return replace(plan, lengths=lengths, kept=tuple(kept), longest=longest,
+    return replace(plan, lengths=lengths, kept=tuple(kept), longest=longest, widest=widest,
                    segments=plan.segments + tuple(replace(s, length=k) for s, k in zip(fillers, kept[len(plan.kept):])),
                    eligible=torch.cat([plan.eligible, none]),
                    always=None if plan.always is None else torch.cat([plan.always, none]),

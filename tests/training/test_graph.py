@@ -13,8 +13,10 @@ from unimod.data.batches import Batches
 from unimod.graph import FINE, SPARE, StaticStep, filled, whole_step_refused
 from unimod.layers import apply_mod, learn_capacity
 from unimod.models.checkpoint import from_pretrained, shipped
+from unimod.ops.backend import meta_as, use_backend
 from unimod.plan import last_half
 from unimod.train import Objective, TrainConfig, train
+from unimod.upload import upload
 
 DATA = open_data("scenes")
 CAN = [name for name, config in PRESETS.items() if config.topk_scope == "segment"]
@@ -101,6 +103,28 @@ def test_batches_of_one_signature_lie_in_one_place():
         given = batches.train(i)
         assert torch.equal(batch.ids[:len(given)], given.ids) and torch.equal(batch.host.ids, batch.ids)
     assert len(places) < 6
+
+
+@pytest.mark.parametrize("router", ["unimod", "p-mod"])
+def test_kernels_are_the_same_for_all_batches_of_a_signature(router, monkeypatch):
+    """A graph holds what the host gave to a launch once: also where the longest segment is of another block."""
+    triton = pytest.importorskip("unimod.ops.kernels_triton")
+    model, _ = built("emu3-tiny", router)
+    layout, objective, known, launched = model.layout, Objective(model.to("meta")).train(), {}, []
+    monkeypatch.setattr(triton, "launch", lambda kernel, grid, *given, **options: launched.append(
+        (kernel.fn.__name__, grid, [x for x in given if not isinstance(x, torch.Tensor)], options)))
+    model.__dict__["rotary"] = model.rotary.to("meta")
+    for questions in ([120] * 3, [114, 114, 131]):
+        rows = [layout.mmu(torch.zeros(36, dtype=torch.long), [("x" * n, "y" * 5)]) for n in questions]
+        new, plan, signature = filled(model, pack(rows), known)
+        longest = max(s.length for s in new.segments)
+        launched.clear()
+        with use_backend("triton"), meta_as("cuda"):
+            objective(*upload((new, plan), "meta")).objective.backward()
+        expected, lengths = known.setdefault(signature, (launched[:], []))
+        lengths.append(longest)
+        assert launched == expected and longest <= launched[0][-1]["BLOCK"]
+    assert any(len({(n - 1).bit_length() for n in lengths}) > 1 for _, lengths in known.values())
 
 
 def test_whose_step_cannot_have_one_size_says_so(capsys):
