@@ -31,7 +31,7 @@ from .models.unified import UnifiedModel
 from .ops.backend import say
 from .ops.select import segment_sizes
 from .routing import BatchPlan, LayerPlan
-from .upload import size_of, upload
+from .upload import layout_of, size_of, upload
 
 FINE, COARSE = 128, 256
 """A new signature has room for as many more tokens of each kind as make a multiple of about a thirty-second of the
@@ -162,8 +162,10 @@ def _with_fillers(batch: Batch, lengths: list[int], rows: int) -> Batch:
     i, zeros = torch.arange(n), torch.zeros(n, dtype=torch.long)
     more = {"ids": zeros, "row": spread(torch.tensor([s.row for s in segments]), lengths), "position": i - start,
             "task": zeros + Task.LM, "modality": zeros + Modality.TEXT, "target": zeros + IGNORE}
+    # unknown kinds stay unknown: with the fillers' alone, all would be taken for causal
+    kinds = batch.mask.kinds and (*batch.mask.kinds, *("causal",) * rows)
     mask = IntervalMask(torch.cat([batch.mask.lo, at + start]), torch.cat([batch.mask.hi, at + i + 1]),
-                        (*batch.lengths, *lengths_of(segments)[first:]), (*batch.mask.kinds, *("causal",) * rows))
+                        (*batch.lengths, *lengths_of(segments)[first:]), kinds)
     source = None if batch.score_source is None else torch.cat([batch.score_source, at + i])
     return replace(batch, **{name: torch.cat([getattr(batch, name), x]) for name, x in more.items()}, mask=mask,
                    segments=batch.segments + segments, score_source=source)
@@ -198,7 +200,7 @@ def _padded(targets: Targets | None, count: int, at: int) -> Targets | None:
 
 
 class StaticStep:
-    """Losses, backward, clipping and update: on CUDA replayed as one graph per signature; with several batches a step,
+    """Losses, backward, clipping and update: on CUDA replayed as one graph per signature and way of attention; with several batches a step,
     one for each batch's losses and one for the update.
 
     A signature's first step runs as it is, which compiles and chooses kernels; its second is recorded. Where a step
@@ -211,7 +213,7 @@ class StaticStep:
         self.model: UnifiedModel = objective.model
         self.device = self.model.device
         self.records = self.device.type == "cuda"
-        self._memory: dict[Signature, Tensor] = {}
+        self._memory: dict[tuple[Signature, object], Tensor] = {}
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._seen: set[object] = set()
         self._pool = None
@@ -226,23 +228,25 @@ class StaticStep:
         norm of the gradients.
         """
         if len(batches) == 1:
-            signature, *held = self._upload(batches[0], rate)
-            return self._run(signature, lambda: self._whole(*held))
+            key, *held = self._upload(batches[0], rate)
+            return self._run(key, lambda: self._whole(*held))
         found = []
         for i, batch in enumerate(batches):
-            signature, *held = self._upload(batch, rate)
+            key, *held = self._upload(batch, rate)
             learn = partial(self._learn, *held, 1 / len(batches), i == 0)
-            found.append(self._run((signature, i == 0), learn).clone())
+            found.append(self._run((key, i == 0), learn).clone())
         return torch.stack(found).nanmean(0), self._run("update", self._update)
 
-    def _upload(self, batch: Batch, rate: float) -> tuple[Signature, Batch, BatchPlan, Tensor]:
-        """The batch, filled up, its plan and the rate in the memory of their signature."""
-        batch, plan, signature = filled(self.model, batch, self._memory)
+    def _upload(self, batch: Batch, rate: float) -> tuple[object, Batch, BatchPlan, Tensor]:
+        """What a graph is for; the batch, filled up, its plan and the rate in the memory that is kept for it."""
+        batch, plan, signature = filled(self.model, batch, [signature for signature, _ in self._memory])
         held = batch, plan, torch.tensor(rate)
-        if signature not in self._memory:
-            self._memory[signature] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)
-        there, plan, rates = upload(held, self.device, self._memory[signature])
-        return signature, there.with_host(batch), plan, rates
+        # beside the sizes: attention is planned otherwise for other lengths or masks, and a batch may have no targets
+        key = signature, (layout_of(held), set(batch.mask.kinds) == {"causal"})
+        if key not in self._memory:
+            self._memory[key] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)
+        there, plan, rates = upload(held, self.device, self._memory[key])
+        return key, there.with_host(batch), plan, rates
 
     def _whole(self, batch: Batch, plan: BatchPlan, rate: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)

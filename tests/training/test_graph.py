@@ -95,14 +95,38 @@ def test_batches_of_one_signature_lie_in_one_place():
     model, batches = built("emu3-tiny", "unimod")
     step, places = StaticStep(Objective(model).train(), optimizer(model), 1.0), {}
     for i in range(6):
-        signature, batch, plan, rate = step._upload(batches.train(i), 1.0)
+        key, batch, plan, rate = step._upload(batches.train(i), 1.0)
         layer = next(iter(plan.layers.values()))
         tensors = [batch.ids, batch.mask.lo, layer.eligible, layer.sizes, plan.targets.index, rate]
         place = [(x.data_ptr(), x.shape) for x in tensors]
-        assert places.setdefault(signature, place) == place
+        assert places.setdefault(key, place) == place
         given = batches.train(i)
         assert torch.equal(batch.ids[:len(given)], given.ids) and torch.equal(batch.host.ids, batch.ids)
     assert len(places) < 6
+
+
+def test_batches_of_one_size_that_attend_otherwise_share_no_memory(monkeypatch):
+    """Causal ones beside ones with pictures; ones for which another backend is the faster; one without targets."""
+    model, batches = built("showo-tiny", "unimod", (8, 8, 1))
+    step, batch = StaticStep(Objective(model).train(), optimizer(model), 1.0), batches.train(0)
+    causal = replace(batch, mask=replace(batch.mask, kinds=("causal",) * len(batch.lengths)))
+    keys = [step._upload(x, 1.0)[0] for x in (batch, batch, causal)]
+    monkeypatch.setattr("unimod.ops.attention.implementation", lambda *_: "varlen")
+    keys += [step._upload(x, 1.0)[0] for x in (batch, causal)]
+    assert keys[0] == keys[1] and len(set(keys)) == 4 and len({signature for signature, _ in keys}) == 1
+    few = replace(batch, target=torch.where(torch.arange(len(batch)) == batch.labelled[0], batch.target, -100))
+    none = replace(batch, target=torch.full_like(batch.target, -100))
+    first, second = (step._upload(x, 1.0)[0] for x in (few, none))
+    assert first[0] == second[0] and first != second
+
+
+def test_masks_of_unknown_kinds_stay_so():
+    model, batches = built("showo-tiny", "dense")
+    batch = batches.train(0)
+    unknown = replace(batch, mask=replace(batch.mask, kinds=()))
+    objective = Objective(model).train()
+    (ours, _), (theirs, _) = learned(objective, *filled(model, unknown)[:2]), learned(objective, batch)
+    torch.testing.assert_close(ours.total, theirs.total)
 
 
 @pytest.mark.parametrize("router", ["unimod", "p-mod"])
