@@ -199,6 +199,13 @@ def _padded(targets: Targets | None, count: int, at: int) -> Targets | None:
                    task=more(targets.task, len(Task)), weight=more(targets.weight, 0.0))
 
 
+def mean_of(found: list[Tensor]) -> Tensor:
+    """The mean over batches of their losses, each [1 + tasks]: of a task over those that have targets of it."""
+    losses = torch.stack(found)
+    # what is descended is in every batch: nan is not passed over there
+    return torch.cat([losses[:, :1].mean(0), losses[:, 1:].nanmean(0)])
+
+
 class StaticStep:
     """Losses, backward, clipping and update: on CUDA replayed as one graph per signature and way of attention; with several batches a step,
     one for each batch's losses and one for the update.
@@ -235,7 +242,7 @@ class StaticStep:
             key, *held = self._upload(batch, rate)
             learn = partial(self._learn, *held, 1 / len(batches), i == 0)
             found.append(self._run((key, i == 0), learn).clone())
-        return torch.stack(found).nanmean(0), self._run("update", self._update)
+        return mean_of(found), self._run("update", self._update)
 
     def _upload(self, batch: Batch, rate: float) -> tuple[object, Batch, BatchPlan, Tensor]:
         """What a graph is for; the batch, filled up, its plan and the rate in the memory that is kept for it."""

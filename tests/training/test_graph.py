@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from unimod.baselines import PRESETS
 from unimod.batch import Task, lengths_of, pack
@@ -161,6 +162,59 @@ def test_whose_step_cannot_have_one_size_says_so(capsys):
     assert not whole_step_refused(model)
     learn_capacity(model, 0.3)
     assert "learned" in whole_step_refused(model)
+
+
+def test_mixed_precision_is_not_planned_for(monkeypatch, capsys):
+    """Attention would be planned for weights that are not cast, and a scaler of float16 be passed by."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    try:
+        model, batches = built("showo-tiny", "unimod")
+        train(model, batches, TrainConfig(steps=1, graph=True))
+    finally:
+        AcceleratorState._reset_state(True)
+    assert "one kernel at a time: accelerate casts to bf16" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_loss_that_is_not_finite_in_one_batch_of_a_step_stops_the_run(graph, monkeypatch, tmp_path):
+    """Before a checkpoint is written."""
+    model, batches = built("showo-tiny", "unimod")
+    forward, given = Objective.forward, []
+
+    def second_fails(self, *args):
+        given.append(args)
+        outcome = forward(self, *args)
+        bad = torch.nan if len(given) == 6 else 1.0
+        return outcome._replace(objective=outcome.objective * bad, total=outcome.total * bad)
+
+    monkeypatch.setattr(Objective, "forward", second_fails)
+    with pytest.raises(RuntimeError, match="loss of step 2 is nan"):
+        train(model, batches, TrainConfig(steps=5, accumulate=2, graph=graph, save_every=1), folder=tmp_path)
+    assert len(torch.load(tmp_path / "last.pt")["records"]) == 2
+
+
+def test_an_interrupted_run_on_static_memory_goes_on(tmp_path):
+    """Rates that are tensors are saved and read with the optimizer."""
+    class Stopped(Exception):
+        pass
+
+    def log(record):
+        if stop and record["step"] == 3:
+            raise Stopped
+
+    config, curves, stop = TrainConfig(steps=4, graph=True, save_every=2), [], False
+    model, batches = built("showo-tiny", "unimod")
+    curves.append(train(model, batches, config))
+    for stop in (True, False):
+        model, batches = built("showo-tiny", "unimod")
+        if stop:
+            with pytest.raises(Stopped):
+                train(model, batches, config, folder=tmp_path, log=log)
+        else:
+            curves.append(train(model, batches, config, folder=tmp_path))
+    ours, theirs = ([[r["loss"], r["grad_norm"], r["lr"]] for r in records] for records in curves)
+    assert ours == theirs
 
 
 def test_batches_share_signatures_and_a_long_one_gets_its_own():
