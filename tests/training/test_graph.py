@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unimod.baselines import PRESETS
 from unimod.batch import Task, lengths_of, pack
@@ -119,6 +120,28 @@ def test_batches_of_one_size_that_attend_otherwise_share_no_memory(monkeypatch):
     none = replace(batch, target=torch.full_like(batch.target, -100))
     first, second = (step._upload(x, 1.0)[0] for x in (few, none))
     assert first[0] == second[0] and first != second
+
+
+def test_features_of_a_vision_tower_go_through_the_same_step():
+    """Fillers change nothing, the projector learns, and no size is read from the device."""
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    model, _ = built("showo-tiny", "unimod")
+    model.projector, seen = torch.nn.Linear(24, model.width), set()
+    rows = [model.layout.mmu(torch.randn(n, 24), [("what is it?", "a circle")]) for n in (9, 7, 12)]
+    batch, objective = pack(rows), Objective(model).train()
+    new, plan, signature = filled(model, batch)
+    assert signature.features == len(new.features) == 28
+    (_, expected), held = learned(objective, batch), Names()
+    with held:
+        _, grads = learned(objective, new, plan)
+    assert float(grads["model.projector.weight"].abs().max()) > 0 and grads.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(grads[key], grad, rtol=1e-3, atol=1e-5 * max(1, float(grad.abs().max())), msg=key)
+    assert not seen & {"masked_select", "masked_scatter_backward", "nonzero", "unique_dim", "_local_scalar_dense"}
 
 
 def test_masks_of_unknown_kinds_stay_so():
