@@ -242,7 +242,9 @@ class StaticStep:
             key, *held = self._upload(batch, rate)
             learn = partial(self._learn, *held, 1 / len(batches), i == 0)
             found.append(self._run((key, i == 0), learn).clone())
-        return mean_of(found), self._run("update", self._update)
+        # what no batch has used so far has no gradient, and no part in the update
+        used = tuple(p.grad is not None for p in self.model.parameters())
+        return mean_of(found), self._run(("update", used), self._update)
 
     def _upload(self, batch: Batch, rate: float) -> tuple[object, Batch, BatchPlan, Tensor]:
         """What a graph is for; the batch, filled up, its plan and the rate in the memory that is kept for it."""
@@ -263,9 +265,7 @@ class StaticStep:
         """Gradients of one batch, added to those there are. fresh: those there are belong to the step before."""
         self._rate.copy_(rate)
         if fresh:
-            for p in self.model.parameters():
-                if p.requires_grad:                         # the same memory in all graphs: zeroed, not freed
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+            self.optimizer.zero_grad(set_to_none=False)     # the same memory in all graphs: zeroed, not freed
         outcome = self.objective(batch, plan)
         (outcome.objective if share == 1 else outcome.objective * share).backward()
         return torch.cat([outcome.total.detach()[None], outcome.per_task])

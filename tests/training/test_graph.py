@@ -79,6 +79,16 @@ def test_training_on_static_memory_is_training(router, accumulate):
     torch.testing.assert_close(hidden, expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_no_batch_of_a_step_uses_is_not_decayed(graph):
+    """A projector beside picture codes: no gradient is not a gradient of zero, which AdamW would act upon."""
+    model, batches = built("showo-tiny", "unimod")
+    model.projector = torch.nn.Linear(24, model.width)
+    before = model.projector.weight.detach().clone()
+    train(model, batches, TrainConfig(steps=2, accumulate=2, graph=graph))
+    assert torch.equal(model.projector.weight, before)
+
+
 def test_accumulated_gradients_are_the_mean_of_their_batches():
     model, batches = built("showo-tiny", "unimod")
     step = StaticStep(Objective(model).train(), optimizer(model), clip=1e9)
