@@ -241,7 +241,7 @@ class StaticStep:
         for i, batch in enumerate(batches):
             key, *held = self._upload(batch, rate)
             learn = partial(self._learn, *held, 1 / len(batches), i == 0)
-            found.append(self._run((key, i == 0), learn).clone())
+            found.append(self._run((key, i == 0, len(batches)), learn).clone())
         # what no batch has used so far has no gradient, and no part in the update
         used = tuple(p.grad is not None for p in self.model.parameters())
         return mean_of(found), self._run(("update", used), self._update)

@@ -89,6 +89,16 @@ def test_what_no_batch_of_a_step_uses_is_not_decayed(graph):
     assert torch.equal(model.projector.weight, before)
 
 
+def test_a_graph_is_for_one_number_of_batches():
+    """By which it divides the loss."""
+    model, batches = built("showo-tiny", "dense", (1, 1, 0))
+    step, batch = StaticStep(Objective(model).train(), optimizer(model), 1.0), batches.train(0)
+    for n in (2, 3):
+        seen = len(step._seen)
+        step([batch] * n, 0.0)
+        assert len(step._seen) >= seen + 2
+
+
 def test_accumulated_gradients_are_the_mean_of_their_batches():
     model, batches = built("showo-tiny", "unimod")
     step = StaticStep(Objective(model).train(), optimizer(model), clip=1e9)
