@@ -287,7 +287,8 @@ class StaticStep:
                 self._record(key, step)
             except RuntimeError as error:
                 self.records = False
-                say(f"unimod: training steps run one kernel at a time, since this one cannot be recorded: {error}")
+                reason = error.__context__ or error         # the capture's end complains too: what came first
+                say(f"unimod: training steps run one kernel at a time, since this one cannot be recorded: {reason}")
                 return step()
         graph, out = self._graphs[key]
         graph.replay()
@@ -295,8 +296,12 @@ class StaticStep:
 
     def _record(self, key: object, step: Callable[[], object]) -> None:
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = step()
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                out = step()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)                   # where its end fails, the capture's own stays in place
+            raise
         self._pool = self._pool or graph.pool()
         self._graphs[key] = graph, out

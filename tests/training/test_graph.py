@@ -99,6 +99,33 @@ def test_a_graph_is_for_one_number_of_batches():
         assert len(step._seen) >= seen + 2
 
 
+def test_a_step_that_cannot_be_recorded_runs_where_it_did_and_says_why(monkeypatch, capsys):
+    """As torch does it: the end of a broken capture fails, too, and leaves the capture's stream in place."""
+    class Broken:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            streams.append("capture")
+            monkeypatch.setattr(step, "_whole", lambda *held: (_ for _ in ()).throw(RuntimeError("it waits")))
+
+        def __exit__(self, *args):
+            monkeypatch.setattr(step, "_whole", whole)
+            raise RuntimeError("the end fails")
+
+    streams, cuda = ["own"], {"synchronize": lambda: None, "CUDAGraph": object, "graph": Broken}
+    cuda |= {"current_stream": lambda: streams[-1], "set_stream": streams.append}
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    model, batches = built("showo-tiny", "dense")
+    step = StaticStep(Objective(model).train(), optimizer(model), 1.0)
+    step.records, whole = True, step._whole
+    for _ in range(3):
+        assert step([batches.train(0)], 1.0)[0].isfinite().any()
+    said = "".join(capsys.readouterr())
+    assert streams == ["own", "capture", "own"] and said.count("cannot be recorded: it waits") == 1
+
+
 def test_accumulated_gradients_are_the_mean_of_their_batches():
     model, batches = built("showo-tiny", "unimod")
     step = StaticStep(Objective(model).train(), optimizer(model), clip=1e9)
