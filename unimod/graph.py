@@ -207,8 +207,8 @@ def mean_of(found: list[Tensor]) -> Tensor:
 
 
 class StaticStep:
-    """Losses, backward, clipping and update: on CUDA replayed as one graph per signature and way of attention; with several batches a step,
-    one for each batch's losses and one for the update.
+    """Losses, backward, clipping and update: on CUDA replayed as one graph per signature and way of attention; with
+    several batches a step, one for each batch's losses and one for the update.
 
     A signature's first step runs as it is, which compiles and chooses kernels; its second is recorded. Where a step
     cannot be recorded, this and all later ones run as they are, which is said once. The optimizer's learning rates

@@ -101,13 +101,16 @@ def test_a_graph_is_for_one_number_of_batches():
 
 def test_a_step_that_cannot_be_recorded_runs_where_it_did_and_says_why(monkeypatch, capsys):
     """As torch does it: the end of a broken capture fails, too, and leaves the capture's stream in place."""
+    def waits(*held):
+        raise RuntimeError("it waits")
+
     class Broken:
         def __init__(self, *args, **kwargs):
             pass
 
         def __enter__(self):
             streams.append("capture")
-            monkeypatch.setattr(step, "_whole", lambda *held: (_ for _ in ()).throw(RuntimeError("it waits")))
+            monkeypatch.setattr(step, "_whole", waits)
 
         def __exit__(self, *args):
             monkeypatch.setattr(step, "_whole", whole)
