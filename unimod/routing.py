@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .batch import Batch, Segment, Targets, Task, lengths_of
 from .mask import IntervalMask, KeptMask
+from .ops.attention import Ready
 from .ops.gather_scatter import Norm
 from .ops.route import Routed
 from .ops.select import prefix_count
@@ -155,7 +156,9 @@ class ForwardState:
     attention: dict = field(default_factory=dict)
     """What attention works out from the batch's mask, for all layers: `plan.attention`, and what that lacks."""
     compiled: bool = False
-    """Whether the layers are compiled, each for itself: attention then stays outside their graphs."""
+    """Whether the layers are compiled, each for itself."""
+    ready: Ready | None = None
+    """Attention as a compiled layer has it in its graph; None: as it comes, outside of graphs."""
 
     def __post_init__(self) -> None:
         self.mask = self.batch.mask if self.mask is None else self.mask
@@ -167,7 +170,8 @@ class ForwardState:
         found = routing.gathered
         mask = KeptMask(self.batch.mask, routing.index, rank, lengths_of(routing.segments), longest,
                         *((found.bounds, found.flags) if found else ()))
-        return replace(self, mask=mask, index=routing.index, segments=routing.segments)
+        ready = self.ready and self.ready.of_kept(mask, self.attention)
+        return replace(self, mask=mask, index=routing.index, segments=routing.segments, ready=ready)
 
     def given(self) -> Batch:
         """The tokens that the layer is given, as a batch: for observers only, since it gathers every field."""

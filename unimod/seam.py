@@ -164,7 +164,7 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """transformers' attention contract for one packed row: q [1, H, T, d], k and v [1, H_kv, T, d] -> [1, T, H, d].
 
     Rotated queries and keys arrive in float32, as cos and sin do, and are rounded to the dtype of the values here,
-    once. It stays out of a compiled layer's graphs, which then know nothing of the rows' lengths.
+    once. A compiled layer is one graph with it, but where a cache is written or somebody looks at attention.
     """
     if unimod is None or attention_mask is not None:
         raise RuntimeError(f"The attention '{ATTENTION}' works on packed tokens only: call the model through unimod's "
@@ -173,6 +173,9 @@ def _packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     if dropout:
         raise RuntimeError(f"Attention dropout {dropout} is not available on packed tokens; build the model with "
                            f"attention_dropout=0.")
+    if unimod.ready is not None and not unimod.earlier.needs_attention:
+        q, k, v = (x.squeeze(0).to(value.dtype) for x in (query, key, value))
+        return unimod.ready(q, k, v, scaling).unsqueeze(0), None
     return (_attend_outside if unimod.compiled else _attend)(module, query, key, value, scaling, unimod), None
 
 
@@ -199,6 +202,11 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
 
 _attend_outside = torch.compiler.disable(_attend)
 AttentionInterface.register(ATTENTION, _packed_attention)
+
+
+def observed() -> bool:
+    """Whether somebody looks at attention now."""
+    return _OBSERVER.get() is not None
 
 
 @contextmanager

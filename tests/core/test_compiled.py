@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from tiny_rows import make_rows
+from torch._dynamo.testing import CompileCounter
 
 from unimod.baselines import PRESETS
 from unimod.batch import pack
 from unimod.config import RouterConfig
 from unimod.generate import answer
+from unimod.graph import filled
 from unimod.layers import apply_mod, remove_mod
 from unimod.losses import losses
 from unimod.models.unified import compile_layers
@@ -43,11 +45,25 @@ def test_other_lengths_compile_nothing_anew(model, name):
         for packed in batches(model.layout):
             torch.testing.assert_close(model(packed), plain(packed))
             counts.append(len(built))
-    # all layers share frames: before and after the attention, which stays outside, and what lies around them. A view
-    # where others get none, or an attribute that some layers lack, would make further ones for some layers
-    assert counts[-1] == counts[1] <= 6, counts             # the second batch may still make a size dynamic
+    # one frame for all layers and batches: a view where other layers get none, an attribute that some lack, or a length
+    # that is no symbol would each make another
+    assert counts[0] == 1 and counts[-1] <= 2, counts       # and one for rows of equal length, which are not padded
     row = model.layout.mmu(torch.arange(12), [("is there a circle", "")], open_ended=True)
     assert answer(model, [row, row], 3) == answer(plain, [row, row], 3)
+
+
+@pytest.mark.parametrize("name", ["dense", "unimod", "early-exit"])
+def test_a_layer_is_one_graph(name, model, packed):
+    """With its attention, forward and backward, on memory that stays where it is, too."""
+    if name != "dense":
+        apply_mod(model, last_half(8), PRESETS[name])
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compile_layers(model.train(), backend=counter, fullgraph=True)
+    losses(model, packed).total.backward()
+    new, plan, _ = filled(model, packed)
+    losses(model, new, plan).total.backward()
+    assert counter.frame_count == 1
 
 
 def test_gradients_are_those_of_the_eager_model_and_remove_mod_still_works(model, packed):

@@ -25,7 +25,7 @@ from ..batch import FEATURE, Batch, lengths_of
 from ..config import ParameterError
 from ..layers import MLPGatedLayer, MoDLayer
 from ..losses import targets_of
-from ..ops.attention import prepared
+from ..ops.attention import prepared, ready
 from ..ops.cross_entropy import linear_cross_entropy
 from ..ops.decode import by_triton
 from ..router import routing_plan
@@ -114,11 +114,15 @@ class UnifiedModel(nn.Module):
 
     def attention_plan(self, batch: Batch, layers: Mapping[int, LayerPlan], longest: int = 0) -> dict:
         """`ops.attention.prepared` for a batch on the host and its layers' plans."""
+        known = {lengths_of(plan.segments): plan.longest for plan in layers.values() if not plan.threshold_tasks}
+        return prepared(batch.mask, known, self.device.type, self.attention_dtype, self.attention_shape, longest)
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys and values."""
         device = self.device.type
         cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if cast else self.head.weight.dtype
-        known = {lengths_of(plan.segments): plan.longest for plan in layers.values() if not plan.threshold_tasks}
-        return prepared(batch.mask, known, device, dtype, self.attention_shape, longest)
+        return torch.get_autocast_dtype(device) if cast else self.head.weight.dtype
 
     @property
     def attention_shape(self) -> tuple[int, int, int]:
@@ -146,6 +150,9 @@ class UnifiedModel(nn.Module):
         rotary = self.rotary.to(h.device)(h.new_empty(0, dtype=torch.float32), position_ids=batch.position[None])
         state = ForwardState(batch, plan=plan, cache=cache, decode=decode, attention=dict(plan.attention),
                              compiled=self.compiled)
+        if self.compiled and cache is None and not seam.observed():
+            state.ready = ready(batch.mask, state.attention, self.device.type, self.attention_dtype,
+                                self.attention_shape)
         layers, earlier = self._live(), state.earlier
         one_op = decode and not self.compiled and by_triton(h)
         with explained(), seam.step_norms(self.decoder) if one_op else nullcontext():

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from torch import Tensor
 from ..mask import IntervalMask, KeptMask
 from ..upload import upload
 from .backend import backend, possible, say
+
+if TYPE_CHECKING:
+    from .attention_varlen import Plan
 
 ENTRIES = 2**23
 """Entries of attention maps that the statistics hold at a time."""
@@ -36,19 +40,54 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | Kep
     q: [H, T, d]; k, v: [H_kv, T, d] (H a multiple of H_kv). memo: what was worked out from the mask of a batch, for all
     its layers, dense and routed; see `prepared`.
     """
-    kept = isinstance(mask, KeptMask)
-    whole = mask.whole if kept else mask
-    # for kept tokens, too, by the mask of the batch: its layers share what is worked out from it
-    name = implementation(q.device.type, q.dtype, whole, (q.shape[0], k.shape[0], q.shape[2]))
-    if name == "sdpa":
-        padded = _kept(memo, mask.lengths, lambda: upload(Padded.of(mask.lengths), q.device))
+    return ready(mask, memo, q.device.type, q.dtype, (q.shape[0], k.shape[0], q.shape[2]))(q, k, v, scale)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Attention by one mask: all that is left is tensors, as a compiler wants it."""
+
+    name: str
+    """The backend."""
+    plan: Padded | Plan
+    allow: Tensor | None = None
+    """Of sdpa: `Padded.allowed`."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`interval_attention`."""
+        if self.name == "sdpa":
+            return attend(q, k, v, self.plan, self.allow, scale)
+        from . import attention_varlen
+
+        return attention_varlen.attend(q, k, v, self.plan, scale, self.name)
+
+    def of_kept(self, mask: KeptMask, memo: dict | None) -> Ready:
+        """The same for the tokens that a routed layer keeps."""
+        if self.name != "sdpa":
+            return Ready(self.name, self.plan.take(mask))
+        padded = _padded(mask, memo)
         # the mask [B, n, n] of kept tokens serves one layer: a memo would hold those of all layers
-        allow = padded.allowed(mask) if kept else _kept(memo, "allowed", lambda: padded.allowed(mask))
-        return attend(q, k, v, padded, allow, scale)
+        return Ready(self.name, padded, padded.allowed(mask))
+
+
+def ready(mask: IntervalMask | KeptMask, memo: dict | None, device: str, dtype: torch.dtype,
+          shape: tuple[int, int, int]) -> Ready:
+    """Attention of this shape (heads, heads of keys, their width) in this dtype on `device`; memo as for
+    `interval_attention`."""
+    if isinstance(mask, KeptMask):                          # by the batch's, of which its layers share all they can
+        return ready(mask.whole, memo, device, dtype, shape).of_kept(mask, memo)
+    name = implementation(device, dtype, mask, shape)
+    if name == "sdpa":
+        padded = _padded(mask, memo)
+        return Ready(name, padded, _kept(memo, "allowed", lambda: padded.allowed(mask)))
     from . import attention_varlen
 
-    plan = _kept(memo, "runs", lambda: attention_varlen.prepare(whole))
-    return attention_varlen.attend(q, k, v, plan.take(mask) if kept else plan, scale, name)
+    return Ready(name, _kept(memo, "runs", lambda: attention_varlen.prepare(mask)))
+
+
+def _padded(mask: IntervalMask | KeptMask, memo: dict | None) -> Padded:
+    return _kept(memo, mask.lengths, lambda: upload(Padded.of(mask.lengths), (
+        mask.index if isinstance(mask, KeptMask) else mask.lo).device))
 
 
 def prepared(mask: IntervalMask, kept: Mapping[tuple[int, ...], int], device: str, dtype: torch.dtype,
@@ -143,7 +182,8 @@ def within(lo: Tensor, hi: Tensor, j: Tensor) -> Tensor:
 class Padded:
     """B packed sequences as a padded batch of n slots each."""
 
-    lengths: tuple[int, ...]
+    rows: int
+    """B: a number by itself, which a compiler makes a symbol of; it would take the length of a tuple for a constant."""
     n: int
     begin: Tensor
     """int64 [T]: the first token of each token's sequence."""
@@ -157,25 +197,25 @@ class Padded:
         begin = torch.repeat_interleave(size.cumsum(0) - size, size, output_size=sum(lengths))
         row = torch.repeat_interleave(torch.arange(len(lengths)), size, output_size=sum(lengths))
         even = min(lengths) == n                                # then padding is the identity
-        return cls(lengths, n, begin, None if even else row * n + torch.arange(sum(lengths)) - begin)
+        return cls(len(lengths), n, begin, None if even else row * n + torch.arange(sum(lengths)) - begin)
 
     def pad(self, x: Tensor) -> Tensor:
         """[H, T, d] -> [B, H, n, d], zeros where there is no token."""
         if self.place is not None:
-            x = x.new_zeros(x.shape[0], len(self.lengths) * self.n, x.shape[2]).index_copy(1, self.place, x)
+            x = x.new_zeros(x.shape[0], self.rows * self.n, x.shape[2]).index_copy(1, self.place, x)
         return x.unflatten(1, (-1, self.n)).transpose(0, 1)
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, n, ...] -> [T, ...]."""
         x = x.flatten(0, 1)
-        return x if self.place is None else x[self.place]
+        return x if self.place is None else x.index_select(0, self.place)     # not [], whose backward sorts
 
     def intervals(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Intervals counted within their sequences, each int64 [B, n]; pads see all, so that no softmax is empty."""
         low, high = lo - self.begin, hi - self.begin
         if self.place is not None:
-            low = lo.new_zeros(len(self.lengths) * self.n).index_copy(0, self.place, low)
-            high = hi.new_full((len(self.lengths) * self.n,), self.n).index_copy(0, self.place, high)
+            low = lo.new_zeros(self.rows * self.n).index_copy(0, self.place, low)
+            high = hi.new_full((self.rows * self.n,), self.n).index_copy(0, self.place, high)
         return low.view(-1, self.n), high.view(-1, self.n)
 
     def allowed(self, mask: IntervalMask | KeptMask) -> Tensor | None:
