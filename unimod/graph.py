@@ -32,7 +32,7 @@ from .ops.backend import say
 from .ops.select import segment_sizes
 from .recording import record
 from .routing import BatchPlan, LayerPlan
-from .upload import size_of, upload
+from .upload import layout_of, size_of, upload
 
 FINE, COARSE = 128, 256
 """A new signature has room for as many more tokens of each kind as make a multiple of about a thirty-second of the
@@ -99,7 +99,7 @@ def filled(model: UnifiedModel, batch: Batch, known: Iterable[Signature] = ()) -
     n = signature.tokens - len(batch)
     fillers = [n // rows + (i < n % rows) for i in range(rows)] + [0] * (segments - rows)
     new = _with_fillers(batch, fillers, rows)
-    changed = {key: _with_places(p, new, kept - sum(p.kept), longest)
+    changed = {key: _with_places(p, new, kept - sum(p.kept), longest, 2**signature.block)
                for (key, p), kept, longest in zip(layers.items(), signature.kept, signature.longest[1:])}
     by_number = {i: changed[id(p)] for i, p in plan.layers.items()}
     return new, BatchPlan(by_number, model.attention_plan(new, by_number, signature.longest[0]),
@@ -163,14 +163,16 @@ def _with_fillers(batch: Batch, lengths: list[int], rows: int) -> Batch:
     i, zeros = torch.arange(n), torch.zeros(n, dtype=torch.long)
     more = {"ids": zeros, "row": spread(torch.tensor([s.row for s in segments]), lengths), "position": i - start,
             "task": zeros + Task.LM, "modality": zeros + Modality.TEXT, "target": zeros + IGNORE}
+    # unknown kinds stay unknown: with the fillers' alone, all would be taken for causal
+    kinds = batch.mask.kinds and (*batch.mask.kinds, *("causal",) * rows)
     mask = IntervalMask(torch.cat([batch.mask.lo, at + start]), torch.cat([batch.mask.hi, at + i + 1]),
-                        (*batch.lengths, *lengths_of(segments)[first:]), (*batch.mask.kinds, *("causal",) * rows))
+                        (*batch.lengths, *lengths_of(segments)[first:]), kinds)
     source = None if batch.score_source is None else torch.cat([batch.score_source, at + i])
     return replace(batch, **{name: torch.cat([getattr(batch, name), x]) for name, x in more.items()}, mask=mask,
                    segments=batch.segments + segments, score_source=source)
 
 
-def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int) -> LayerPlan:
+def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int, widest: int) -> LayerPlan:
     """The layer's plan for the batch with fillers, which take `places` in it; no gate is on them."""
     kept, fillers = list(plan.kept), batch.segments[len(plan.lengths):]
     for s in fillers:
@@ -178,7 +180,7 @@ def _with_places(plan: LayerPlan, batch: Batch, places: int, longest: int) -> La
         places -= kept[-1]
     lengths = tuple(s.length for s in batch.segments)
     none = torch.zeros(sum(s.length for s in fillers), dtype=torch.bool)
-    return replace(plan, lengths=lengths, kept=tuple(kept), longest=longest,
+    return replace(plan, lengths=lengths, kept=tuple(kept), longest=longest, widest=widest,
                    segments=plan.segments + tuple(replace(s, length=k) for s, k in zip(fillers, kept[len(plan.kept):])),
                    eligible=torch.cat([plan.eligible, none]),
                    always=None if plan.always is None else torch.cat([plan.always, none]),
@@ -198,9 +200,16 @@ def _padded(targets: Targets | None, count: int, at: int) -> Targets | None:
                    task=more(targets.task, len(Task)), weight=more(targets.weight, 0.0))
 
 
+def mean_of(found: list[Tensor]) -> Tensor:
+    """The mean over batches of their losses, each [1 + tasks]: of a task over those that have targets of it."""
+    losses = torch.stack(found)
+    # what is descended is in every batch: nan is not passed over there
+    return torch.cat([losses[:, :1].mean(0), losses[:, 1:].nanmean(0)])
+
+
 class StaticStep:
-    """Losses, backward, clipping and update: on CUDA replayed as one graph per signature; with several batches a step,
-    one for each batch's losses and one for the update.
+    """Losses, backward, clipping and update: on CUDA replayed as one graph per signature and way of attention; with
+    several batches a step, one for each batch's losses and one for the update.
 
     A signature's first step runs as it is, which compiles and chooses kernels; its second is recorded. Where a step
     cannot be recorded, this and all later ones run as they are, which is said once. The optimizer's learning rates
@@ -212,7 +221,7 @@ class StaticStep:
         self.model: UnifiedModel = objective.model
         self.device = self.model.device
         self.records = self.device.type == "cuda"
-        self._memory: dict[Signature, Tensor] = {}
+        self._memory: dict[tuple[Signature, object], Tensor] = {}
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._seen: set[object] = set()
         self._pool = None
@@ -227,23 +236,27 @@ class StaticStep:
         norm of the gradients.
         """
         if len(batches) == 1:
-            signature, *held = self._upload(batches[0], rate)
-            return self._run(signature, lambda: self._whole(*held))
+            key, *held = self._upload(batches[0], rate)
+            return self._run(key, lambda: self._whole(*held))
         found = []
         for i, batch in enumerate(batches):
-            signature, *held = self._upload(batch, rate)
+            key, *held = self._upload(batch, rate)
             learn = partial(self._learn, *held, 1 / len(batches), i == 0)
-            found.append(self._run((signature, i == 0), learn).clone())
-        return torch.stack(found).nanmean(0), self._run("update", self._update)
+            found.append(self._run((key, i == 0, len(batches)), learn).clone())
+        # what no batch has used so far has no gradient, and no part in the update
+        used = tuple(p.grad is not None for p in self.model.parameters())
+        return mean_of(found), self._run(("update", used), self._update)
 
-    def _upload(self, batch: Batch, rate: float) -> tuple[Signature, Batch, BatchPlan, Tensor]:
-        """The batch, filled up, its plan and the rate in the memory of their signature."""
-        batch, plan, signature = filled(self.model, batch, self._memory)
+    def _upload(self, batch: Batch, rate: float) -> tuple[object, Batch, BatchPlan, Tensor]:
+        """What a graph is for; the batch, filled up, its plan and the rate in the memory that is kept for it."""
+        batch, plan, signature = filled(self.model, batch, [signature for signature, _ in self._memory])
         held = batch, plan, torch.tensor(rate)
-        if signature not in self._memory:
-            self._memory[signature] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)
-        there, plan, rates = upload(held, self.device, self._memory[signature])
-        return signature, there.with_host(batch), plan, rates
+        # beside the sizes: attention is planned otherwise for other lengths or masks, and a batch may have no targets
+        key = signature, (layout_of(held), set(batch.mask.kinds) == {"causal"})
+        if key not in self._memory:
+            self._memory[key] = torch.empty(size_of(held), dtype=torch.uint8, device=self.device)
+        there, plan, rates = upload(held, self.device, self._memory[key])
+        return key, there.with_host(batch), plan, rates
 
     def _whole(self, batch: Batch, plan: BatchPlan, rate: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,9 +266,7 @@ class StaticStep:
         """Gradients of one batch, added to those there are. fresh: those there are belong to the step before."""
         self._rate.copy_(rate)
         if fresh:
-            for p in self.model.parameters():
-                if p.requires_grad:                         # the same memory in all graphs: zeroed, not freed
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+            self.optimizer.zero_grad(set_to_none=False)     # the same memory in all graphs: zeroed, not freed
         outcome = self.objective(batch, plan)
         (outcome.objective if share == 1 else outcome.objective * share).backward()
         return torch.cat([outcome.total.detach()[None], outcome.per_task])

@@ -31,13 +31,14 @@ def record(step: Callable[[], T], generator: torch.Generator | None = None,
     generator: of the device, by which the step draws samples, beside torch's own. pool: the memory of an earlier graph,
     `graph.pool()`, to be shared. Raises RuntimeError, in one line, with the reason why the step cannot be a graph.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     if generator is not None:
         graph.register_generator_state(generator)
     try:
         with torch.cuda.graph(graph, pool=pool):
             out = step()
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)                       # where its end fails, the capture's own stays in place
         # the capture's end complains too: what came first is the reason
         first = error.__context__ or error
         raise RuntimeError((str(first).splitlines() or [type(first).__name__])[0]) from error

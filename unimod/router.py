@@ -79,7 +79,7 @@ class TaskRouter(nn.Module):
         if gather is not None:
             scorer = Scorer(self.proj.weight, self.proj.bias, self.config.gate, self.config.gain)
             found = route_gather(h, scorer, batch.task, plan.eligible, plan.lengths, plan.kept, plan.sizes, gather.norm,
-                                 gather.cos, gather.sin, gather.bounds, gather.flags)
+                                 gather.cos, gather.sin, gather.bounds, gather.flags, plan.widest)
             return Routing(found.index, found.weight, found.score, plan.segments, found.kth, plan.eligible,
                            rank=found.rank, gathered=found)
         # detached: the predictor learns what the router decides and must not move what it decides from (MoD, 3.5 b)
@@ -197,7 +197,7 @@ class TaskRouter(nn.Module):
 
     def select(self, ranked: Tensor, batch: Batch, plan: LayerPlan) -> Selected:
         """Top-k of every segment."""
-        return *select(ranked, plan.lengths, plan.kept, plan.sizes), plan.segments
+        return *select(ranked, plan.lengths, plan.kept, plan.sizes, plan.widest), plan.segments
 
     def gate(self, score: Tensor) -> Tensor:
         """What multiplies the update, by score: [T]."""

@@ -74,6 +74,8 @@ class LayerPlan:
     """int32 [S, 4]: `ops.select.segment_sizes` of lengths and kept."""
     longest: int = 0
     """A bound of the tokens kept of a sequence, where kernels are to be given the same for every batch; 0: the most."""
+    widest: int = 0
+    """Likewise a bound of the tokens of a segment."""
 
 
 @dataclass(frozen=True)

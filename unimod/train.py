@@ -28,7 +28,7 @@ from .batch import Batch, Task
 from .config import ParameterError
 from .data.batches import Batches
 from .flops import count
-from .graph import StaticStep, whole_step_refused
+from .graph import StaticStep, mean_of, whole_step_refused
 from .layers import record_routing
 from .losses import budget, losses, membership, prediction
 from .models.unified import UnifiedModel, compile_layers
@@ -141,7 +141,11 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         records = _restore(Path(folder), model, optimizer, settings) if resume else []
-    why = whole_step_refused(model) if world == 1 else f"{world} processes average their gradients"
+    why = whole_step_refused(model)
+    if world > 1:
+        why = f"{world} processes average their gradients"
+    elif accelerator.mixed_precision != "no":               # outside of autocast, where a whole step is planned
+        why = f"accelerate casts to {accelerator.mixed_precision} on the way"
     if config.graph and why:
         say(f"unimod: training steps are taken one kernel at a time: {why}")
     take = _PlainStep(accelerator, objective, optimizer, config.clip)
@@ -232,7 +236,7 @@ class _PlainStep:
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack(found).nanmean(0), norm
+        return mean_of(found), norm
 
 
 def _async_copy(x: Tensor) -> Callable[[], Tensor]:

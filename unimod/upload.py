@@ -47,6 +47,11 @@ def size_of(made: object) -> int:
     return _starts(list(_tensors(made).values()))[-1]
 
 
+def layout_of(made: object) -> tuple:
+    """What lies where in the copy: dtype and shape of each tensor."""
+    return tuple((x.dtype, x.shape) for x in _tensors(made).values())
+
+
 def _starts(tensors: list[Tensor]) -> list[int]:
     """Where each tensor begins in the copy, and where the last one ends."""
     return list(accumulate((-(-x.nbytes // ALIGNED) * ALIGNED for x in tensors), initial=0))

@@ -18,7 +18,7 @@ from transformers import JanusConfig, JanusForConditionalGeneration, PreTrainedM
 from ..batch import FEATURE, Batch, TokenSequence
 from .layout import CausalLayout, Turns
 from .text import Text
-from .unified import UnifiedModel
+from .unified import UnifiedModel, with_features
 from .weights import Family, Shapes, special_ids
 
 NAMES = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>",
@@ -46,7 +46,7 @@ class Janus(UnifiedModel):
         h = torch.where((codes >= 0)[:, None], image, text)
         if batch.features is None:
             return h
-        return h.masked_scatter((batch.ids == FEATURE)[:, None], self.lm.model.aligner(batch.features.to(h.dtype)))
+        return with_features(h, batch.ids, self.lm.model.aligner(batch.features.to(h.dtype)))
 
     def nll(self, hidden: Tensor, target: Tensor) -> Tensor:
         """As the base's; the logits of a code are the generation head's, over codes only."""

@@ -100,8 +100,7 @@ class UnifiedModel(nn.Module):
         if self.projector is None:
             raise ValueError(f"This {self.layout.kind} model has no projector for vision features; give it picture "
                              f"codes, or load its CLIP-ViT variant.")
-        return h.masked_scatter((batch.ids == FEATURE)[:, None],
-                                self.projector(batch.features.to(h.dtype)).to(h.dtype))
+        return with_features(h, batch.ids, self.projector(batch.features.to(h.dtype)).to(h.dtype))
 
     def plan(self, batch: Batch, attention: bool = True, targets: bool = True) -> BatchPlan:
         """What is worked out once for all layers and the losses, on the host, and moved to the batch's device in one
@@ -187,6 +186,13 @@ class UnifiedModel(nn.Module):
         """Logits over the picture codes, in their own order, float32. hidden: [N, D]; returns [N, codebook]."""
         at, bias = self.layout.codes_at, self.head.bias
         return F.linear(hidden, self.head.weight[at], None if bias is None else bias[at]).float()
+
+
+def with_features(h: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+    """h, [T, D], with `features`, [F, D], in the places of the F tokens whose id is `FEATURE`."""
+    # not masked_scatter, whose backward waits for the device to count the places: the host knows their number
+    at = (ids != FEATURE).byte().argsort(stable=True)[:len(features)]
+    return h.index_copy(0, at, features)
 
 
 @contextmanager

@@ -65,22 +65,24 @@ class Routed(NamedTuple):
 
 def route_gather(h: Tensor, scorer: Scorer, task: Tensor, eligible: Tensor, lengths: tuple[int, ...],
                  kept: tuple[int, ...], sizes: Tensor, norm: Norm, cos: Tensor, sin: Tensor,
-                 bounds: Tensor | None, flags: Tensor | None) -> Routed:
+                 bounds: Tensor | None, flags: Tensor | None, longest: int = 0) -> Routed:
     """Score all tokens and gather the `kept[s]` best of each segment s.
 
     h: [T, D], or with a leading 1 as x and normed then; task: int64 [T]; eligible: bool [T], the tokens that are gated;
     lengths, kept: host sizes per segment; sizes: their `segment_sizes` on h's device; cos, sin: float32 [T, R],
     or with a leading 1 as what becomes of them then; bounds: int32 [C], each in 0 ... T; flags: bool [T]. All but h are
-    contiguous. Scores are sums in float32 (float64 for float64) of h and the weight rounded to h's dtype. Gradients: to
-    h, the scorer and the norm, from h, x, normed, weight and score. Raises ValueError as `select`.
+    contiguous. longest: as for `select`. Scores are sums in float32 (float64 for float64) of h and the weight rounded
+    to h's dtype. Gradients: to h, the scorer and the norm, from h, x, normed, weight and score. Raises ValueError as
+    `select`.
     """
-    if max(lengths) <= LONGEST and by_triton(h):
+    longest = longest or max(lengths)
+    if longest <= LONGEST and by_triton(h):
         check_sizes(task, lengths, kept)
         from .route_triton import RouteGather
 
         return Routed(*RouteGather.apply(
             h, scorer.weight, scorer.bias, norm.weight, norm.bias, task, eligible, sizes, cos, sin, bounds, flags,
-            scorer.gate, scorer.gain, norm.eps, norm.kind == "layer", max(lengths), sum(kept)))
+            scorer.gate, scorer.gain, norm.eps, norm.kind == "layer", longest, sum(kept)))
     score = reference_score(h.flatten(0, -2), scorer, task)
     index, kth, rank = select(score.detach(), lengths, kept, sizes)
     # 1, not the gate, where there was no choice: such a token goes through the layer as in the dense model

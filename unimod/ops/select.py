@@ -19,22 +19,23 @@ LONGEST = 2**14
 
 
 def select(score: Tensor, lengths: tuple[int, ...], keep: tuple[int, ...],
-           sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+           sizes: Tensor | None = None, longest: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The `keep[s]` best-scored tokens of each segment s.
 
     score: float [T]; lengths, keep: host sizes per segment, lengths adding up to T and 0 <= keep[s] <= lengths[s];
-    sizes: their `segment_sizes` on the device, which saves an upload. Ties
-    go to the earlier token; a NaN of either sign counts as the best score, and -0 equals 0. Returns `index` (int64 [K],
-    ascending), `last` (int64 [S]: the k-th best token of each segment; its best for keep[s] = 0; any token where the
-    segment is empty) and `rank` (int64 [T + 1], the prefix count of index, from which `IntervalMask.take` reads the
-    new intervals). Raises ValueError on sizes that do not fit.
+    sizes: their `segment_sizes` on the device, which saves an upload; longest: a bound of the lengths, where the kernel
+    is to be the same for every batch; 0: the most. Ties go to the earlier token; a NaN of either sign counts as the
+    best score, and -0 equals 0. Returns `index` (int64 [K], ascending), `last` (int64 [S]: the k-th best token of each
+    segment; its best for keep[s] = 0; any token where the segment is empty) and `rank` (int64 [T + 1], the prefix count
+    of index, from which `IntervalMask.take` reads the new intervals). Raises ValueError on sizes that do not fit.
     """
     check_sizes(score, lengths, keep)
-    if max(lengths) <= LONGEST and by_triton(score):
+    longest = longest or max(lengths)
+    if longest <= LONGEST and by_triton(score):
         from . import kernels_triton
 
         sizes = _uploaded(tuple(lengths), tuple(keep), score.device) if sizes is None else sizes
-        return kernels_triton.launch_select(score.detach().contiguous(), max(lengths), sum(keep), sizes)
+        return kernels_triton.launch_select(score.detach().contiguous(), longest, sum(keep), sizes)
     return reference_select(score, lengths, keep)
 
 
