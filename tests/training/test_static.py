@@ -189,6 +189,8 @@ class Capture:
 def test_a_step_that_cannot_be_recorded_says_the_first_reason(error, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+    for name in ("current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: "stream")
     assert record(lambda: 3) == ("graph", 3)
 
     def fails():
