@@ -227,9 +227,11 @@ def calibrate(model: UnifiedModel, batch: Batch) -> None:
     A token-by-token decision can then be made from the token's own score; it keeps the planned share on average.
     """
     training = model.training
-    with record_routing() as log:
-        model.eval()(batch.to(model.device))
-    model.train(training)
+    try:
+        with record_routing() as log:
+            model.eval()(batch.to(model.device))
+    finally:
+        model.train(training)
     for number, routing in log.items():
         chose = routing.eligible[routing.kth].tolist()      # else the k-th token is one that is always kept
         for task in Task:

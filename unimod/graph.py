@@ -34,9 +34,11 @@ from .recording import record
 from .routing import BatchPlan, LayerPlan
 from .upload import layout_of, size_of, upload
 
-FINE, COARSE = 128, 256
+FINE, COARSE = 16, 256
 """A new signature has room for as many more tokens of each kind as make a multiple of about a thirty-second of the
 batch, within these two."""
+BLOCK = 128
+"""Bounds of the longest sequence are multiples of it: of what a program of attention holds."""
 SPARE = 0.2
 """Largest share of tokens, and of targets, that a batch is filled up with to share a signature."""
 ROWS = 8
@@ -120,14 +122,14 @@ def signature_of(batch: Batch, kept: list[tuple[int, ...]], known: Iterable[Sign
         found = [0] * len(batch.lengths)
         for s, n in zip(batch.segments, counts):
             found[s.row] += n
-        return _up(max(found), FINE)
+        return _up(max(found), BLOCK)
 
     real = Signature(
         tokens=len(batch), kept=tuple(map(sum, kept)), targets=sum(batch.target_counts), sequences=rows,
         segments=_up(len(batch.segments) + rows - len(batch.lengths), ROWS),
         block=(max(s.length for s in batch.segments) - 1).bit_length(),
         features=0 if batch.features is None else len(batch.features),
-        longest=(_up(max(batch.lengths), FINE), *map(longest, kept)))
+        longest=(_up(max(batch.lengths), BLOCK), *map(longest, kept)))
     return min((s for s in known if s.fits(real)), key=lambda s: s.tokens, default=None) or _roomier(real, batch, kept)
 
 
@@ -147,7 +149,7 @@ def _roomier(real: Signature, batch: Batch, kept: list[tuple[int, ...]]) -> Sign
     room = {kind: _up(n, bucket) - n for kind, n in tokens.items()}
     more = max(1, sum(room.values()))
     places = (sum(room[kind] * n / max(1, tokens[kind]) for kind, n in per_kind(x).items()) for x in kept)
-    longest = tuple(max(n, _up(-(-more // (ROWS // 2)), FINE)) for n in real.longest)   # a filler is not longer
+    longest = tuple(max(n, _up(-(-more // (ROWS // 2)), BLOCK)) for n in real.longest)   # a filler is not longer
     return replace(real, tokens=real.tokens + more,
                    kept=tuple(k + min(more, round(x)) for k, x in zip(real.kept, places)),
                    targets=_up(real.targets, bucket), longest=longest,
@@ -214,9 +216,13 @@ class StaticStep:
     A signature's first step runs as it is, which compiles and chooses kernels; its second is recorded. Where a step
     cannot be recorded, this and all later ones run as they are, which is said once. The optimizer's learning rates
     become tensors on the device: `rate` times the group's "peak".
+
+    known: signatures of earlier steps, by which a batch is filled up in the same way.
     """
 
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer, clip: float,
+                 known: Iterable[Signature] = ()) -> None:
+        self.known = list(known)
         self.objective, self.optimizer, self.clip = objective, optimizer, clip
         self.model: UnifiedModel = objective.model
         self.device = self.model.device
@@ -249,7 +255,9 @@ class StaticStep:
 
     def _upload(self, batch: Batch, rate: float) -> tuple[object, Batch, BatchPlan, Tensor]:
         """What a graph is for; the batch, filled up, its plan and the rate in the memory that is kept for it."""
-        batch, plan, signature = filled(self.model, batch, [signature for signature, _ in self._memory])
+        batch, plan, signature = filled(self.model, batch, self.known)
+        if signature not in self.known:
+            self.known.append(signature)
         held = batch, plan, torch.tensor(rate)
         # beside the sizes: attention is planned otherwise for other lengths or masks, and a batch may have no targets
         key = signature, (layout_of(held), set(batch.mask.kinds) == {"causal"})

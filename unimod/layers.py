@@ -145,8 +145,7 @@ class MoDLayer(nn.Module):
             return scatter(h, y, index, routing.weight, x=x, gated=gated, rank=routing.rank)
         # in place without gradients: `skipped` is this layer's own, while the caller may still hold hidden_states
         write = scatter if torch.is_grad_enabled() else scatter_
-        return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated,
-                     rank=routing.rank)
+        return write(skipped, y, index, routing.weight, gated=y - x if gated is None else gated, rank=routing.rank)
 
     def _run(self, hidden_states: Tensor, *, routing: Routing, **kwargs: object) -> tuple[Tensor, Tensor,
                                                                                           Tensor | None]:
@@ -156,6 +155,8 @@ class MoDLayer(nn.Module):
         if found is None:
             x = hidden_states.index_select(1, routing.index)
             return x, *self._layer(x, **kwargs)
+        if not isinstance(norm, PrecomputedNorm):           # a compiled layer norms its input itself
+            return found.x, *self._layer(found.x, **kwargs)
         norm.given = found.x, found.normed                  # the very tensor by which the norm knows its result
         try:
             return found.x, *self._layer(found.x, **kwargs)
@@ -176,22 +177,21 @@ class MoDLayer(nn.Module):
             return y
         return apply_decision(hidden_states, y, *decision, gated, self.router.config.scale_skipped)
 
-    def _gather(self, h: Tensor, angles: tuple[Tensor, Tensor], state: ForwardState,
-                plan: LayerPlan) -> Gather | None:
+    def _gather(self, h: Tensor, angles: tuple[Tensor, Tensor], state: ForwardState, plan: LayerPlan) -> Gather | None:
         """What the kept tokens bring along, where kernels score, choose, gather and normalise them in one op; None
         where the plain ops do."""
         norm = seam.input_norm(self.layer)
-        known = seam.known_norm(norm.stock) if isinstance(norm, PrecomputedNorm) else None
-        fits = known is not None and known.weight.dtype == h.dtype and not torch.compiler.is_compiling()
-        if not fits or backend("kernels", h.device.type, h.dtype) != "triton" or not self.router.fuses(state.batch,
-                                                                                                       plan):
+        stock = getattr(norm, "stock", norm)
+        known, hooked = seam.known_norm(stock), seam.hooked(stock) or seam.hooked(getattr(self.router, "proj", None))
+        if known is None or known.weight.dtype != h.dtype or hooked or torch.compiler.is_compiling():
+            return None
+        if backend("kernels", h.device.type, h.dtype) != "triton" or not self.router.fuses(state.batch, plan):
             return None
         runs = attention_runs(state.attention)
         return Gather(known, *angles, *((None, None) if runs is None else (runs.bounds.flatten(), runs.causal)))
 
     def keep_norm(self) -> None:
-        """Let the layer norm its input itself from now on: a compiler fuses that better, and sees the same code in
-        every layer."""
+        """Let the layer norm its input itself: a compiler fuses that better, and sees the same code in every layer."""
         norm = seam.input_norm(self.layer)
         if isinstance(norm, PrecomputedNorm):
             seam.set_input_norm(self.layer, norm.stock)

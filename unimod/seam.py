@@ -54,6 +54,11 @@ def set_input_norm(layer: nn.Module, norm: nn.Module) -> None:
     layer.input_layernorm = norm
 
 
+def hooked(module: nn.Module | None) -> bool:
+    """Whether somebody hangs on a module's forward: an offloader, a sharder, an observer."""
+    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def known_norm(module: nn.Module | None) -> Norm | None:
     """What `route_gather` needs of a norm; None for a module that computes something else."""
     if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
@@ -81,8 +86,9 @@ def step_norms(decoder: PreTrainedModel) -> Iterator[None]:
     replaced = []
     for parent in list(decoder.modules()):
         for name, module in parent.named_children():
-            known = known_norm(getattr(module, "stock", module))
-            if known is not None and known.kind == "rms" and not (module._forward_hooks or module._forward_pre_hooks):
+            stock = getattr(module, "stock", module)
+            known = known_norm(stock)
+            if known is not None and known.kind == "rms" and not hooked(module) and not hooked(stock):
                 replaced.append((parent, name, module))
                 setattr(parent, name, _StepNorm(known))
     try:

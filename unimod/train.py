@@ -28,7 +28,7 @@ from .batch import Batch, Task
 from .config import ParameterError
 from .data.batches import Batches
 from .flops import count
-from .graph import StaticStep, mean_of, whole_step_refused
+from .graph import Signature, StaticStep, mean_of, whole_step_refused
 from .layers import record_routing
 from .losses import budget, losses, membership, prediction
 from .models.unified import UnifiedModel, compile_layers
@@ -137,10 +137,10 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
                              capturable=cuda and config.graph)
     objective, optimizer = accelerator.prepare(Objective(model, config), bare)
     settings = {**asdict(config), "processes": world}
-    records: list[dict] = []
+    records, sizes = [], []
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        records = _restore(Path(folder), model, optimizer, settings) if resume else []
+        records, sizes = _restore(Path(folder), model, optimizer, settings) if resume else ([], [])
     why = whole_step_refused(model)
     if world > 1:
         why = f"{world} processes average their gradients"
@@ -150,7 +150,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
         say(f"unimod: training steps are taken one kernel at a time: {why}")
     take = _PlainStep(accelerator, objective, optimizer, config.clip)
     if config.graph and not why:
-        take = StaticStep(objective, bare, config.clip)
+        take = StaticStep(objective, bare, config.clip, sizes)
 
     pending: list[tuple[int, float, Callable[[], Tensor]]] = []
     flushed = 0.0
@@ -205,7 +205,7 @@ def train(model: UnifiedModel, batches: Batches, config: TrainConfig, *, folder:
             record |= evaluate(model)
         log(record)
         if saved:
-            _save(Path(folder), model, optimizer, settings, records)
+            _save(Path(folder), model, optimizer, settings, records, take)
     if folder is not None and main:
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
         (Path(folder) / "last.pt").unlink(missing_ok=True)
@@ -268,16 +268,20 @@ def _groups(model: UnifiedModel, config: TrainConfig) -> list[dict]:
 
 
 def _save(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict,
-          records: list[dict]) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings, "records": records}
+          records: list[dict], step: object) -> None:
+    # sizes too: a batch is filled up to those that are known, and a resumed run rounds as the interrupted one would
+    sizes = [asdict(signature) for signature in getattr(step, "known", ())]
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings, "records": records,
+             "sizes": sizes}
     # written beside and renamed: a run killed while saving finds the checkpoint before it
     torch.save(state, folder / "last.pt.part")
     os.replace(folder / "last.pt.part", folder / "last.pt")
 
 
-def _restore(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer, settings: dict) -> list[dict]:
+def _restore(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer,
+             settings: dict) -> tuple[list[dict], list[Signature]]:
     if not (folder / "last.pt").exists():
-        return []
+        return [], []
     try:
         state = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
     except Exception as error:
@@ -289,4 +293,4 @@ def _restore(folder: Path, model: UnifiedModel, optimizer: torch.optim.Optimizer
                              f"resume=false, or use another folder.")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["records"]
+    return state["records"], [Signature(**sizes) for sizes in state.get("sizes", ())]

@@ -13,6 +13,7 @@ from unimod.baselines import PRESETS
 from unimod.config import RouterConfig
 from unimod.layers import apply_mod, remove_mod
 from unimod.plan import last_half
+from unimod.routing import ForwardState
 
 CONFIGS = {"unimod": RouterConfig(std=0.5), "gamma-mod": PRESETS["gamma-mod"], "p-mod": PRESETS["p-mod"]}
 
@@ -130,3 +131,21 @@ def test_what_is_asked_of_a_norm_is_answered_by_the_stock_one(model):
     with pytest.raises(AttributeError):
         _ = norm.no_such_thing
     assert copy.deepcopy(norm).stock.weight is not stock.weight
+
+
+def test_what_hangs_on_a_norm_or_a_scorer_sees_its_call(model, packed, monkeypatch):
+    """Kernels that would do a module's work pass its hooks by: with hooks, the module does it itself."""
+    hook = model.layers[6].input_layernorm.register_forward_hook(lambda *_: None)
+    layer = apply_mod(model, last_half(8)).layers[6]
+    monkeypatch.setattr("unimod.layers.backend", lambda *_: "triton")
+    plan, state = model.plan(packed), ForwardState(packed)
+    angles = torch.zeros(1, len(packed), 4), torch.zeros(1, len(packed), 4)
+
+    def fused():
+        return layer._gather(model.embed(packed)[None], angles, state, plan.layers[6]) is not None
+
+    assert not fused()
+    hook.remove()
+    assert fused()
+    layer.router.proj.register_forward_pre_hook(lambda *_: None)
+    assert not fused()

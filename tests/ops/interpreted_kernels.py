@@ -15,6 +15,7 @@ from unimod.config import RouterConfig
 from unimod.layers import apply_mod, record_routing, remove_mod
 from unimod.losses import losses
 from unimod.models.checkpoint import build_model
+from unimod.models.unified import compile_layers
 from unimod.ops import cross_entropy
 from unimod.ops.backend import backend, count_launches, use_backend
 from unimod.plan import CapacityPlan
@@ -222,3 +223,20 @@ def test_norms_that_compute_something_else_are_left_alone():
     assert known_norm(module).kind == "layer" and known_norm(norm_module("rms", 8, "cpu", torch.float32)).kind == "rms"
     for other in (torch.nn.LayerNorm(8, elementwise_affine=False), torch.nn.RMSNorm(8), None):
         assert known_norm(other) is None
+
+
+def test_a_compiled_layer_is_routed_by_the_same_kernels(layer):
+    """It norms its input itself; score, selection and gather are one op as in a layer that is not compiled."""
+    model, batch = layer
+    routed(model, RouterConfig(std=0.5))
+    found = []
+    with use_backend("triton"):
+        for compiled in (False, True):
+            if compiled:
+                compile_layers(model, backend="eager")
+            with count_launches() as launched:
+                h = model(batch)
+                found.append((h, *torch.autograd.grad(h.square().mean(), [model.layers[6].router.proj.weight,
+                                                                          model.layers[6].input_layernorm.weight])))
+            assert launched.count("route_backward_kernel") == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

@@ -128,7 +128,8 @@ class UnifiedModel(nn.Module):
     def attention_shape(self) -> tuple[int, int, int]:
         """Heads, heads of keys, and the width of a head."""
         config = self.decoder.config
-        return config.num_attention_heads, config.num_key_value_heads, self.width // config.num_attention_heads
+        width = getattr(config, "head_dim", None) or self.width // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, width
 
     def _live(self) -> list[nn.Module]:
         """The layers that a forward goes through."""
