@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,9 @@ def interval_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | Kep
     return ready(mask, memo, q.device.type, q.dtype, (q.shape[0], k.shape[0], q.shape[2]))(q, k, v, scale)
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Attention by one mask: all that is left is tensors, as a compiler wants it."""
+class Ready(NamedTuple):
+    """Attention by one mask: all that is left is tensors, as a compiler wants it. A tuple: torch 2.11's compiler cannot
+    make a frozen dataclass."""
 
     name: str
     """The backend."""
@@ -63,26 +63,29 @@ class Ready:
 
     def of_kept(self, mask: KeptMask, memo: dict | None) -> Ready:
         """The same for the tokens that a routed layer keeps."""
-        if self.name != "sdpa":
-            return Ready(self.name, self.plan.take(mask))
-        padded = _padded(mask, memo)
-        # the mask [B, n, n] of kept tokens serves one layer: a memo would hold those of all layers
-        return Ready(self.name, padded, padded.allowed(mask))
+        return _ready(self.name, mask, memo)
 
 
 def ready(mask: IntervalMask | KeptMask, memo: dict | None, device: str, dtype: torch.dtype,
           shape: tuple[int, int, int]) -> Ready:
     """Attention of this shape (heads, heads of keys, their width) in this dtype on `device`; memo as for
     `interval_attention`."""
-    if isinstance(mask, KeptMask):                          # by the batch's, of which its layers share all they can
-        return ready(mask.whole, memo, device, dtype, shape).of_kept(mask, memo)
-    name = implementation(device, dtype, mask, shape)
+    # for kept tokens, too, by the mask of the batch, of which its layers share all they can
+    whole = mask.whole if isinstance(mask, KeptMask) else mask
+    return _ready(implementation(device, dtype, whole, shape), mask, memo)
+
+
+def _ready(name: str, mask: IntervalMask | KeptMask, memo: dict | None) -> Ready:
+    kept = isinstance(mask, KeptMask)
     if name == "sdpa":
         padded = _padded(mask, memo)
-        return Ready(name, padded, _kept(memo, "allowed", lambda: padded.allowed(mask)))
+        # the mask [B, n, n] of kept tokens serves one layer: a memo would hold those of all layers
+        allow = padded.allowed(mask) if kept else _kept(memo, "allowed", lambda: padded.allowed(mask))
+        return Ready(name, padded, allow)
     from . import attention_varlen
 
-    return Ready(name, _kept(memo, "runs", lambda: attention_varlen.prepare(mask)))
+    plan = _kept(memo, "runs", lambda: attention_varlen.prepare(mask.whole if kept else mask))
+    return Ready(name, plan.take(mask) if kept else plan)
 
 
 def _padded(mask: IntervalMask | KeptMask, memo: dict | None) -> Padded:
