@@ -97,5 +97,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
+    elif total.is_meta:                                     # only counted there, where torch 2.11 lacks out_dtype
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
